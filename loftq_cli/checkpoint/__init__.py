@@ -1,0 +1,1 @@
+"""Files: safetensors headers and indexes, streamed reading, staged writing, the containers."""
