@@ -95,3 +95,9 @@ class DoesNotFit(LoftqError):
     """Not enough memory or disk."""
 
     exit_code = 4
+
+
+def first_line(error: BaseException) -> str:
+    """An error of some library as one line: its type and the first line of what it says."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

@@ -1,1 +1,1 @@
-"""Text, Markdown and JSON from result documents; nothing here knows tensors or files."""
+"""Renders result documents for people, pipes and pages. Knows documents, and nothing of models."""

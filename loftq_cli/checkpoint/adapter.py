@@ -1,0 +1,70 @@
+"""The PEFT adapter directory: adapter_config.json and the tensors beside it.
+
+Keys are `base_model.model.<module>.lora_A.weight` (r, in) and `…lora_B.weight` (out, r), without
+an adapter name; PEFT adds that when it loads them (peft.utils.save_and_load).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from loftq_cli.checkpoint.writer import PlannedTensor
+
+ADAPTER_DIRECTORY = "loftq_init"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_NAME = f"{ADAPTER_DIRECTORY}/{ADAPTER_WEIGHTS}"
+
+
+def adapter_part(model_file: str) -> str:
+    """Where the task that makes ``model_file`` leaves its share of the adapter for the commit."""
+    return f"{ADAPTER_DIRECTORY}/part-of-{model_file}"
+
+
+def lora_names(module: str) -> tuple[str, str]:
+    """The names of A and B of one module."""
+    return (
+        f"base_model.model.{module}.lora_A.weight",
+        f"base_model.model.{module}.lora_B.weight",
+    )
+
+
+def plan_lora(module: str, shape: tuple[int, int], rank: int) -> list[PlannedTensor]:
+    """A and B of a module of shape (out, in), in float32: PEFT trains adapters in it anyway."""
+    name_a, name_b = lora_names(module)
+    out_features, in_features = shape
+    return [
+        PlannedTensor(name_a, "F32", (rank, in_features)),
+        PlannedTensor(name_b, "F32", (out_features, rank)),
+    ]
+
+
+def adapter_config(
+    *,
+    base_model: str,
+    task_type: str | None,
+    rank: int,
+    lora_alpha: float,
+    use_rslora: bool,
+    target_modules: list[str],
+) -> dict[str, Any]:
+    """What `LoraConfig` needs to put the adapter back exactly as it was computed.
+
+    `init_lora_weights` is true, not "loftq": PEFT would run its own LoftQ over the 4-bit weights
+    again. Dropout is 0 because any dropout also drops part of the correction. `fan_in_fan_out`
+    is false even for Conv1D layers, whose 4-bit replacements are stored (out, in).
+    """
+    return {
+        "peft_type": "LORA",
+        "task_type": task_type,
+        "base_model_name_or_path": base_model,
+        "r": rank,
+        "lora_alpha": int(lora_alpha) if float(lora_alpha).is_integer() else lora_alpha,
+        "use_rslora": use_rslora,
+        "target_modules": target_modules,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "inference_mode": False,
+    }

@@ -1,0 +1,397 @@
+"""Safetensors files: the header checked rule by rule, the tensors read by position.
+
+The format (https://github.com/huggingface/safetensors, README "Format")::
+
+    8 bytes           N, unsigned, little-endian
+    N bytes           UTF-8 JSON object, padded with spaces:
+                      {"__metadata__": {str: str}, NAME: {"dtype", "shape", "data_offsets"}, ...}
+    the rest          the tensors; data_offsets count from here
+
+A header comes from a stranger, so each rule of the reference crate (``safetensors/src/tensor.rs``,
+0.8) is checked here too, without the crate and without torch: what this module accepts, the
+loading libraries accept. It refuses a little more, on purpose:
+
+* duplicate keys, and a header that does not begin with ``{``: the README forbids both, but the
+  crate lets the last duplicate win, so two readers could see two different models;
+* a tensor described by a list instead of an object, or a dtype by an object: an accident of the
+  crate's deserializer that no writer uses;
+* more than four million brackets and commas: nothing real comes near it, and a header of empty
+  lists would take gigabytes once parsed.
+
+Tensors are read with positioned reads, not through a mapping: a file that is truncated while it is
+mapped kills the process with SIGBUS, here it is an error. A real EINTR never surfaces, since
+Python repeats the interrupted call itself (PEP 475).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from loftq_cli.errors import CorruptCheckpoint
+
+MAX_HEADER_BYTES = 100_000_000
+MAX_JSON_MARKS = 4_000_000
+MAX_JSON_DEPTH = 127
+MAX_U64 = 2**64 - 1
+PIECE_BYTES = 8 << 20
+
+# In the order of the crate's `Dtype`, which is the order its writer sorts by: ascending alignment.
+DTYPE_BITS = {
+    "BOOL": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8,
+    "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16,
+    "I32": 32, "U32": 32, "F32": 32, "C64": 64, "F64": 64, "I64": 64, "U64": 64,
+}  # fmt: skip
+
+DOWNLOAD_AGAIN = "download the file again; `hf download` resumes and checks what it fetches"
+
+# What else is found under a weight file's name. Read as a length, the first eight bytes of each
+# are far above the cap, so no sound file begins like this.
+_MISTAKEN = (
+    (
+        (b"version https://git-lfs",),
+        "it is a git-lfs pointer, not the file itself",
+        "run `git lfs pull` in the model's directory, or download it with `hf download`",
+    ),
+    (
+        (b"<!doctype", b"<html", b"<head", b"<?xml"),
+        "it is a web page, not weights",
+        "the download was answered with an error or log-in page; download it with `hf download`",
+    ),
+    (
+        (b"pk\x03\x04",),
+        "it is a pickle archive as torch.save writes it, under the wrong name",
+        "load it with the program that wrote it and save it as safetensors",
+    ),
+)
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One tensor: where its bytes lie in the file (``start`` to ``end``) and what they mean."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.end - self.start
+
+    @property
+    def elements(self) -> int:
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Header:
+    """A checked header; ``tensors`` is in file order, ``sha256`` is of the first header_bytes."""
+
+    path: Path
+    tensors: dict[str, TensorInfo]
+    metadata: dict[str, str]
+    header_bytes: int
+    file_bytes: int
+    sha256: str
+    # (size, mtime in ns) when the header was read; None if it did not come from a local file.
+    stamp: tuple[int, int] | None = None
+
+
+def corrupt(name: str | Path, reason: str, hint: str = DOWNLOAD_AGAIN) -> CorruptCheckpoint:
+    return CorruptCheckpoint(f"{name} cannot be used", cause=reason, hint=hint)
+
+
+def shown(name: str) -> str:
+    """A name from a file, fit for a message: escaped, and not ten kilobytes long."""
+    return repr(name) if len(name) <= 100 else repr(name[:97]) + "..."
+
+
+def tensor_bytes(dtype: str, shape: tuple[int, ...]) -> int:
+    """Bytes of a tensor of this shape; ValueError where the crate sees an overflow or half a byte.
+
+    The product is taken factor by factor because that is where the crate looks: a zero does not
+    excuse an overflow that came before it.
+    """
+    size = 1
+    for factor in (*shape, DTYPE_BITS[dtype]):
+        size *= factor
+        if size > MAX_U64:
+            raise ValueError("its size overflows 64 bits")
+    if size % 8:
+        raise ValueError(f"{math.prod(shape)} values of {dtype} do not fill whole bytes")
+    return size // 8
+
+
+def header_length(head: bytes, file_bytes: int | None, name: str | Path) -> int:
+    """Bytes before the first tensor, from the first eight bytes of the file (more is better)."""
+    if len(head) < 8:
+        reason = f"it is {len(head)} bytes long" if head else "it is empty"
+        raise corrupt(name, reason, "the download broke off; " + DOWNLOAD_AGAIN)
+    length = int.from_bytes(head[:8], "little")
+    if length > MAX_HEADER_BYTES:
+        for beginnings, reason, hint in _MISTAKEN:
+            if head.lstrip().lower().startswith(beginnings):
+                raise corrupt(name, reason, hint)
+        raise corrupt(name, f"its header claims {length} bytes; {MAX_HEADER_BYTES} is the limit")
+    if file_bytes is not None and 8 + length > file_bytes:
+        raise corrupt(name, f"its header claims {length} bytes; the file has {file_bytes}")
+    return 8 + length
+
+
+def parse_header(
+    raw: bytes,
+    file_bytes: int | None,
+    name: str | Path,
+    stamp: tuple[int, int] | None = None,
+) -> Header:
+    """Check a header that is in memory: `raw` begins with the file and holds all of the header.
+
+    Without `file_bytes` (a range request that did not say) the file's length is taken on trust.
+    """
+    header_bytes = header_length(raw, file_bytes, name)
+    if len(raw) < header_bytes:
+        raise corrupt(name, f"its header has {len(raw)} bytes of {header_bytes}")
+    header = raw[:header_bytes]
+    try:
+        entries = _header_json(header[8:])
+        metadata = _metadata(entries.pop("__metadata__", None))
+        tensors = _tensors(entries, header_bytes)
+    except (ValueError, RecursionError) as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise corrupt(name, reason) from None
+    end = max((info.end for info in tensors.values()), default=header_bytes)
+    if file_bytes is not None and end != file_bytes:
+        problem = "is truncated" if end > file_bytes else "has trailing bytes"
+        raise corrupt(name, f"it {problem}: {file_bytes} bytes long, and the header says {end}")
+    digest = sha256(header).hexdigest()
+    return Header(Path(name), tensors, metadata, header_bytes, end, digest, stamp)
+
+
+def read_header(path: Path) -> Header:
+    """Read and check the header of a local file."""
+    with opened(path) as (fd, (size, mtime)):
+        head = read_at(fd, bytearray(min(size, 64)), 0, path)
+        length = header_length(bytes(head), size, path)
+        raw = bytes(read_at(fd, bytearray(length), 0, path))
+    return parse_header(raw, size, path, stamp=(size, mtime))
+
+
+def read_tensor(header: Header, info: TensorInfo, into: memoryview | None = None) -> memoryview:
+    """The bytes of a tensor, read into `into` (writable, as long as the tensor) or a new buffer."""
+    return _read_span(header, info.start, info.end, into)
+
+
+def read_rows(
+    header: Header, info: TensorInfo, first: int, last: int, into: memoryview | None = None
+) -> memoryview:
+    """The bytes of rows ``first`` to ``last`` (not included) of a tensor's first dimension."""
+    if not info.shape or not 0 <= first <= last <= info.shape[0]:
+        raise ValueError(f"no rows {first} to {last} in shape {info.shape}")
+    row_bytes = tensor_bytes(info.dtype, info.shape[1:])
+    return _read_span(header, info.start + first * row_bytes, info.start + last * row_bytes, into)
+
+
+def read_pieces(header: Header, info: TensorInfo) -> Iterator[memoryview]:
+    """The bytes of a tensor, a few megabytes at a time: a copy without holding all of it.
+
+    Each piece is good until the next is asked for.
+    """
+    buffer = memoryview(bytearray(min(PIECE_BYTES, info.nbytes)))
+    for start in range(info.start, info.end, PIECE_BYTES):
+        end = min(start + PIECE_BYTES, info.end)
+        yield _read_span(header, start, end, buffer[: end - start])
+
+
+def read_file(path: Path, max_bytes: int) -> bytes:
+    """All of a small regular file."""
+    with opened(path) as (fd, (size, _)):
+        if size > max_bytes:
+            raise corrupt(path, f"it has {size} bytes; {max_bytes} is the limit")
+        return bytes(read_at(fd, bytearray(size), 0, path))
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """``object_pairs_hook`` for json: a repeated key is an error, not a matter of who is last."""
+    entries: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in entries:
+            raise ValueError(f"the key {shown(key)} appears twice")
+        entries[key] = value
+    return entries
+
+
+def strict_json(raw: bytes, **hooks: Any) -> Any:
+    """JSON of bounded size; ValueError or RecursionError for anything else.
+
+    A lone surrogate is refused (it cannot be printed or written again), and found by encoding the
+    result, which only a text with an escape in it needs. `hooks` are those of ``json.loads``.
+    """
+    marks = sum(raw.count(mark) for mark in (b"[", b"{", b","))
+    if marks > MAX_JSON_MARKS:
+        raise ValueError(f"its JSON has more than {MAX_JSON_MARKS} values")
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"its JSON is not UTF-8 at byte {error.start}") from None
+    try:
+        tree = json.loads(text, object_pairs_hook=_unique_keys, **hooks)
+        if "\\u" in text:
+            json.dumps(tree, ensure_ascii=False).encode()
+    except json.JSONDecodeError as error:
+        raise ValueError(f"its JSON is broken: {error}") from None
+    except UnicodeEncodeError:
+        raise ValueError("its JSON is broken: half of a surrogate pair") from None
+    return tree
+
+
+def _header_json(raw: bytes) -> dict[str, Any]:
+    if not raw.startswith(b"{"):
+        raise ValueError("its header does not begin with '{'")
+    entries: dict[str, Any] = strict_json(
+        raw, parse_int=_integer, parse_float=_finite, parse_constant=_finite
+    )
+    return entries
+
+
+def _integer(digits: str) -> int | float:
+    """As the crate's JSON parser has it: minus zero and what exceeds 64 bits are floats."""
+    if digits == "-0" or len(digits) > 20:
+        return _finite(digits)
+    return int(digits)
+
+
+def _finite(digits: str) -> float:
+    value = float(digits)
+    if not math.isfinite(value):
+        raise ValueError(f"the number {shown(digits)} is out of range")
+    return value
+
+
+def _metadata(entry: object) -> dict[str, str]:
+    if entry is None:
+        return {}
+    if not isinstance(entry, dict) or not all(isinstance(v, str) for v in entry.values()):
+        raise ValueError("its __metadata__ is not a map from strings to strings")
+    return entry
+
+
+def _tensors(entries: dict[str, Any], data_start: int) -> dict[str, TensorInfo]:
+    """The tensors in file order; each begins where the one before it ends."""
+    tensors = [_tensor(name, entry) for name, entry in entries.items()]
+    tensors.sort(key=lambda info: (info.start, info.end))
+    position = 0
+    placed = {}
+    for info in tensors:
+        if info.start != position or info.end < info.start:
+            found = f"bytes {info.start} to {info.end}, expected to begin at {position}"
+            raise ValueError(f"tensor {shown(info.name)} leaves a gap or overlaps: {found}")
+        position = info.end
+        placed[info.name] = TensorInfo(
+            info.name, info.dtype, info.shape, data_start + info.start, data_start + info.end
+        )
+    return placed
+
+
+def _tensor(name: str, entry: object) -> TensorInfo:
+    """One entry, its offsets still counted from the first tensor. Unknown fields are allowed."""
+    try:
+        if not isinstance(entry, dict):
+            raise ValueError("it is not described by an object")
+        missing = [field for field in ("dtype", "shape", "data_offsets") if field not in entry]
+        if missing:
+            raise ValueError(f"it has no {missing[0]}")
+        dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+        if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
+            raise ValueError(f"its dtype is {shown(str(dtype))}")
+        if not _naturals(shape):
+            raise ValueError("its shape is not a list of whole numbers")
+        if not _naturals(offsets) or len(offsets) != 2:
+            raise ValueError("its data_offsets are not two whole numbers")
+        if len(entry) > 3 and _depth(entry) > MAX_JSON_DEPTH - 1:
+            raise ValueError("its entry is nested too deeply")
+        start, end = offsets
+        needed = tensor_bytes(dtype, tuple(shape))
+        if start <= end and end - start != needed:
+            raise ValueError(f"its shape and dtype need {needed} bytes, it has {end - start}")
+    except ValueError as error:
+        raise ValueError(f"tensor {shown(name)}: {error}") from None
+    return TensorInfo(name, dtype, tuple(shape), start, end)
+
+
+def _naturals(value: object) -> bool:
+    return isinstance(value, list) and all(type(n) is int and 0 <= n <= MAX_U64 for n in value)
+
+
+def _depth(value: object) -> int:
+    if isinstance(value, dict):
+        value = list(value.values())
+    return 1 + max(map(_depth, value), default=0) if isinstance(value, list) else 0
+
+
+def _read_span(header: Header, start: int, end: int, into: memoryview | None) -> memoryview:
+    if into is None:
+        into = memoryview(bytearray(end - start))
+    if into.nbytes != end - start:
+        raise ValueError(f"the buffer has {into.nbytes} bytes for {end - start}")
+    with opened(header.path) as (fd, before):
+        # Looked at before and after: a file replaced half-way through is caught by the second.
+        _unchanged(header, before)
+        read_at(fd, into, start, header.path)
+        _unchanged(header, stamp_of(os.fstat(fd)))
+    return into
+
+
+def _unchanged(header: Header, stamp: tuple[int, int]) -> None:
+    if stamp != header.stamp:
+        reason = "it changed after its header was read"
+        raise corrupt(header.path, reason, "let no other program write there, then run again")
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[tuple[int, tuple[int, int]]]:
+    """An open regular file and its stamp. A pipe or a device could block or never end."""
+    try:
+        # O_NONBLOCK: opening a pipe that nobody writes to would wait for ever.
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError as error:
+        raise corrupt(path, _why(error), "check the path and its permissions") from error
+    try:
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode):
+            raise corrupt(path, "it is not a regular file")
+        yield fd, stamp_of(status)
+    finally:
+        os.close(fd)
+
+
+def stamp_of(status: os.stat_result) -> tuple[int, int]:
+    return status.st_size, status.st_mtime_ns
+
+
+def read_at(fd: int, into: bytearray | memoryview, start: int, path: Path) -> memoryview:
+    view = memoryview(into).cast("B")
+    done = 0
+    while done < len(view):
+        try:
+            # The kernel reads at most 2 GiB at once, and may always read less than asked for.
+            count = os.preadv(fd, [view[done:]], start + done)
+        except OSError as error:
+            raise corrupt(path, _why(error), "check the disk the file is on") from error
+        if count == 0:
+            raise corrupt(path, f"it ends at byte {start + done}, in the middle of its data")
+        done += count
+    return view
+
+
+def _why(error: OSError) -> str:
+    return error.strerror or str(error)

@@ -1,0 +1,22 @@
+"""Tensors as torch sees them, read from a checkpoint without mapping its files."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from loftq_cli.checkpoint.safetensors import Header, TensorInfo, read_tensor
+
+if TYPE_CHECKING:
+    import torch
+
+_TORCH_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+def load_tensor(header: Header, info: TensorInfo) -> torch.Tensor:
+    """One floating-point tensor in its own dtype, in memory of its own."""
+    import torch
+
+    if 0 in info.shape:
+        return torch.empty(info.shape, dtype=getattr(torch, _TORCH_NAMES[info.dtype]))
+    raw = read_tensor(header, info)
+    return torch.frombuffer(raw, dtype=getattr(torch, _TORCH_NAMES[info.dtype])).view(info.shape)

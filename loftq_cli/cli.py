@@ -1,0 +1,255 @@
+"""The `loftq` command: which commands there are, and what becomes of an error.
+
+Every way a run can end passes through `main`: a message on stderr and an exit code, made here and
+nowhere else.
+"""
+
+from __future__ import annotations
+
+import errno
+import importlib
+import os
+import signal
+import sys
+from collections.abc import Iterator, MutableMapping, Sequence
+from contextlib import contextmanager, suppress
+from types import FrameType
+from typing import Annotated, Any, NamedTuple
+
+import typer
+from typer.core import TyperGroup
+
+from loftq_cli import __version__
+from loftq_cli.commands.run import Invocation
+from loftq_cli.console import Console
+from loftq_cli.errors import DoesNotFit, LoftqError
+
+
+class Command(NamedTuple):
+    """Where a command's function is, and its line in `loftq --help`."""
+
+    function: str
+    summary: str
+
+
+COMMANDS = {
+    "quantize": Command(
+        "loftq_cli.commands.quantize:quantize",
+        "Write a 4-bit backbone and its LoftQ adapter into one directory.",
+    ),
+    "load": Command(
+        "loftq_cli.commands.load:load",
+        "Load a model for real: parameters, bytes, seconds, peak memory.",
+    ),
+    "generate": Command(
+        "loftq_cli.commands.generate:generate",
+        "Continue prompts with the model and its adapter, and time it.",
+    ),
+}
+
+HELP = """
+\b
+loftq quantize --model demo --output OUT
+loftq generate --model OUT --prompt "def main"
+
+Quantizes a language model and starts its LoRA adapters where the quantization error is smallest,
+so that fine-tuning in little memory starts from the original model, not from a damaged one.
+"""
+
+EPILOG = """
+\b
+Exit codes:
+  0    done
+  1    failed
+  2    the command line is wrong
+  3    a check that was asked for failed
+  4    does not fit in memory or on disk
+  130  interrupted with Ctrl-C
+  143  terminated
+
+The result goes to stdout: a table on a terminal, tab-separated values in a pipe, one document with
+--json. Everything else goes to stderr. NO_COLOR, FORCE_COLOR and COLUMNS are honoured.
+"""
+
+
+class _Commands(MutableMapping[str, Any]):
+    """Commands by name; one is imported when it is looked up, not when it is listed."""
+
+    def __init__(self) -> None:
+        self._built: dict[str, Any] = {}
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self._built:
+            module, _, function = COMMANDS[name].function.partition(":")
+            single = typer.Typer(
+                add_completion=False, rich_markup_mode=None, context_settings=CONTEXT
+            )
+            body = getattr(importlib.import_module(module), function)
+            single.command(name, short_help=COMMANDS[name].summary)(body)
+            self._built[name] = typer.main.get_command(single)
+        return self._built[name]
+
+    def __setitem__(self, name: str, command: Any) -> None:
+        self._built[name] = command
+
+    def __delitem__(self, name: str) -> None:
+        del self._built[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(COMMANDS)
+
+    def __len__(self) -> int:
+        return len(COMMANDS)
+
+
+class _LazyGroup(TyperGroup):
+    """A group whose help needs none of its commands."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.commands = _Commands()
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, each.summary) for name, each in COMMANDS.items()])
+
+
+CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+
+# Plain help: Rich would take as long to import as everything else here, and its markup would eat
+# the brackets of "cuda[:N]".
+app = typer.Typer(
+    name="loftq",
+    cls=_LazyGroup,
+    rich_markup_mode=None,
+    context_settings=CONTEXT,
+    help=HELP,
+    epilog=EPILOG,
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"loftq {__version__}")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    context: typer.Context,
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
+        ),
+    ] = False,
+) -> None:
+    if context.invoked_subcommand is None:
+        # Not a result, so not for stdout: in `loftq | jq` it is the mistake that must show.
+        typer.echo(context.get_help(), err=True)
+        raise typer.Exit(2)
+
+
+class Terminated(BaseException):
+    """SIGTERM arrived. Like KeyboardInterrupt it passes `except Exception` and runs `finally`."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command line and returns its exit code."""
+    if "_LOFTQ_COMPLETE" in os.environ:
+        app(prog_name="loftq")  # a shell asks for completions; Typer answers and exits
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    console = Console()
+    try:
+        with _sigterm_raises():
+            return _dispatch(arguments, console)
+    except BaseException as error:
+        # The traceback, if any is wanted, goes first: what helps stands last.
+        return _explain(error, console)
+    finally:
+        _flush()
+
+
+def _dispatch(arguments: list[str], console: Console) -> int:
+    # Not `app()`: it would put Ctrl-C, a broken pipe and a usage error into its own words.
+    command = typer.main.get_command(app)
+    invocation = Invocation([_printable(each) for each in arguments], console)
+    try:
+        with command.make_context("loftq", arguments, obj=invocation) as context:
+            command.invoke(context)
+    except typer.Exit as exit:
+        return int(exit.exit_code)
+    return 0
+
+
+def _explain(error: BaseException, console: Console) -> int:
+    """The message for an error, and the exit code."""
+    if isinstance(error, KeyboardInterrupt):
+        console.error("interrupted")
+        return 130
+    if isinstance(error, Terminated):
+        console.error("terminated")
+        return 143
+    if isinstance(error, BrokenPipeError) and not console.has_claimed_stdout:
+        return 0  # `loftq --help | head -1`
+    if console.debug:
+        console.traceback()
+    if isinstance(error, LoftqError):
+        console.error(error.what, error.cause, error.hint)
+        return error.exit_code
+    if isinstance(error, _PARSE_ERROR):
+        context = error.ctx
+        path = context.command_path if context is not None else "loftq"
+        message = " ".join(error.format_message().split()).rstrip(".")
+        console.error(message[:1].lower() + message[1:], hint=f"{path} --help")
+        return int(error.exit_code)
+    text = " ".join(str(error).split())
+    kind = type(error).__name__
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        console.error("the disk is full", cause=text, hint="make room, then run it again")
+        return DoesNotFit.exit_code
+    if isinstance(error, MemoryError) or kind == "OutOfMemoryError":  # torch has its own
+        console.error(
+            "out of memory", cause=text, hint="free some memory, or use a box that has more"
+        )
+        return DoesNotFit.exit_code
+    console.error(
+        f"unexpected {kind}: {text}" if text else f"unexpected {kind}",
+        hint=None if console.debug else "run it again with --debug to see where it happened",
+    )
+    return 1
+
+
+# What the parser raises. The class has no public name of its own; its public child has.
+_PARSE_ERROR: Any = typer.BadParameter.__base__
+
+
+@contextmanager
+def _sigterm_raises() -> Iterator[None]:
+    """Turns the first SIGTERM into `Terminated`, so that staged files are cleaned up."""
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _flush() -> None:
+    """Flushes what libraries printed; a reader that is gone must not make the exit fail."""
+    for number, stream in ((1, sys.stdout), (2, sys.stderr)):
+        try:
+            if stream is not None:
+                stream.flush()
+        except (OSError, ValueError):
+            with suppress(OSError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), number)
+
+
+def _printable(argument: str) -> str:
+    """The argument without lone surrogates, which JSON text cannot carry."""
+    return argument.encode("utf-8", "backslashreplace").decode("utf-8")

@@ -1,0 +1,209 @@
+"""`loftq quantize`: a checkpoint becomes a packed backbone with its LoftQ adapter."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from loftq_cli.commands.options import (
+    Bits,
+    BlockSize,
+    Device,
+    DoubleQuant,
+    DryRun,
+    Force,
+    Init,
+    Iterations,
+    LoraAlpha,
+    Model,
+    Output,
+    QuantType,
+    Rank,
+    Resume,
+    RsLora,
+    Seed,
+    TargetModules,
+    TrustRemoteCode,
+    split_list,
+)
+from loftq_cli.commands.run import Run, command
+from loftq_cli.errors import UsageError
+
+if TYPE_CHECKING:
+    from loftq_cli.engines.plan import Settings
+
+
+@command("quantize")
+def quantize(
+    run: Run,
+    model: Model = "demo",
+    output: Output = None,
+    bits: Bits = 4,
+    quant_type: QuantType = "nf4",
+    block_size: BlockSize = 64,
+    double_quant: DoubleQuant = False,
+    init: Init = "loftq",
+    rank: Rank = 16,
+    iterations: Iterations = 5,
+    lora_alpha: LoraAlpha = None,
+    rslora: RsLora = False,
+    target_modules: TargetModules = "all-linear",
+    device: Device = "auto",
+    seed: Seed = 0,
+    dry_run: DryRun = False,
+    resume: Resume = False,
+    force: Force = False,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """
+    \b
+    loftq quantize --model org/name --output OUT
+    loftq quantize --output OUT                      (the built-in model)
+    loftq quantize --model org/name --dry-run --json | jq .results.totals
+
+    Writes a packed 4-bit backbone and a LoRA adapter that starts where the two together are
+    closest to the original: a directory that plain transformers and peft load.
+    """
+    if output is None and not dry_run:
+        raise UsageError("nowhere to write", hint="add --output DIR, or --dry-run")
+    if bits not in (4, 8):
+        raise UsageError(f"--bits {bits} is not supported", hint="--bits 4 or --bits 8")
+    if force and resume:
+        raise UsageError("--force starts over, --resume goes on: choose one")
+    from loftq_cli.engines.plan import Settings
+
+    settings = Settings(
+        bits=bits,
+        quant_type=quant_type,
+        block_size=block_size,
+        double_quant=double_quant,
+        init=init,
+        rank=rank,
+        iterations=iterations,
+        lora_alpha=float(rank) if lora_alpha is None else lora_alpha,
+        use_rslora=rslora,
+        target_modules=tuple(split_list(target_modules, "--target-modules")),
+        seed=seed,
+    )
+    if bits == 8:
+        run.warn(
+            "8 bits: bitsandbytes' int8 layers also round the activations, which no adapter "
+            "corrects; expect little gain from LoftQ here"
+        )
+    if dry_run:
+        _dry_run(run, model, output, settings, trust_remote_code)
+    else:
+        assert output is not None
+        _quantize(run, model, output, settings, device, resume, force, trust_remote_code)
+
+
+def _dry_run(
+    run: Run, spec: str, output: Path | None, settings: Settings, trust_remote_code: bool
+) -> None:
+    """Reads headers and config only, and imports no torch."""
+    from loftq_cli.checkpoint.index import open_checkpoint
+    from loftq_cli.commands.quantize_result import identity_of, results_of
+    from loftq_cli.engines.plan import make_plan
+    from loftq_cli.models.layers import linear_layers
+    from loftq_cli.models.source import class_name, read_config, refuse_quantized
+    from loftq_cli.models.spec import resolve_model
+
+    found = resolve_model(spec, with_code=trust_remote_code)
+    config = read_config(found.directory)
+    refuse_quantized(found.directory, config)
+    checkpoint = open_checkpoint(found.directory)
+    tensors = [info for _, info in checkpoint.tensors.values()]
+    plan = make_plan(linear_layers(tensors, config), settings)
+    results = results_of(
+        plan,
+        checkpoint,
+        output="" if output is None else str(output),
+        architecture=class_name(config),
+        task_type=None,
+        peak_memory_bytes=plan.workspace_bytes,
+    )
+    run.finish(results, model=identity_of(found))
+
+
+def _quantize(
+    run: Run,
+    spec: str,
+    output: Path,
+    settings: Settings,
+    device: str,
+    resume: bool,
+    force: bool,
+    trust_remote_code: bool,
+) -> None:
+    began = time.perf_counter()
+    from loftq_cli import hardware
+    from loftq_cli.checkpoint.index import open_checkpoint
+    from loftq_cli.checkpoint.staging import Staging
+    from loftq_cli.checkpoint.writer import require_free_space
+    from loftq_cli.commands import quantize_result as result
+    from loftq_cli.engines import output as output_files
+    from loftq_cli.engines.local import run_tasks
+    from loftq_cli.engines.plan import make_plan
+    from loftq_cli.models.architecture import read_architecture
+    from loftq_cli.models.source import companions, read_config, refuse_quantized
+    from loftq_cli.models.spec import resolve_model
+
+    with run.timing("resolve"):
+        found = resolve_model(spec, with_code=trust_remote_code)
+        config = read_config(found.directory)
+        refuse_quantized(found.directory, config)
+        checkpoint = open_checkpoint(found.directory)
+    with run.timing("plan"):
+        run.quiet_libraries()
+        chosen = hardware.resolve_device(device)
+        run.resolved("device", *chosen)
+        architecture = read_architecture(
+            found.directory, config, trust_remote_code=trust_remote_code
+        )
+        tensors = [info for _, info in checkpoint.tensors.values()]
+        plan = make_plan(architecture.inventory(tensors), settings)
+    fingerprint = output_files.fingerprint(checkpoint, config, settings, chosen.value)
+    if force:
+        result.refuse_to_replace_foreign(output)
+    if resume and (document := result.finished_run(output, fingerprint)) is not None:
+        run.note(f"{output} is already complete")
+        run.emit(document)
+        return
+
+    with Staging(
+        output, fingerprint=fingerprint, force=force, protected=[found.directory]
+    ) as staging:
+        kept = sum(entry.bytes for entry in staging.finished.values())
+        if kept:
+            run.note(f"going on with {staging.partial}: {len(staging.finished)} files are finished")
+        require_free_space(output, int(1.02 * (plan.model_bytes + 2 * plan.adapter_bytes)) - kept)
+        with run.timing("quantize"), run.progress("quantizing", len(plan.layers)) as progress:
+            outcomes = run_tasks(plan, checkpoint, staging, device=chosen.value, progress=progress)
+        with run.timing("write"):
+            output_files.join_adapter(plan, staging, architecture, base_model=output.name)
+            output_files.write_model_files(
+                plan,
+                staging,
+                architecture,
+                config,
+                companions(found.directory, with_code=trust_remote_code),
+            )
+        document = run.document(
+            result.results_of(
+                plan,
+                checkpoint,
+                output=str(output),
+                architecture=architecture.class_name,
+                task_type=architecture.task_type,
+                outcomes=outcomes,
+                files=output_files.written_files(staging),
+                fingerprint=result.digest(fingerprint),
+                seconds=time.perf_counter() - began,
+                peak_memory_bytes=hardware.peak_memory_bytes(),
+            ),
+            model=result.identity_of(found),
+        )
+        result.write_document(staging, document)
+        staging.commit()
+    run.emit(document)

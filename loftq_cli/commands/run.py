@@ -1,0 +1,279 @@
+"""The frame that every command body runs in.
+
+    @command("load")
+    def load(run: Run, model: Model = "demo", device: Device = "auto") -> None:
+        ...
+        run.finish(LoadResults(...), model=ModelIdentity(id=model, source="demo"))
+
+`command` adds the options that all commands share (--format, --json, --save, --quiet, --debug),
+takes stdout aside before the body runs, and hands the body a `Run`. Errors are simply raised:
+`loftq_cli.cli.main` turns them into messages and exit codes.
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import logging
+import os
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Concatenate, NamedTuple, ParamSpec
+
+import typer
+
+from loftq_cli import __version__
+from loftq_cli.commands import options
+from loftq_cli.console import Console, Progress, wants_colour, width_of
+from loftq_cli.errors import UsageError, WriteFailed
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+
+    from loftq_cli.schema import Document, ModelIdentity, Results, Scalar
+
+Body = ParamSpec("Body")
+
+
+class Invocation(NamedTuple):
+    """What `main` hands to a command through Typer's context."""
+
+    argv: list[str]
+    console: Console
+
+
+class Run:
+    """One run of one command, from its options to its document."""
+
+    def __init__(
+        self,
+        name: str,
+        console: Console,
+        argv: list[str],
+        format: options.FormatName,
+        save: Path | None,
+    ) -> None:
+        self.name = name
+        self.console = console
+        self._argv = argv
+        self._format = format
+        self._save = save
+        self._warnings: list[str] = []
+        self._resolved: dict[str, tuple[Scalar, str]] = {}
+        self._timings: dict[str, float] = {}
+        self._began = time.perf_counter()
+
+    # --- while the body works -------------------------------------------------------------------
+
+    def note(self, text: str) -> None:
+        """Tells the person at the terminal; --quiet drops it."""
+        self.console.note(text)
+
+    def warn(self, text: str) -> None:
+        """Tells the person at the terminal and every later reader of the document."""
+        self.console.warn(text)
+        self._warnings.append(text)
+
+    def progress(self, label: str, total: int) -> AbstractContextManager[Progress]:
+        """`with run.progress("quantize", n) as p:` then `p.start(name)`, `p.advance(name)`."""
+        return self.console.progress(label, total)
+
+    def resolved(self, name: str, value: Scalar, reason: str) -> None:
+        """Records what an automatic choice became, and why."""
+        self._resolved[name] = (value, reason)
+
+    @contextmanager
+    def timing(self, name: str) -> Iterator[None]:
+        """Adds the time spent inside to `timings_seconds[name]`, also when it fails."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            spent = time.perf_counter() - began
+            self._timings[name] = self._timings.get(name, 0.0) + spent
+
+    def quiet_libraries(self) -> None:
+        """Silences transformers and its kin. To be called right before they are imported.
+
+        Their progress bars and advice would drown ours; with --debug they speak.
+        """
+        if not self.console.debug:
+            quiet_libraries()
+
+    # --- the result -----------------------------------------------------------------------------
+
+    def document(
+        self, results: Results, *, model: ModelIdentity | None = None
+    ) -> Document[Results]:
+        """The result document as of now; validated, so a NaN in it is found here."""
+        from loftq_cli import hardware, schema
+
+        return schema.Document[type(results)].model_validate(  # type: ignore[misc,no-any-return]
+            {
+                "schema": f"loftq/{self.name}",
+                "tool": {"name": "loftq", "version": __version__},
+                "argv": self._argv,
+                "model": model,
+                "resolved": {
+                    name: {"value": value, "reason": reason}
+                    for name, (value, reason) in self._resolved.items()
+                },
+                "environment": hardware.environment(),
+                "results": results,
+                "warnings": self._warnings,
+                "timings_seconds": {
+                    **self._timings,
+                    "total": time.perf_counter() - self._began,
+                },
+            }
+        )
+
+    def finish(self, results: BaseModel, *, model: ModelIdentity | None = None) -> None:
+        """Builds the document, saves it if asked to, and prints it in the chosen format."""
+        self.emit(self.document(results, model=model))
+
+    def emit(self, document: Document[Any]) -> None:
+        """Saves and prints a document that the body needed to have before (see `document`)."""
+        from loftq_cli import schema
+        from loftq_cli.report.render import render
+
+        # Saved first: a reader of stdout that hangs up must not cost the files.
+        if self._save is not None:
+            self._write_files(self._save, document)
+        chosen = self._format
+        if chosen == "auto":
+            chosen = "table" if self.console.stdout_is_terminal else "tsv"
+        if chosen == "json":
+            self.console.write_result(schema.dump_json(document))
+            return
+        if chosen == "table":
+            # Whoever reads a table here has had the warnings already, on stderr.
+            document = document.model_copy(update={"warnings": []})
+        out = self.console.result_descriptor
+        self.console.write_result(
+            render(
+                document,
+                chosen,
+                width=width_of(out),
+                colour=wants_colour(self.console.stdout_is_terminal),
+                unicode=self.console.stdout_speaks_unicode,
+            )
+        )
+
+    def _write_files(self, directory: Path, document: Document[Any]) -> None:
+        from loftq_cli import schema
+        from loftq_cli.report.render import render
+
+        stamp = datetime.now(timezone.utc).strftime("%Y%m%dT%H%M%SZ")
+        try:
+            file = _create(directory, f"loftq_{self.name}_{stamp}", schema.dump_json(document))
+            summary = file.with_suffix(".txt")
+            summary.write_text(render(document, "table", width=100), encoding="utf-8")
+        except OSError as error:
+            raise WriteFailed(
+                f"could not save the result in {directory}", cause=error.strerror
+            ) from None
+        self.note(f"saved {file} and {summary.name}")
+
+
+def prepare_save_directory(directory: Path) -> None:
+    """Finds out before the work, not after it, that the result cannot be saved there."""
+    probe = directory / f".loftq_{os.getpid()}"
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise WriteFailed(
+            f"cannot save results in {directory}",
+            cause=error.strerror,
+            hint="choose a directory that can be written with --save DIR",
+        ) from None
+
+
+def _create(directory: Path, name: str, text: str) -> Path:
+    """Writes a new JSON file; a second run in the same second gets a number, not the same file."""
+    for attempt in itertools.count(1):
+        file = directory / f"{name}{f'-{attempt}' if attempt > 1 else ''}.json"
+        try:
+            with file.open("x", encoding="utf-8") as opened:
+                opened.write(text)
+            return file
+        except FileExistsError:
+            continue
+    raise AssertionError
+
+
+def quiet_libraries() -> None:
+    """Keeps the libraries' bars, advice and warnings off stderr, here and in child processes."""
+    for name, value in (
+        ("HF_HUB_DISABLE_PROGRESS_BARS", "1"),  # transformers' own bars follow it too
+        ("HF_HUB_VERBOSITY", "error"),
+        ("TRANSFORMERS_VERBOSITY", "error"),
+        ("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1"),
+        ("TOKENIZERS_PARALLELISM", "false"),  # else it warns at every fork
+    ):
+        os.environ.setdefault(name, value)
+    for library in ("bitsandbytes", "accelerate", "peft", "torch"):
+        logging.getLogger(library).setLevel(logging.ERROR)
+    # Appended, so that what `python -W` or a test runner asks for still comes first.
+    warnings.simplefilter("ignore", append=True)
+
+
+_SHARED = (
+    ("format", options.Format, "auto"),
+    ("json", options.Json, False),
+    ("save", options.Save, None),
+    ("quiet", options.Quiet, False),
+    ("debug", options.Debug, False),
+)
+
+
+def command(
+    name: str,
+) -> Callable[[Callable[Concatenate[Run, Body], None]], Callable[..., None]]:
+    """Makes a body into the function that Typer calls: shared options in, a `Run` handed on."""
+
+    def wrap(body: Callable[Concatenate[Run, Body], None]) -> Callable[..., None]:
+        def framed(context: typer.Context, **arguments: Any) -> None:
+            shared = {key: arguments.pop(key) for key, _, _ in _SHARED}
+            invocation: Invocation = context.obj
+            console = invocation.console
+            console.quiet = shared["quiet"]
+            console.debug = console.debug or shared["debug"]
+            if shared["json"] and shared["format"] not in ("auto", "json"):
+                raise UsageError(f"--json contradicts --format {shared['format']}")
+            console.claim_stdout()
+            if shared["save"] is not None:
+                prepare_save_directory(shared["save"])
+            run = Run(
+                name,
+                console,
+                argv=["loftq", *invocation.argv],
+                format="json" if shared["json"] else shared["format"],
+                save=shared["save"],
+            )
+            body(run, **arguments)  # type: ignore[call-arg]
+
+        _, *own = inspect.signature(body, eval_str=True).parameters.values()
+        parameters = [
+            inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context),
+            *(each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in own),
+            *(
+                inspect.Parameter(
+                    key, inspect.Parameter.KEYWORD_ONLY, annotation=annotation, default=default
+                )
+                for key, annotation, default in _SHARED
+            ),
+        ]
+        framed.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        framed.__annotations__ = {each.name: each.annotation for each in parameters}
+        framed.__name__ = body.__name__
+        framed.__doc__ = body.__doc__
+        return framed
+
+    return wrap

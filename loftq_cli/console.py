@@ -1,0 +1,271 @@
+"""The one place that writes: the result to stdout, everything else to stderr.
+
+`Console.claim_stdout` takes the real stdout aside and points file descriptor 1 at stderr. From then
+on no library, no C code and no child process can reach the real stdout; only `write_result` does.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING
+
+from loftq_cli.errors import LoftqError
+from loftq_cli.report.escape import visible
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as RichProgress
+
+PLAIN_PROGRESS_SHARE = 0.1
+PLAIN_PROGRESS_SECONDS = 30.0
+
+_STYLES = {"error": "1;31", "warning": "33", "cause": "2", "hint": "36", "note": "2"}
+
+
+def _open_if_closed(descriptor: int) -> None:
+    """A file opened later must not become what libraries take for stderr."""
+    try:
+        os.fstat(descriptor)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_RDWR), descriptor)
+        os.set_inheritable(descriptor, True)
+
+
+def wants_colour(is_terminal: bool, environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether escape codes may be written there. An empty variable counts as unset."""
+    if environ.get("NO_COLOR"):
+        return False
+    if environ.get("FORCE_COLOR"):
+        return True
+    return is_terminal and environ.get("TERM") != "dumb"
+
+
+def width_of(descriptor: int, environ: Mapping[str, str] = os.environ) -> int:
+    """Columns to lay out for: COLUMNS, else the terminal's own, else 80."""
+    columns = environ.get("COLUMNS", "")
+    if columns.isdigit() and int(columns) > 0:
+        return int(columns)
+    try:
+        return os.get_terminal_size(descriptor).columns or 80
+    except OSError:
+        return 80
+
+
+class Console:
+    """One run's way out. `quiet` drops progress and notes; warnings and errors stay."""
+
+    def __init__(self) -> None:
+        self.quiet = False
+        self.debug = bool(os.environ.get("LOFTQ_DEBUG"))
+        self._result: int | None = None
+        self._bar: RichProgress | None = None
+
+    # --- stdout ---------------------------------------------------------------------------------
+
+    def claim_stdout(self) -> None:
+        """Sets the real stdout aside for the result; everything else that is printed is stderr's.
+
+        It is never given back: C libraries flush their buffers, and child processes finish their
+        lines, as late as at exit.
+        """
+        if self._result is not None:
+            return
+        if sys.stdout is not None:
+            with suppress(OSError, ValueError):
+                sys.stdout.flush()
+        _open_if_closed(2)
+        try:
+            self._result = os.dup(1)
+        except OSError as error:
+            raise LoftqError(
+                "there is nowhere to write the result",
+                cause=f"stdout is closed ({error.strerror})",
+                hint="add >/dev/null if the result is not wanted",
+            ) from None
+        os.dup2(2, 1)
+
+    @property
+    def has_claimed_stdout(self) -> bool:
+        return self._result is not None
+
+    @property
+    def result_descriptor(self) -> int:
+        return 1 if self._result is None else self._result
+
+    @property
+    def stdout_is_terminal(self) -> bool:
+        return os.isatty(self.result_descriptor)
+
+    @property
+    def stdout_speaks_unicode(self) -> bool:
+        """Whether box-drawing characters survive; files and pipes always get UTF-8."""
+        encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+        return not self.stdout_is_terminal or "utf" in encoding.lower()
+
+    def write_result(self, text: str) -> None:
+        """Writes the result. A reader that has seen enough (`| head -1`) is not an error."""
+        encoding = "utf-8" if self.stdout_speaks_unicode else "ascii"
+        data = memoryview(text.encode(encoding, errors="backslashreplace"))
+        try:
+            while data:
+                data = data[os.write(self.result_descriptor, data) :]
+        except BrokenPipeError:
+            return
+        except OSError as error:
+            raise LoftqError("could not write the result to stdout", cause=error.strerror) from None
+
+    # --- stderr ---------------------------------------------------------------------------------
+
+    @property
+    def stderr_is_terminal(self) -> bool:
+        return sys.stderr is not None and sys.stderr.isatty()
+
+    def note(self, text: str) -> None:
+        """Something nice to know."""
+        if not self.quiet:
+            self._say("note", text)
+
+    def warn(self, text: str) -> None:
+        """Something that the result's reader must know."""
+        self._say("warning", text)
+
+    def error(self, what: str, cause: str | None = None, hint: str | None = None) -> None:
+        self._say("error", what)
+        if cause:
+            self._say("cause", cause)
+        if hint:
+            self._say("hint", hint)
+
+    def traceback(self) -> None:
+        """The traceback of the exception being handled."""
+        import traceback
+
+        self._write(traceback.format_exc())
+
+    def _say(self, kind: str, text: str) -> None:
+        label = f"{kind}:"
+        if wants_colour(self.stderr_is_terminal):
+            label = f"\x1b[{_STYLES[kind]}m{label}\x1b[0m"
+        # A multi-line message keeps its lines; whatever else is not printable is spelled out.
+        lines = [visible(line) for line in text.splitlines()] or [""]
+        self._write(f"{label} " + "\n  ".join(lines) + "\n")
+
+    def _write(self, text: str) -> None:
+        # Losing the reader of stderr must not lose the work.
+        with suppress(OSError, ValueError):
+            if self._bar is not None:
+                # The bar lives on the last line: it steps aside while something is said.
+                self._bar.console.out(text.rstrip("\n"), highlight=False)
+            elif sys.stderr is not None:
+                sys.stderr.write(text)
+                sys.stderr.flush()
+
+    # --- progress -------------------------------------------------------------------------------
+
+    @contextmanager
+    def progress(self, label: str, total: int) -> Iterator[Progress]:
+        """Shows how far the work is: a bar on a terminal, a line now and then elsewhere."""
+        if self.quiet:
+            yield Progress(self, label, total)
+        elif self.stderr_is_terminal and os.environ.get("TERM") != "dumb":
+            with self._rich_bar() as bar:
+                yield _BarProgress(self, label, total, bar)
+        else:
+            yield _LineProgress(self, label, total)
+
+    @contextmanager
+    def _rich_bar(self) -> Iterator[RichProgress]:
+        from rich.console import Console as RichConsole
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import Progress as Bar
+
+        out = RichConsole(
+            stderr=True,
+            force_terminal=True,
+            color_system="standard" if wants_colour(True) else None,
+            width=width_of(2),
+            highlight=False,
+            _environ={},
+        )
+        bar = Bar(
+            TextColumn("{task.fields[label]}", markup=False),
+            BarColumn(bar_width=20),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(compact=True),
+            TextColumn("{task.fields[name]}", markup=False, style="dim"),
+            console=out,
+            transient=True,
+        )
+        with bar:
+            self._bar = bar
+            try:
+                yield bar
+            finally:
+                self._bar = None
+
+
+class Progress:
+    """Counts finished pieces; shows nothing by itself."""
+
+    def __init__(self, console: Console, label: str, total: int) -> None:
+        self.console = console
+        self.label = label
+        self.total = total
+        self.done = 0
+
+    def start(self, name: str) -> None:
+        """The piece called `name` is being worked on."""
+
+    def advance(self, name: str = "") -> None:
+        """One more piece, called `name`, is done."""
+        self.done += 1
+
+
+class _BarProgress(Progress):
+    def __init__(self, console: Console, label: str, total: int, bar: RichProgress) -> None:
+        super().__init__(console, label, total)
+        self._bar = bar
+        self._task = bar.add_task("", total=total, label=label, name="")
+
+    def start(self, name: str) -> None:
+        # The end of a layer's name tells layers apart; a bar that wraps is no bar.
+        taken = len(self.label) + 2 * len(str(self.total)) + 36
+        room = max(10, self._bar.console.width - taken)
+        name = visible(name)
+        self._bar.update(self._task, name=name if len(name) <= room else "…" + name[1 - room :])
+
+    def advance(self, name: str = "") -> None:
+        super().advance(name)
+        if name:
+            self.start(name)
+        self._bar.update(self._task, advance=1)
+
+
+class _LineProgress(Progress):
+    def __init__(self, console: Console, label: str, total: int) -> None:
+        super().__init__(console, label, total)
+        self._began = self._spoke = time.monotonic()
+        self._spoke_at = 0
+
+    def advance(self, name: str = "") -> None:
+        super().advance(name)
+        now = time.monotonic()
+        share = (self.done - self._spoke_at) / max(self.total, 1)
+        last = self.done == self.total
+        if share < PLAIN_PROGRESS_SHARE and now - self._spoke < PLAIN_PROGRESS_SECONDS and not last:
+            return
+        self._spoke, self._spoke_at = now, self.done
+        elapsed = now - self._began
+        left = elapsed / self.done * (self.total - self.done)
+        times = f"took {_clock(elapsed)}" if last else f"{_clock(left)} left"
+        line = f"{self.label}: {self.done}/{self.total}, {times}"
+        self.console._write(f"{line}, {visible(name)}\n" if name else f"{line}\n")
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -1,0 +1,225 @@
+"""Blockwise 4-bit quantization, the readable reference: what bitsandbytes stores, bit for bit.
+
+    the weight, row by row, is cut into blocks of ``block_size`` values; the last may be shorter
+    absmax[b] = max |w| over block b
+    code[i]   = the level nearest to w[i] / absmax[b], a tie going to the lower level
+    Q[i]      = level[code[i]] · absmax[b], in float32, then rounded to the dtype of the source
+
+Double quantization stores the absmax themselves in eight bits: their mean is taken off and the
+rest quantized blockwise to the dynamic map, 256 at a time. The codes do not see it: they were
+chosen for the exact absmax.
+
+Held to bitsandbytes 0.50.2 on the CPU. Its dequantization agrees with the line above in every bit
+with three exceptions, and in all of them this module keeps to the line above:
+
+- with AVX512-BF16, results below 2^-126 become zero on their way to bfloat16;
+- without AVX512, and for rows of other than a multiple of 16 values, FP4's second zero is -0;
+- with AVX512, a kernel numbers the blocks from each row's start and so reads the wrong absmax when
+  a block reaches over the end of a row: see :func:`avx512_misreads`. Other machines are right.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from loftq_cli.core.codebooks import codebook, dynamic_map
+from loftq_cli.errors import InvalidSetting, NonFiniteWeight
+
+BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+NESTED_BLOCK_SIZE = 256
+SOURCE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+# Work goes by this many values, so that no temporary grows with the weight: 4 MiB of float32.
+_CHUNK = 1 << 20
+# bitsandbytes divides by no absmax smaller than this. It *stores* the larger one for a ragged
+# last block, and the true one elsewhere.
+_SMALLEST_ABSMAX = 1e-38
+
+
+@dataclass(frozen=True)
+class BlockwiseFormat:
+    """How a weight is stored in four bits."""
+
+    quant_type: Literal["nf4", "fp4"] = "nf4"
+    block_size: int = 64
+    double_quant: bool = False
+
+    def __post_init__(self) -> None:
+        codebook(self.quant_type)
+        if self.block_size not in BLOCK_SIZES:
+            sizes = ", ".join(map(str, BLOCK_SIZES))
+            raise InvalidSetting(f"block size {self.block_size} is not one of {sizes}")
+
+
+@dataclass(frozen=True)
+class QuantizedBlockwise:
+    """The tensors that bitsandbytes stores for a 4-bit linear layer, and how to read them."""
+
+    packed: Tensor  # uint8 (ceil(n / 2), 1): two codes a byte, the first in the high nibble
+    absmax: Tensor  # float32 (blocks,); uint8 codes of it when double-quantized
+    nested_absmax: Tensor | None  # float32 (ceil(blocks / 256),) when double-quantized
+    nested_offset: float | None  # the mean absmax, a float32 value, when double-quantized
+    shape: tuple[int, int]
+    format: BlockwiseFormat
+    dtype: torch.dtype  # what the runtime dequantizes to
+
+
+@torch.no_grad()
+def quantize_blockwise(
+    W: Tensor, fmt: BlockwiseFormat, *, dtype: torch.dtype | None = None
+) -> QuantizedBlockwise:
+    """What ``bitsandbytes.functional.quantize_4bit`` stores for ``W``, on ``W``'s device.
+
+    ``dtype`` is the one that the stored weight is to dequantize to, ``W``'s own unless given.
+    A transposed view is copied once; beyond that, temporaries stay at a few chunks.
+    """
+    check_weight(W)
+    flat = W.reshape(-1)
+    n, device = flat.numel(), W.device
+    packed = torch.empty((n + 1) // 2, dtype=torch.uint8, device=device)
+    absmax = torch.empty(-(-n // fmt.block_size), dtype=torch.float32, device=device)
+    for start, stop in _chunks(n):
+        first, last = start // fmt.block_size, -(-stop // fmt.block_size)
+        codes, absmax[first:last] = _quantize_chunk(flat[start:stop].float(), fmt)
+        packed[start // 2 : (stop + 1) // 2] = codes[0::2] << 4 | codes[1::2]
+    nested_absmax = nested_offset = None
+    if fmt.double_quant:
+        # As bitsandbytes does it, torch's float32 mean: its last bit depends on the number of
+        # threads where there are more than 32768 blocks.
+        offset = absmax.mean()
+        absmax, nested_absmax = _quantize_dynamic(absmax - offset)
+        nested_offset = offset.item()
+    return QuantizedBlockwise(
+        packed.view(-1, 1),
+        absmax,
+        nested_absmax,
+        nested_offset,
+        (W.shape[0], W.shape[1]),
+        fmt,
+        W.dtype if dtype is None else dtype,
+    )
+
+
+@torch.no_grad()
+def dequantize_blockwise(q: QuantizedBlockwise) -> Tensor:
+    """The weight that the runtime computes with: ``q.shape``, ``q.dtype``."""
+    n, size, device = q.shape[0] * q.shape[1], q.format.block_size, q.packed.device
+    levels = codebook(q.format.quant_type).level_tensor(device)
+    absmax = restore_absmax(q)
+    packed = q.packed.view(-1)
+    out = torch.empty(n, dtype=q.dtype, device=device)
+    for start, stop in _chunks(n):
+        codes = packed[start // 2 : (stop + 1) // 2]
+        values = levels[torch.stack((codes >> 4, codes & 0xF), dim=1).view(-1).int()]
+        values = values[: stop - start]
+        scales = absmax[start // size : -(-stop // size)]
+        whole = values.numel() - values.numel() % size
+        values[:whole].view(-1, size).mul_(scales[: whole // size, None])
+        values[whole:].mul_(scales[whole // size :])
+        out[start:stop] = values
+    return out.view(q.shape)
+
+
+@torch.no_grad()
+def restore_absmax(q: QuantizedBlockwise) -> Tensor:
+    """The absmax of every block as the runtime uses it: float32 (blocks,)."""
+    if q.nested_absmax is None or q.nested_offset is None:
+        return q.absmax
+    scales = q.nested_absmax.repeat_interleave(NESTED_BLOCK_SIZE)[: q.absmax.numel()]
+    return dynamic_map(q.absmax.device)[q.absmax.int()] * scales + q.nested_offset
+
+
+def avx512_misreads(shape: tuple[int, int], block_size: int) -> bool:
+    """Whether bitsandbytes' AVX512 kernel dequantizes such a weight wrongly (0.50.2 does).
+
+    It looks the absmax up at ``row · (in // block_size) + column // block_size``, which is the
+    right block only while blocks end where rows end. A row of other than a multiple of sixteen
+    values, or blocks of 2048 and more, take another path, which is right.
+    """
+    out_features, in_features = shape
+    return (
+        out_features > 1
+        and out_features * in_features > block_size
+        and in_features % block_size != 0
+        and in_features % 16 == 0
+        and block_size < 2048
+    )
+
+
+def check_weight(W: Tensor) -> None:
+    """A weight is a matrix of a dtype that checkpoints hold full precision in."""
+    if W.ndim != 2:
+        raise InvalidSetting(f"a weight of shape {tuple(W.shape)} is not a matrix")
+    if W.numel() == 0:
+        raise InvalidSetting(f"a weight of shape {tuple(W.shape)} is empty")
+    if W.dtype not in SOURCE_DTYPES:
+        raise InvalidSetting(f"a weight of {W.dtype} is not in float32, bfloat16 or float16")
+
+
+@torch.no_grad()
+def check_finite(W: Tensor) -> None:
+    """Raise if ``W`` holds NaN or infinity, saying how many and where the first is."""
+    if all(bound.isfinite() for bound in W.aminmax()):
+        return
+    bad = ~W.isfinite()
+    row, column = divmod(int(bad.reshape(-1).int().argmax()), W.shape[1])
+    raise NonFiniteWeight(
+        f"{int(bad.sum())} of {W.numel()} values are NaN or infinite, the first at "
+        f"row {row}, column {column}"
+    )
+
+
+def _chunks(n: int) -> Iterator[tuple[int, int]]:
+    return ((start, min(start + _CHUNK, n)) for start in range(0, n, _CHUNK))
+
+
+def _quantize_chunk(values: Tensor, fmt: BlockwiseFormat) -> tuple[Tensor, Tensor]:
+    """Codes, padded to an even number, and absmax of whole blocks and at most one ragged one."""
+    book = codebook(fmt.quant_type)
+    whole = values.numel() - values.numel() % fmt.block_size
+    blocks = values[:whole].view(-1, fmt.block_size)
+    absmax = blocks.abs().amax(dim=1) if whole else values.new_zeros(0)
+    # Times the reciprocal, not divided: the two differ in the last bit, which moves ties.
+    scaled = blocks * (1.0 / absmax.clamp(min=_SMALLEST_ABSMAX)).view(-1, 1)
+    scaled = scaled.clamp_(-1, 1).view(-1)
+    if whole < values.numel():
+        ragged = values[whole:]
+        peak = ragged.abs().max().clamp(min=_SMALLEST_ABSMAX)
+        absmax = torch.cat((absmax, peak.view(1)))
+        # And here divided.
+        scaled = torch.cat((scaled, (ragged / peak).clamp_(-1, 1)))
+        scaled = torch.nn.functional.pad(scaled, (0, scaled.numel() % 2))
+    nearest = torch.bucketize(scaled, book.midpoints(values.device), out_int32=True)
+    return book.order_tensor(values.device)[nearest], absmax
+
+
+def _quantize_dynamic(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes of the dynamic map, and the absmax of every 256 values: bitsandbytes' CPU kernel.
+
+    That looks the code up in a table of 65536 steps over [-1, 1] instead of searching the map, so
+    values nearer to zero than 1.5e-5 all share one code. A block of zeros is stored as code 0.
+    """
+    n = values.numel()
+    blocks = torch.nn.functional.pad(values, (0, -n % NESTED_BLOCK_SIZE)).view(
+        -1, NESTED_BLOCK_SIZE
+    )
+    absmax = blocks.abs().amax(dim=1)
+    scaled = (blocks * (1.0 / absmax).view(-1, 1)).clamp_(-1, 1)
+    # One fused multiply-add there; in float64 product and sum are exact, and rounded once.
+    step = (((scaled + 1.0) * 0.5).double() * 65535 + 0.5).float()
+    # Zero times an infinite reciprocal.
+    step = step.nan_to_num_(nan=0.0).int()
+    codes = _dynamic_codes().to(values.device)[step].view(-1)[:n]
+    return codes, absmax
+
+
+@lru_cache(maxsize=1)
+def _dynamic_codes() -> Tensor:
+    """The code nearest to each of the 65536 steps."""
+    levels = dynamic_map()
+    steps = (torch.arange(65536, dtype=torch.float64) / 65535 * 2 - 1).float()
+    return torch.bucketize(steps, (levels[:-1] + levels[1:]) / 2).to(torch.uint8)

@@ -1,0 +1,111 @@
+"""The levels that stored codes stand for, in bitsandbytes' own order and float32 values.
+
+A 4-bit code is an index into sixteen levels between -1 and 1; a value is its level times the
+absmax of its block. bitsandbytes' kernels choose the table by name and ignore the one stored
+beside the codes, so these sixteen numbers are the format: no others can be loaded.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from loftq_cli.errors import InvalidSetting
+
+# NormalFloat: quantiles of N(0, 1), scaled so that the outermost are ±1, eight negative, seven
+# positive and an exact zero (QLoRA, arXiv 2305.14314, appendix E). The quantiles are those of
+# bitsandbytes' create_normal_map(offset=0.9677083), which QLoRA's authors fitted; the digits are
+# the float32 values that every kernel of bitsandbytes carries.
+NF4_LEVELS = (
+    -1.0,
+    -0.6961928009986877,
+    -0.5250730514526367,
+    -0.39491748809814453,
+    -0.28444138169288635,
+    -0.18477343022823334,
+    -0.09105003625154495,
+    0.0,
+    0.07958029955625534,
+    0.16093020141124725,
+    0.24611230194568634,
+    0.33791524171829224,
+    0.44070982933044434,
+    0.5626170039176941,
+    0.7229568362236023,
+    1.0,
+)
+
+# A 4-bit float, one sign bit, two exponent bits (bias 2), one mantissa bit, divided by its largest
+# value, 12. Listed by bit pattern 0b000 .. 0b111; the exponent is stored inverted, hence the order.
+_FP4_MAGNITUDES = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)
+FP4_LEVELS = tuple(m / 12 for m in _FP4_MAGNITUDES) + tuple(0.0 - m / 12 for m in _FP4_MAGNITUDES)
+
+# int8 codes run from -127 to 127; bitsandbytes dequantizes by multiplying with this reciprocal.
+INT8_LARGEST = 127.0
+INT8_RECIPROCAL = 7.874015718698502e-3
+
+
+@dataclass(frozen=True)
+class Codebook:
+    """Sixteen levels by code, and the codes that a quantizer may choose, ascending by level.
+
+    FP4 has two zeros, code 0 (+0) and code 8; a tie at zero goes to code 0, so ``order`` lists it
+    first. A codebook of fewer bits that lives in this container is the same ``levels`` with a
+    shorter ``order``.
+    """
+
+    quant_type: str
+    levels: tuple[float, ...]
+    order: tuple[int, ...]
+
+    def level_tensor(self, device: torch.device | str = "cpu") -> Tensor:
+        """The levels by code, float32: what bitsandbytes stores as ``quant_map``."""
+        return torch.tensor(self.levels, dtype=torch.float32, device=device)
+
+    def order_tensor(self, device: torch.device | str = "cpu") -> Tensor:
+        return torch.tensor(self.order, dtype=torch.uint8, device=device)
+
+    def midpoints(self, device: torch.device | str = "cpu") -> Tensor:
+        """The borders between neighbouring levels; a value on a border takes the lower level.
+
+        Computed in float32: a border rounded differently would move the ties.
+        """
+        ascending = self.level_tensor("cpu")[list(self.order)]
+        return ((ascending[:-1] + ascending[1:]) / 2).to(device)
+
+
+_CODEBOOKS = {
+    "nf4": Codebook("nf4", NF4_LEVELS, tuple(range(16))),
+    "fp4": Codebook("fp4", FP4_LEVELS, (11, 10, 13, 12, 15, 14, 9, 0, 8, 1, 6, 7, 4, 5, 2, 3)),
+}
+
+
+def codebook(quant_type: str) -> Codebook:
+    """The codebook called ``quant_type``."""
+    try:
+        return _CODEBOOKS[quant_type]
+    except KeyError:
+        names = ", ".join(_CODEBOOKS)
+        raise InvalidSetting(f"quantization type {quant_type!r} is not one of {names}") from None
+
+
+@lru_cache(maxsize=1)
+def _dynamic_map() -> Tensor:
+    levels = [0.0, 1.0]
+    for exponent in range(7):
+        # 2^e equal intervals of [0.1, 1], their centres times 10^(e-6): the smaller the value,
+        # the fewer bits are left for its fraction. float32 throughout, as in bitsandbytes.
+        edges = torch.linspace(0.1, 1, 2**exponent + 1, dtype=torch.float32, device="cpu")
+        centres = 10 ** (exponent - 6) * ((edges[:-1] + edges[1:]) / 2.0)
+        levels += centres.tolist() + (-centres).tolist()
+    return torch.tensor(sorted(levels), dtype=torch.float32)
+
+
+def dynamic_map(device: torch.device | str = "cpu") -> Tensor:
+    """The 256 levels of the signed 8-bit dynamic type (arXiv 1511.04561), ascending.
+
+    bitsandbytes stores a 4-bit weight's absmax in it when it double-quantizes, and the table
+    itself beside them as ``nested_quant_map``. It runs from -0.9930 to 1: not symmetric.
+    """
+    return _dynamic_map().to(device, copy=True)

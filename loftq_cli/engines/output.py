@@ -1,0 +1,153 @@
+"""Everything in the output directory beside the tasks' weight files."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from loftq_cli import __version__
+from loftq_cli.checkpoint.adapter import (
+    ADAPTER_CONFIG,
+    ADAPTER_DIRECTORY,
+    ADAPTER_NAME,
+    adapter_config,
+    adapter_part,
+)
+from loftq_cli.checkpoint.container import DTYPE_NAMES
+from loftq_cli.checkpoint.index import INDEX_FILE, Checkpoint
+from loftq_cli.checkpoint.safetensors import read_header, read_tensor
+from loftq_cli.checkpoint.staging import Staging
+from loftq_cli.checkpoint.writer import (
+    WrittenFile,
+    copy_file,
+    write_bytes_atomically,
+    write_safetensors,
+)
+from loftq_cli.engines.plan import Plan, Settings
+
+if TYPE_CHECKING:
+    from loftq_cli.models.architecture import Architecture
+
+
+def join_adapter(plan: Plan, staging: Staging, architecture: Architecture, base_model: str) -> None:
+    """Joins the tasks' shares to one `adapter_model.safetensors`, tensor by tensor."""
+
+    def tensors() -> Iterator[tuple[str, memoryview]]:
+        for task in plan.tasks:
+            header = read_header(staging.path(adapter_part(task.file_name)))
+            for tensor, info in header.tensors.items():
+                yield tensor, read_tensor(header, info)
+
+    if ADAPTER_NAME not in staging.finished:
+        planned = plan.adapter_tensors(plan.layers)
+        staging.record(
+            ADAPTER_NAME, write_safetensors(staging.path(ADAPTER_NAME), planned, tensors())
+        )
+    for task in plan.tasks:
+        staging.path(adapter_part(task.file_name)).unlink(missing_ok=True)
+    config = adapter_config(
+        base_model=base_model,
+        task_type=architecture.task_type,
+        rank=plan.settings.rank,
+        lora_alpha=plan.settings.lora_alpha,
+        use_rslora=plan.settings.use_rslora,
+        target_modules=_target_modules(plan, architecture),
+    )
+    write_json(staging, f"{ADAPTER_DIRECTORY}/{ADAPTER_CONFIG}", config)
+
+
+def _target_modules(plan: Plan, architecture: Architecture) -> list[str]:
+    """The adapted modules: the ends of their names where those say it all, else whole paths."""
+    adapted = {planned.layer.module for planned in plan.layers if planned.adapted}
+    ends = {name.rpartition(".")[2] for name in adapted}
+    hit = {name for name in architecture.module_names if name.rpartition(".")[2] in ends}
+    return sorted(ends if hit == adapted else adapted)
+
+
+def write_model_files(
+    plan: Plan,
+    staging: Staging,
+    architecture: Architecture,
+    config: dict[str, Any],
+    companions: Sequence[Path],
+) -> None:
+    """Config, index, tokenizer, licences."""
+    for source in companions:
+        if source.name not in staging.finished:
+            staging.record(source.name, copy_file(source, staging.path(source.name)))
+    if len(plan.tasks) > 1:
+        write_json(staging, INDEX_FILE, _index(plan))
+    quantization = quantization_config(plan, architecture)
+    write_json(staging, "config.json", {**config, "quantization_config": quantization})
+
+
+def quantization_config(plan: Plan, architecture: Architecture) -> dict[str, Any]:
+    """What transformers' BitsAndBytesConfig reads, with every skipped module by its full path."""
+    settings = plan.settings
+    skipped = architecture.skip_modules([planned.layer for planned in plan.layers])
+    common = {
+        "quant_method": "bitsandbytes",
+        "load_in_8bit": settings.bits == 8,
+        "load_in_4bit": settings.bits == 4,
+        "llm_int8_skip_modules": skipped,
+    }
+    if settings.bits == 8:
+        # Threshold 0: no outlier columns in 16 bits, whose detection would cost every forward.
+        return {**common, "llm_int8_threshold": 0.0, "llm_int8_has_fp16_weight": False}
+    dtypes = [planned.layer.dtype for planned in plan.layers]
+    return {
+        **common,
+        "bnb_4bit_quant_type": settings.quant_type,
+        "bnb_4bit_use_double_quant": settings.double_quant,
+        "bnb_4bit_compute_dtype": DTYPE_NAMES[max(set(dtypes), key=dtypes.count)],
+        "bnb_4bit_quant_storage": "uint8",
+    }
+
+
+def written_files(staging: Staging) -> list[WrittenFile]:
+    """Every file that the output will have, with its hash, by name."""
+    parts = adapter_part("")
+    return [
+        WrittenFile(name, entry.bytes, entry.sha256)
+        for name, entry in sorted(staging.finished.items())
+        if not name.startswith(parts)
+    ]
+
+
+def fingerprint(
+    checkpoint: Checkpoint, config: dict[str, Any], settings: Settings, device: str
+) -> dict[str, Any]:
+    """What decides the bytes of the result: two runs with the same one can share their work."""
+    return {
+        "loftq": __version__,
+        "source": {
+            name: {"bytes": header.file_bytes, "header_sha256": header.sha256}
+            for name, header in sorted(checkpoint.headers.items())
+        },
+        "config_sha256": hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest(),
+        "settings": settings.as_dict(),
+        "device": device.partition(":")[0],
+    }
+
+
+def _index(plan: Plan) -> dict[str, Any]:
+    """`model.safetensors.index.json`: which file has which tensor."""
+    weight_map = {
+        tensor.name: task.file_name for task in plan.tasks for tensor in plan.model_tensors(task)
+    }
+    return {
+        "metadata": {"total_size": plan.model_bytes},
+        "weight_map": dict(sorted(weight_map.items())),
+    }
+
+
+def write_json(staging: Staging, name: str, content: dict[str, Any]) -> None:
+    """One of the small files: readable, and the same bytes for the same content."""
+    write_text(staging, name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(staging: Staging, name: str, text: str) -> None:
+    staging.record(name, write_bytes_atomically(staging.path(name), text.encode()))

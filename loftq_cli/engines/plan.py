@@ -1,0 +1,264 @@
+"""The plan of a `quantize` run: pure data, made from headers and config alone.
+
+A plan says which tensor goes into which output file, and in what form. Each output file is one
+task: it depends on its input tensors and on nothing else, so tasks can run in any order, in one
+process or many, and again after a crash.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from loftq_cli.checkpoint import adapter, container
+from loftq_cli.checkpoint.writer import PlannedTensor
+from loftq_cli.errors import InvalidSetting, UnknownTargetModule, UnsupportedModel
+from loftq_cli.models.layers import Inventory, LeftTensor, LinearLayer, last_part
+
+# One output file is the unit of work that a killed run may lose.
+SHARD_BYTES = 1 << 30
+ALL_LINEAR = "all-linear"
+BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides the bytes of the result. The same settings give the same bytes."""
+
+    bits: Literal[4, 8] = 4
+    quant_type: Literal["nf4", "fp4"] = "nf4"
+    block_size: int = 64
+    double_quant: bool = False
+    init: Literal["loftq", "qlora"] = "loftq"
+    rank: int = 16
+    iterations: int = 5
+    lora_alpha: float = 16
+    use_rslora: bool = False
+    target_modules: tuple[str, ...] = (ALL_LINEAR,)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.block_size not in BLOCK_SIZES:
+            raise InvalidSetting(
+                f"no block size {self.block_size}",
+                cause="bitsandbytes has kernels for powers of two from 32 to 4096",
+                hint="--block-size 64",
+            )
+        for name, value, least in (("rank", self.rank, 1), ("iterations", self.iterations, 1)):
+            if value < least:
+                raise InvalidSetting(f"{name} {value} is too small", hint=f"--{name} {least}")
+        if not self.lora_alpha > 0:
+            raise InvalidSetting(
+                f"lora_alpha {self.lora_alpha} is not positive",
+                cause="the correction is divided by lora_alpha / rank",
+            )
+
+    @property
+    def scaling(self) -> float:
+        """s in W ≈ Q + s·B·A."""
+        return self.lora_alpha / (self.rank**0.5 if self.use_rslora else self.rank)
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "target_modules": list(self.target_modules)}
+
+
+@dataclass(frozen=True)
+class PlannedLayer:
+    """A linear layer that will be quantized; ``adapted`` if it also gets A and B."""
+
+    layer: LinearLayer
+    adapted: bool
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.layer.out_features, self.layer.in_features
+
+
+@dataclass(frozen=True)
+class Task:
+    """One output file: layers to quantize and tensors to copy, in the checkpoint's order."""
+
+    file_name: str
+    entries: tuple[PlannedLayer | LeftTensor, ...]
+
+    @property
+    def layers(self) -> list[PlannedLayer]:
+        return [entry for entry in self.entries if isinstance(entry, PlannedLayer)]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All tasks of a run."""
+
+    settings: Settings
+    tasks: tuple[Task, ...]
+
+    @property
+    def layers(self) -> list[PlannedLayer]:
+        return [layer for task in self.tasks for layer in task.layers]
+
+    @property
+    def left(self) -> list[LeftTensor]:
+        return [
+            entry for task in self.tasks for entry in task.entries if isinstance(entry, LeftTensor)
+        ]
+
+    def model_tensors(self, task: Task) -> list[PlannedTensor]:
+        """What the task's output file will hold."""
+        return [tensor for entry in task.entries for tensor in stored(entry, self.settings)]
+
+    def adapter_tensors(self, layers: Iterable[PlannedLayer]) -> list[PlannedTensor]:
+        """The A and B of these layers."""
+        return [
+            tensor
+            for planned in layers
+            if planned.adapted
+            for tensor in adapter.plan_lora(planned.layer.module, planned.shape, self.settings.rank)
+        ]
+
+    @property
+    def model_bytes(self) -> int:
+        return sum(tensor.nbytes for task in self.tasks for tensor in self.model_tensors(task))
+
+    @property
+    def adapter_bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.adapter_tensors(self.layers))
+
+    @property
+    def trainable_parameters(self) -> int:
+        return self.adapter_bytes // 4
+
+    @property
+    def workspace_bytes(self) -> int:
+        """Memory of the largest task step: the weight, Q, the residual and its decomposition.
+
+        The exact SVD holds the residual, U, V and LAPACK's workspace, each of about the weight's
+        size in float32, beside W, Q and the best iterate so far.
+        """
+        largest = max((planned.layer.parameters for planned in self.layers), default=0)
+        return 8 * 4 * largest
+
+
+def make_plan(inventory: Inventory, settings: Settings) -> Plan:
+    """Decides for every tensor of the checkpoint what becomes of it.
+
+    Raises:
+        UnsupportedModel: no layer of this model can be quantized.
+        UnknownTargetModule: a target matches no layer.
+        InvalidSetting: the rank is too large for an adapted layer.
+    """
+    if not inventory.layers:
+        reasons = sorted({left.reason for left in inventory.left if len(left.shape) == 2})
+        raise UnsupportedModel(
+            "no layer of this model can be quantized",
+            cause="; ".join(reasons) or "it has no matrices",
+        )
+    adapted = match_targets(inventory, settings.target_modules)
+    entries = [
+        PlannedLayer(entry, entry.module in adapted) if isinstance(entry, LinearLayer) else entry
+        for entry in inventory.entries
+    ]
+    for planned in (entry for entry in entries if isinstance(entry, PlannedLayer)):
+        largest = min(planned.shape)
+        if planned.adapted and settings.rank > largest:
+            raise InvalidSetting(
+                f"rank {settings.rank} is too large for {planned.layer.module}",
+                cause=f"the layer is {planned.shape[0]}×{planned.shape[1]}, "
+                f"so its largest rank is {largest}",
+                hint=f"--rank {largest}, or leave the layer out with --target-modules",
+            )
+    if settings.bits == 4:
+        _require_whole_blocks(inventory.layers, settings.block_size)
+    return Plan(settings, tuple(_tasks(entries, settings)))
+
+
+def _require_whole_blocks(layers: Sequence[LinearLayer], block_size: int) -> None:
+    """Refuses a block size that some layer's rows are no multiple of."""
+    misfit = next((layer for layer in layers if not layer.fits(block_size)), None)
+    if misfit is not None:
+        fitting = [size for size in BLOCK_SIZES if all(layer.fits(size) for layer in layers)]
+        raise InvalidSetting(
+            f"block size {block_size} does not fit {misfit.module}",
+            cause=f"its rows have {misfit.in_features} weights, and bitsandbytes' kernels "
+            "want whole blocks in a row",
+            hint=f"--block-size {max(fitting)}",
+        )
+
+
+def match_targets(inventory: Inventory, targets: Sequence[str]) -> set[str]:
+    """The modules to adapt, by PEFT's rule: a target is a whole path or the end of one.
+
+    Names as the checkpoint spells them are understood too, where the model class renames them.
+    """
+    modules = {layer.module for layer in inventory.layers}
+    if tuple(targets) == (ALL_LINEAR,):
+        return modules
+    chosen: set[str] = set()
+    for target in targets:
+        hits = {
+            layer.module
+            for layer in inventory.layers
+            if _ends_with(layer.module, target)
+            or _ends_with(layer.tensor.removesuffix(".weight"), target)
+        }
+        if not hits:
+            raise _unknown_target(target, inventory)
+        chosen |= hits
+    return chosen
+
+
+def stored(entry: PlannedLayer | LeftTensor, settings: Settings) -> list[PlannedTensor]:
+    """The tensors that an entry becomes in the output."""
+    if isinstance(entry, LeftTensor):
+        return [PlannedTensor(entry.tensor, entry.dtype, entry.shape)]
+    if settings.bits == 8:
+        return container.plan_8bit(entry.layer.tensor, entry.shape)
+    return container.plan_4bit(
+        entry.layer.tensor,
+        entry.shape,
+        entry.layer.dtype,
+        settings.quant_type,
+        settings.block_size,
+        settings.double_quant,
+    )
+
+
+def _tasks(entries: Sequence[PlannedLayer | LeftTensor], settings: Settings) -> Iterable[Task]:
+    groups: list[list[PlannedLayer | LeftTensor]] = [[]]
+    filled = 0
+    for entry in entries:
+        size = sum(tensor.nbytes for tensor in stored(entry, settings))
+        if groups[-1] and filled + size > SHARD_BYTES:
+            groups.append([])
+            filled = 0
+        groups[-1].append(entry)
+        filled += size
+    if len(groups) == 1:
+        return [Task("model.safetensors", tuple(groups[0]))]
+    return [
+        Task(f"model-{number:05d}-of-{len(groups):05d}.safetensors", tuple(group))
+        for number, group in enumerate(groups, start=1)
+    ]
+
+
+def _ends_with(name: str, target: str) -> bool:
+    return name == target or name.endswith(f".{target}")
+
+
+def _unknown_target(target: str, inventory: Inventory) -> UnknownTargetModule:
+    for left in inventory.left:
+        if _ends_with(left.tensor.removesuffix(".weight"), target):
+            return UnknownTargetModule(
+                f"'{target}' is not a layer that can be adapted",
+                cause=f"{left.tensor} stays as it is: {left.reason}",
+                hint=f"--target-modules {ALL_LINEAR}",
+            )
+    names = sorted({last_part(layer.module) for layer in inventory.layers})
+    near = difflib.get_close_matches(target, names, n=3, cutoff=0.4) or names
+    return UnknownTargetModule(
+        f"no layer is called '{target}'",
+        cause=f"the linear layers of this model are {', '.join(names)}",
+        hint=f"--target-modules {','.join(near)}",
+    )

@@ -1,0 +1,152 @@
+"""Runs one task: reads its tensors one by one and quantizes what is to be quantized.
+
+A task hands over the bytes of its output file and holds one weight at a time; what it keeps to
+its end are the adapters, which are small.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from loftq_cli.checkpoint import adapter, container
+from loftq_cli.checkpoint.index import Checkpoint
+from loftq_cli.checkpoint.safetensors import Header, TensorInfo, read_rows, read_tensor
+from loftq_cli.checkpoint.tensors import load_tensor
+from loftq_cli.engines.plan import PlannedLayer, Settings, Task
+from loftq_cli.errors import LoftqError
+
+if TYPE_CHECKING:
+    import torch
+
+    from loftq_cli.core.loftq import LoftqResult
+
+# A copied tensor passes through memory in pieces of about this size.
+COPY_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class LayerOutcome:
+    """What came out for one layer: plain data that a manifest can keep.
+
+    Errors are relative to ``norm``, the weight's Frobenius norm.
+    """
+
+    name: str
+    error: float
+    quantized_only_error: float
+    error_curve: list[float]
+    best_iteration: int
+    norm: float
+    seconds: float
+
+
+class Progress(Protocol):
+    """Whom a task tells what it is doing."""
+
+    def start(self, name: str) -> None: ...
+    def advance(self, name: str) -> None: ...
+
+
+class RunningTask:
+    """One task under way: iterate :meth:`chunks` to their end, then take the rest."""
+
+    def __init__(
+        self,
+        task: Task,
+        settings: Settings,
+        checkpoint: Checkpoint,
+        device: str,
+        progress: Progress,
+    ) -> None:
+        self.task = task
+        self.settings = settings
+        self.checkpoint = checkpoint
+        self.device = device
+        self.progress = progress
+        self.outcomes: list[LayerOutcome] = []
+        self.adapters: list[tuple[str, memoryview]] = []
+
+    def chunks(self) -> Iterator[tuple[str, memoryview]]:
+        """Name and bytes of the output file's tensors; large ones come in pieces."""
+        for entry in self.task.entries:
+            if isinstance(entry, PlannedLayer):
+                self.progress.start(entry.layer.module)
+                yield from self._quantized(entry)
+                self.progress.advance(entry.layer.module)
+            else:
+                for piece in _pieces(*self.checkpoint.tensors[entry.tensor]):
+                    yield entry.tensor, piece
+
+    def _quantized(self, planned: PlannedLayer) -> Iterator[tuple[str, memoryview]]:
+        began = time.perf_counter()
+        layer = planned.layer
+        W = load_tensor(*self.checkpoint.tensors[layer.tensor])
+        if layer.transposed:
+            W = W.T.contiguous()
+        W = W.to(self.device)
+        try:
+            result = initialize(W, planned, self.settings)
+        except LoftqError as error:
+            raise error.within(layer.tensor) from error
+        self.outcomes.append(
+            LayerOutcome(
+                layer.module,
+                result.error,
+                result.quantized_only_error,
+                result.errors,
+                result.best_iteration,
+                float(W.double().norm()),
+                time.perf_counter() - began,
+            )
+        )
+        if planned.adapted:
+            name_a, name_b = adapter.lora_names(layer.module)
+            self.adapters.append((name_a, container.tensor_memory(result.lora_A)))
+            self.adapters.append((name_b, container.tensor_memory(result.lora_B)))
+        yield from container.tensors(layer.tensor, result.quantized)
+
+
+def initialize(W: torch.Tensor, planned: PlannedLayer, settings: Settings) -> LoftqResult:
+    """The start of one layer. A layer without an adapter is quantized and no more."""
+    from loftq_cli.core import loftq
+
+    alternate = planned.adapted and settings.init == "loftq"
+    return loftq.initialize(
+        W,
+        quantizer(settings),
+        settings.rank if planned.adapted else 1,
+        scaling=settings.scaling,
+        iterations=settings.iterations if alternate else 0,
+        seed=layer_seed(settings.seed, planned.layer.module),
+    )
+
+
+def quantizer(settings: Settings) -> Any:
+    """The way of storing weights that the settings ask for."""
+    from loftq_cli.core.blockwise import BlockwiseFormat
+    from loftq_cli.core.quantizers import Blockwise, Int8
+
+    if settings.bits == 8:
+        return Int8()
+    return Blockwise(
+        BlockwiseFormat(settings.quant_type, settings.block_size, settings.double_quant)
+    )
+
+
+def layer_seed(seed: int, module: str) -> int:
+    """A seed for one layer that does not depend on which layers came before it."""
+    digest = hashlib.sha256(f"{seed}:{module}".encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+def _pieces(header: Header, info: TensorInfo) -> Iterator[memoryview]:
+    if info.nbytes <= COPY_BYTES or not info.shape:
+        yield read_tensor(header, info)
+        return
+    rows = max(1, COPY_BYTES * info.shape[0] // info.nbytes)
+    for first in range(0, info.shape[0], rows):
+        yield read_rows(header, info, first, min(first + rows, info.shape[0]))

@@ -1,0 +1,144 @@
+"""What this box is, and what `auto` becomes on it. Imports torch only to ask it."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from loftq_cli.errors import LoftqError, UsageError
+
+PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "safetensors")
+
+
+class Choice(NamedTuple):
+    value: str
+    reason: str
+
+
+def resolve_device(requested: str) -> Choice:
+    """`auto`, `cpu`, `cuda` or `cuda:N` as a device that torch can use."""
+    import torch
+
+    index = requested.removeprefix("cuda").removeprefix(":")
+    if requested == "cpu":
+        return Choice("cpu", "asked for")
+    if requested == "auto":
+        if torch.cuda.is_available():
+            return Choice("cuda:0", f"auto: torch sees {torch.cuda.get_device_name(0)}")
+        return Choice("cpu", f"auto: {_why_no_cuda(torch)}")
+    if not requested.startswith("cuda") or (requested != "cuda" and not index.isdigit()):
+        raise UsageError(
+            f"there is no device {requested!r}", hint="use --device auto, cpu, cuda or cuda:N"
+        )
+    if not torch.cuda.is_available():
+        raise LoftqError(
+            f"cannot use --device {requested}", cause=_why_no_cuda(torch), hint="use --device cpu"
+        )
+    number = int(index or 0)
+    count = torch.cuda.device_count()
+    if number >= count:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        raise LoftqError(
+            f"cannot use --device {requested}",
+            cause=f"torch sees {count} CUDA device(s)"
+            + (f" with CUDA_VISIBLE_DEVICES={visible}" if visible is not None else ""),
+            hint=f"use --device cuda:{count - 1}",
+        )
+    return Choice(f"cuda:{number}", f"asked for: {torch.cuda.get_device_name(number)}")
+
+
+def resolve_dtype(requested: str, device: str, stored: str | None = None) -> Choice:
+    """The dtype to compute in. `stored` is the checkpoint's own, where that is known."""
+    if requested != "auto":
+        return Choice(requested, "asked for")
+    if device == "cpu":
+        if stored == "float16":
+            # Half-precision kernels on the CPU are missing for some operations and slow for most.
+            return Choice("float32", "auto: the checkpoint is float16, which CPUs compute badly")
+        if stored in ("float32", "bfloat16"):
+            return Choice(stored, "auto: as the checkpoint stores it")
+        return Choice("float32", "auto: what every CPU computes well")
+    import torch
+
+    if not torch.cuda.is_bf16_supported(including_emulation=False):
+        return Choice("float16", "auto: this GPU has no bfloat16")
+    if stored in ("float16", "float32", "bfloat16"):
+        return Choice(stored, "auto: as the checkpoint stores it")
+    return Choice("bfloat16", "auto: this GPU has bfloat16")
+
+
+def _why_no_cuda(torch: Any) -> str:
+    if torch.version.cuda is None and getattr(torch.version, "hip", None) is None:
+        return f"this torch ({torch.__version__}) is built without CUDA"
+    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+        return "CUDA_VISIBLE_DEVICES hides every GPU"
+    return "torch finds no CUDA device"
+
+
+def peak_memory_bytes() -> int:
+    """The most memory this process has had resident so far."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        # ru_maxrss survives exec: started from a large process it would report the parent's peak.
+        for line in status.read_text(encoding="ascii", errors="replace").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def memory_bytes() -> int | None:
+    """The memory this process may use: the machine's, or the container's where that is less."""
+    try:
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):
+        return None
+    for limit in (
+        Path("/sys/fs/cgroup/memory.max"),
+        Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
+    ):
+        try:
+            total = min(total, int(limit.read_text(encoding="ascii")))
+        except (OSError, ValueError):  # not in a cgroup, or "max"
+            continue
+    return total
+
+
+def environment() -> dict[str, Any]:
+    """The `environment` of a result document."""
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "machine": platform.machine(),
+        "cpu_count": _cpu_count(),
+        "memory_bytes": memory_bytes(),
+        "packages": {name: version for name in PACKAGES if (version := _version(name))},
+        "accelerators": _accelerators(),
+    }
+
+
+def _cpu_count() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _accelerators() -> list[dict[str, Any]]:
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_available():
+        return []
+    found = (torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count()))
+    return [{"name": each.name, "memory_bytes": each.total_memory} for each in found]

@@ -1,0 +1,154 @@
+"""Which tensors of a checkpoint are linear layers, read from names and shapes alone.
+
+No torch is needed, so `--dry-run` answers at once and for checkpoints of any size. Names follow
+conventions, not rules: `architecture.py` asks the model class itself and has the last word
+whenever weights are really written; a test holds the two against each other.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from loftq_cli.checkpoint.safetensors import TensorInfo
+
+# What bitsandbytes can quantize.
+FLOAT_DTYPES = {"F32", "F16", "BF16"}
+
+# Why a tensor is left as it was. The report and `targets` print these words.
+NOT_A_MATRIX = "not a matrix (norm, bias or convolution)"
+NOT_FLOATING_POINT = "not float32, float16 or bfloat16"
+EMBEDDING = "embedding"
+OUTPUT_HEAD = "output head"
+STACKED_EXPERTS = "stacked experts: transformers and bitsandbytes have no 4-bit form for them"
+ROUTER = "expert router"
+KEPT_IN_FLOAT32 = "kept in float32 by transformers"
+SUBCLASSED_LINEAR = "a subclass of nn.Linear, which transformers does not replace"
+AWKWARD_SHAPE = "a shape that bitsandbytes' kernels do not take on every device"
+
+# bitsandbytes' CPU kernels (`_convert_weight_packed_for_cpu`) want whole groups of rows and, in
+# each row, whole blocks; a layer that does not have them would load and then fail to run.
+ROW_GROUP = 32
+DEFAULT_BLOCK_SIZE = 64
+
+# `X.weight` with one of these as the last part of X is a lookup table, not a product.
+_EMBEDDING = re.compile(
+    r"(^|_)embed(ding)?s?($|_)|^(wte|wpe|shared|relative_attention_bias)$"
+    r"|^(embed_in|tokens_embed|positions_embed)$"
+)
+_HEAD = re.compile(r"^(lm_head|embed_out|score|classifier|qa_outputs)(\.|$)|^cls\.|\.lm_head$")
+_EXPERT = re.compile(r"\.experts\.\d+\.")
+# transformers' Conv1D stores its weight as (in, out).
+_CONV1D_MODEL_TYPES = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer"}
+_CONV1D_NAMES = {"c_attn", "c_proj", "c_fc", "q_attn"}
+# `_keep_in_fp32_modules` of the model classes, and linear layers of a class of their own.
+_KEPT_IN_FLOAT32 = {"t5": {"wo"}, "mt5": {"wo"}, "umt5": {"wo"}, "longt5": {"wo"}}
+_SUBCLASSED = {"falcon"}
+
+
+@dataclass(frozen=True)
+class LinearLayer:
+    """A linear layer whose weight the container can hold.
+
+    ``transposed`` says that the checkpoint stores (in, out), as Conv1D does.
+    """
+
+    module: str
+    tensor: str
+    out_features: int
+    in_features: int
+    transposed: bool
+    dtype: str
+
+    @property
+    def parameters(self) -> int:
+        return self.out_features * self.in_features
+
+    def fits(self, block_size: int) -> bool:
+        """Whether 4-bit kernels take the layer with this block size."""
+        return self.out_features % ROW_GROUP == 0 and self.in_features % block_size == 0
+
+
+@dataclass(frozen=True)
+class LeftTensor:
+    """A tensor that stays as it was, and why."""
+
+    tensor: str
+    shape: tuple[int, ...]
+    dtype: str
+    bytes: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Inventory:
+    """Every tensor of a checkpoint, in its order: a linear layer's weight or left as it was."""
+
+    entries: tuple[LinearLayer | LeftTensor, ...]
+
+    @property
+    def layers(self) -> list[LinearLayer]:
+        return [entry for entry in self.entries if isinstance(entry, LinearLayer)]
+
+    @property
+    def left(self) -> list[LeftTensor]:
+        return [entry for entry in self.entries if isinstance(entry, LeftTensor)]
+
+
+def linear_layers(tensors: Iterable[TensorInfo], config: dict[str, Any]) -> Inventory:
+    """Sorts a checkpoint's tensors by their names and shapes, and ``config``'s model type."""
+    tensors = list(tensors)
+    model_type = str(config.get("model_type", ""))
+    names = {info.name for info in tensors}
+    entries: list[LinearLayer | LeftTensor] = []
+    for info in tensors:
+        reason = _reason_to_leave(info, model_type, names)
+        if reason is not None:
+            entries.append(leave(info, reason))
+            continue
+        module = info.name.removesuffix(".weight")
+        transposed = model_type in _CONV1D_MODEL_TYPES and last_part(module) in _CONV1D_NAMES
+        entries.append(layer_or_leave(info, module, transposed))
+    return Inventory(tuple(entries))
+
+
+def layer_or_leave(info: TensorInfo, module: str, transposed: bool) -> LinearLayer | LeftTensor:
+    """A linear layer, unless its shape is one that the default block size cannot serve."""
+    rows, columns = info.shape
+    out_features, in_features = (columns, rows) if transposed else (rows, columns)
+    layer = LinearLayer(module, info.name, out_features, in_features, transposed, info.dtype)
+    return layer if layer.fits(DEFAULT_BLOCK_SIZE) else leave(info, AWKWARD_SHAPE)
+
+
+def leave(info: TensorInfo, reason: str) -> LeftTensor:
+    return LeftTensor(info.name, info.shape, info.dtype, info.nbytes, reason)
+
+
+def last_part(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+def _reason_to_leave(info: TensorInfo, model_type: str, names: set[str]) -> str | None:
+    module = info.name.removesuffix(".weight")
+    parent = module.rpartition(".")[0]
+    if info.dtype not in FLOAT_DTYPES:
+        return NOT_FLOATING_POINT
+    if _EXPERT.search(info.name) or (len(info.shape) == 3 and ".experts." in info.name):
+        return STACKED_EXPERTS
+    if len(info.shape) != 2 or 0 in info.shape or module == info.name:
+        return NOT_A_MATRIX
+    if _EMBEDDING.search(last_part(module)):
+        return OUTPUT_HEAD if last_part(module) == "embed_out" else EMBEDDING
+    if _HEAD.search(module):
+        return OUTPUT_HEAD
+    if last_part(module) in ("gate", "router") and any(
+        name.startswith(f"{parent}.experts.") for name in names
+    ):
+        return ROUTER
+    if last_part(module) in _KEPT_IN_FLOAT32.get(model_type, ()):
+        return KEPT_IN_FLOAT32
+    if model_type in _SUBCLASSED:
+        return SUBCLASSED_LINEAR
+    return None

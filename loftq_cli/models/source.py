@@ -1,0 +1,93 @@
+"""The source of a `quantize` run: its config, and the files that go with the weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from loftq_cli.checkpoint.index import load_json
+from loftq_cli.errors import AlreadyQuantized, CorruptCheckpoint, LoftqError, ModelNotFound
+
+CONFIG_FILE = "config.json"
+REPORT_FILE = "loftq_report.json"
+
+# Tokenizer, processor, generation settings; and licences, which copies of weights must carry on.
+_COMPANIONS = (
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+    "*.tiktoken",
+    "*.jinja",
+    "chat_template*",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "image_processor_config.json",
+    "video_preprocessor_config.json",
+    "LICENSE*",
+    "NOTICE*",
+    "USE_POLICY*",
+)
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """The directory's config.json.
+
+    Raises:
+        ModelNotFound: there is none.
+        CorruptCheckpoint: it is no JSON object, or its `architectures` are no list of names.
+    """
+    path = directory / CONFIG_FILE
+    if not path.is_file():
+        raise ModelNotFound(
+            f"{directory} has no {CONFIG_FILE}",
+            cause="nothing says which architecture the weights belong to",
+            hint="give the directory that has config.json and the weights in it",
+        )
+    config = load_json(path)
+    for key in ("architectures", "model_type"):
+        value = config.get(key)
+        names = value if isinstance(value, list) else [value]
+        if value is not None and not all(isinstance(name, str) for name in names):
+            raise CorruptCheckpoint(f"{path}: {key} is not a name", cause=f"it is {value!r:.80}")
+    return config
+
+
+def class_name(config: dict[str, Any]) -> str:
+    """The model class that the checkpoint was saved from."""
+    named = config.get("architectures") or [config.get("model_type") or "unknown"]
+    return str(named[0])
+
+
+def refuse_quantized(directory: Path, config: dict[str, Any]) -> None:
+    """Raises AlreadyQuantized, naming the original where some file of the checkpoint does."""
+    quantization = config.get("quantization_config")
+    if quantization is None:
+        return
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+    original = _original(directory, config)
+    raise AlreadyQuantized(
+        f"{directory} is already quantized ({method or 'by an unknown method'})",
+        cause="LoftQ measures what quantization loses, and needs the full-precision weights",
+        hint=f"--model {original}" if original else "give the checkpoint it was made from",
+    )
+
+
+def companions(directory: Path, *, with_code: bool) -> list[Path]:
+    """The files that are copied beside the weights, by name; Python files only if asked for."""
+    patterns = [*_COMPANIONS, *(["*.py"] if with_code else [])]
+    found = {path for pattern in patterns for path in directory.glob(pattern) if path.is_file()}
+    return sorted(path for path in found if path.suffix not in (".bin", ".safetensors"))
+
+
+def _original(directory: Path, config: dict[str, Any]) -> str | None:
+    try:
+        report = load_json(directory / REPORT_FILE)
+        return str(report["model"]["id"])
+    except (LoftqError, KeyError, TypeError, json.JSONDecodeError):
+        name = config.get("_name_or_path")
+        return name if isinstance(name, str) and name else None

@@ -1,0 +1,139 @@
+"""From what a person types after ``--model`` to a directory of files.
+
+demo                   the built-in model
+./dir  ~/dir  dir      a local directory (a name that looks like a path never goes to a hub)
+org/name, name         a hub id, from the cache or the hub; ``id@revision`` pins a revision
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from loftq_cli.checkpoint.index import INDEX_FILE, SINGLE_FILE, load_json
+from loftq_cli.errors import ModelNotFound, UnsafeCheckpoint, UsageError, first_line
+
+DEMO_DIRECTORY = Path(__file__).parent.parent / "demo"
+
+# Everything that describes a model or its tokenizer, without a single weight or line of code.
+DESCRIPTION_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")
+# Weights in these formats execute code when they are opened.
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
+Source = Literal["demo", "directory", "hub"]
+
+
+@dataclass(frozen=True)
+class ResolvedModel:
+    """A model whose files are on this disk."""
+
+    id: str
+    revision: str | None
+    source: Source
+    directory: Path
+
+
+def resolve_model(spec: str, *, with_code: bool = False) -> ResolvedModel:
+    """The files behind ``spec``, downloaded if they have to be.
+
+    ``with_code`` also fetches the repository's Python files; only ``--trust-remote-code`` asks
+    for that.
+
+    Raises:
+        ModelNotFound: there is no such directory, repository or revision, or no way to reach it.
+        UnsafeCheckpoint: the repository offers its weights as pickle only.
+        UsageError: the name is neither a path nor a hub id.
+    """
+    if spec == "demo":
+        return ResolvedModel("demo", None, "demo", DEMO_DIRECTORY)
+    directory = Path(spec).expanduser()
+    if directory.is_dir():
+        return ResolvedModel(spec, None, "directory", directory)
+    if directory.is_file():
+        raise UsageError(
+            f"'{spec}' is a file",
+            cause="a model is a directory: its config and tokenizer are needed too",
+            hint=f"--model {directory.parent}",
+        )
+    if spec.startswith((".", "/", "~")) or spec.count("/") > 1:
+        raise ModelNotFound(
+            f"no model at '{spec}'",
+            cause="the directory does not exist",
+            hint="--model demo works everywhere; otherwise give a directory or a hub id (org/name)",
+        )
+    repository, _, revision = spec.partition("@")
+    if not _HUB_ID.fullmatch(repository) or "@" in revision or spec.endswith("@"):
+        raise UsageError(
+            f"'{spec}' is not a model",
+            cause="it is neither 'demo', nor a directory, nor a hub id such as org/name@revision",
+        )
+    return _from_hub(repository, revision or None, with_code)
+
+
+def _from_hub(repository: str, revision: str | None, with_code: bool) -> ResolvedModel:
+    """Downloads config, tokenizer and exactly the weight files that the index names."""
+    from huggingface_hub import errors, snapshot_download
+
+    unreachable = (
+        errors.HfHubHTTPError,
+        errors.HFValidationError,
+        errors.LocalEntryNotFoundError,
+        errors.OfflineModeIsEnabled,
+        OSError,
+    )
+
+    def fetch(patterns: list[str]) -> Path:
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns))
+
+    try:
+        directory = fetch([*DESCRIPTION_FILES, *(["*.py"] if with_code else [])])
+        directory = fetch(_weight_files(directory))
+    except unreachable as error:
+        spec = repository if revision is None else f"{repository}@{revision}"
+        raise ModelNotFound(
+            f"no model '{spec}'",
+            cause=first_line(error),
+            hint="--model demo needs no network; a directory of yours works too. Downloads go "
+            "through HF_ENDPOINT and HF_TOKEN into HF_HOME; with HF_HUB_OFFLINE=1 only what "
+            "is cached there is found",
+        ) from error
+    if not any(directory.glob("*.safetensors")):
+        _refuse_pickle_repository(repository, revision)
+    return ResolvedModel(repository, directory.name, "hub", directory)
+
+
+def _weight_files(directory: Path) -> list[str]:
+    index = directory / INDEX_FILE
+    if not index.exists():
+        return [SINGLE_FILE]
+    weight_map = load_json(index).get("weight_map")
+    return (
+        sorted({str(name) for name in weight_map.values()}) if isinstance(weight_map, dict) else []
+    )
+
+
+def _refuse_pickle_repository(repository: str, revision: str | None) -> None:
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    try:
+        names = HfApi().list_repo_files(repository, revision=revision)
+    except (HfHubHTTPError, OfflineModeIsEnabled, OSError):
+        names = []
+    pickles = [name for name in names if name.endswith(PICKLE_SUFFIXES)]
+    if pickles:
+        raise UnsafeCheckpoint(
+            f"'{repository}' offers its weights as pickle only ({', '.join(pickles[:3])})",
+            cause="opening a pickle runs whatever code it contains",
+            hint="look for a revision with safetensors (--model ID@refs/pr/N), or convert a copy "
+            "that you trust with transformers' save_pretrained",
+        )
+    raise ModelNotFound(
+        f"'{repository}' has no model.safetensors",
+        cause="neither that file nor an index of its shards is in the repository or the cache",
+        hint="the file may not be cached: unset HF_HUB_OFFLINE, or name another repository",
+    )

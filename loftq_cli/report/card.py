@@ -1,0 +1,136 @@
+"""The README of an output directory: what it is and how to load, train, merge and serve it."""
+
+from __future__ import annotations
+
+import textwrap
+
+from loftq_cli.report import units
+from loftq_cli.report.quantize import auto_class
+from loftq_cli.schema import Document, QuantizeResults
+
+_INT8 = """\
+A word on 8 bits: bitsandbytes' int8 layers also quantize the *activations* that flow into them,
+row by row, in every forward pass (LLM.int8()). A fixed adapter cannot correct that, and what
+rounding weights to 8 bits loses is small to begin with: expect little from the LoftQ start here.
+Its use is at 4 bits and below."""
+
+
+def card(document: Document[QuantizeResults]) -> str:
+    """Markdown whose code runs as it stands, from the directory that holds the output."""
+    results = document.results
+    here = results.output
+    auto = auto_class(results)
+    parts = [
+        f"# {here}",
+        _introduction(document),
+        _figures(results),
+        "## Load",
+        _python(f"""
+            from peft import PeftModel
+            from transformers import {auto}
+
+            model = {auto}.from_pretrained("{here}")
+            model = PeftModel.from_pretrained(
+                model, "{here}", subfolder="loftq_init", is_trainable=True
+            )
+            """),
+        "Give no `quantization_config` of your own and leave the `loftq` options of PEFT and of "
+        "your trainer off: they would quantize once more, and the adapter corrects exactly the "
+        "weights that are stored here.",
+        "## Fine-tune",
+        _python("""
+            from transformers import Trainer, TrainingArguments
+
+            arguments = TrainingArguments("runs", learning_rate=2e-4, num_train_epochs=1)
+            trainer = Trainer(model, arguments, train_dataset=train_dataset)  # your tokenized data
+            trainer.train()
+            model.save_pretrained("trained-adapter")
+            """),
+        "Only the adapter is trained. Keep its dropout at 0: dropout drops part of the correction "
+        "too.",
+        "## Merge",
+        "The adapter corrects the *quantized* weights. Merge it into what they dequantize to, "
+        "never into the original model: there it would add the quantization error instead of "
+        "taking it away. Quantizing the merged model again loses the correction again.",
+        _python(f"""
+            base = {auto}.from_pretrained("{here}").dequantize()
+            merged = PeftModel.from_pretrained(base, "trained-adapter").merge_and_unload()
+            merged.save_pretrained("merged")
+            """),
+        "## Evaluate",
+        _evaluation(results, auto),
+        "## Serve",
+        f"""\
+- transformers with PEFT, and TRL: as above.
+- vLLM reads this directory as a pre-quantized bitsandbytes model and the adapter as a LoRA module;
+  give it `--max-lora-rank {results.settings.rank}`. Pre-quantized bitsandbytes weights cannot be
+  split over several GPUs there.
+- llama.cpp has no such container: merge as above, then convert.""",
+    ]
+    if results.settings.bits == 8:
+        parts.insert(3, _INT8)
+    return "\n\n".join(parts) + "\n"
+
+
+def _introduction(document: Document[QuantizeResults]) -> str:
+    settings, model = document.results.settings, document.model
+    source = "a model" if model is None else f"`{model.id}`"
+    if model is not None and model.revision is not None:
+        source += f" (revision `{model.revision}`)"
+    form = "int8, one scale a row"
+    if settings.block_size is not None:
+        double = ", double quantization" if settings.double_quant else ""
+        form = f"{settings.quant_type}, blocks of {settings.block_size}{double}"
+    start = "LoftQ start" if settings.init == "loftq" else "start that corrects nothing (QLoRA)"
+    return (
+        f"{source}, its linear layers in {settings.bits} bits ({form}), and in `loftq_init/` a "
+        f"LoRA adapter of rank {settings.rank} with the {start}. "
+        f"Written by loftq {document.tool.version}; `loftq_report.json` has every figure."
+    )
+
+
+def _figures(results: QuantizeResults) -> str:
+    totals = results.totals
+    rows = [
+        ("weights before", units.size(totals.input_bytes)),
+        ("weights now", units.size(totals.output_bytes)),
+        ("adapter", f"{units.number(totals.trainable_parameters)} parameters"),
+    ]
+    if totals.quantized_only_error_relative is not None:
+        rows.append(
+            ("error of the 4-bit weights", units.percent(totals.quantized_only_error_relative))
+        )
+    if totals.weight_error_relative is not None:
+        rows.append(("error with the adapter", units.percent(totals.weight_error_relative)))
+    lines = ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)]
+    return (
+        "\n".join(lines)
+        + "\n\nErrors are relative, in the Frobenius norm, over all quantized layers."
+    )
+
+
+def _evaluation(results: QuantizeResults, auto: str) -> str:
+    if results.task_type not in ("CAUSAL_LM", "SEQ_2_SEQ_LM"):
+        return (
+            "Compare its outputs with those of the original on inputs of your own, before and "
+            "after training."
+        )
+    here = results.output
+    return (
+        "The loss on a text of yours, to be held against the original model's:\n\n"
+        + _python(f"""
+            from transformers import AutoTokenizer
+
+            tokenizer = AutoTokenizer.from_pretrained("{here}")
+            inputs = tokenizer(text, return_tensors="pt")  # your text
+            loss = model(**inputs, labels=inputs["input_ids"]).loss
+            """)
+        + "\n\nFor benchmarks, lm-evaluation-harness takes the two directories:\n\n"
+        "```sh\n"
+        f"lm_eval --model hf --model_args pretrained={here},peft={here}/loftq_init --tasks ...\n"
+        "```"
+    )
+
+
+def _python(code: str) -> str:
+    return f"```python\n{textwrap.dedent(code).strip()}\n```"

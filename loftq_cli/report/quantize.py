@@ -1,0 +1,233 @@
+"""What `quantize` wrote: a summary, one row per kind of layer, and how to go on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from typing import TypeVar
+
+from loftq_cli.report import units
+from loftq_cli.report.tables import Code, Column, Facts, Section, Table, View
+from loftq_cli.schema import Document, QuantizeResults, UntouchedTensor
+
+_Item = TypeVar("_Item")
+
+AUTO_CLASSES = {
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+}
+
+# So many kinds of untouched tensors are named on a page; the document names every tensor.
+_NAMED_KINDS = 8
+
+
+def quantize_view(document: Document[QuantizeResults]) -> View:
+    results = document.results
+    settings = results.settings
+    source = document.model.id if document.model is not None else "the model"
+    done = "Dry run" if results.dry_run else f"Wrote {results.output}"
+    number_type = "int8" if settings.bits == 8 else settings.quant_type.upper()
+    title = f"{done}: {source} in {number_type} with a rank-{settings.rank} adapter"
+    sections: list[Section] = [Facts(_facts(results))]
+    if results.layers:
+        sections.append(_adapted(results))
+    if results.without_adapter:
+        sections.append(_plain(results))
+    if results.untouched:
+        sections.append(_untouched(results.untouched))
+    if not results.dry_run:
+        sections.append(_snippet(results))
+    return View(title, sections, _records(results))
+
+
+def auto_class(results: QuantizeResults) -> str:
+    """The transformers class that loads the output."""
+    return AUTO_CLASSES.get(results.task_type or "", results.architecture)
+
+
+def _facts(results: QuantizeResults) -> list[tuple[str, str]]:
+    totals = results.totals
+    about = "about " if results.dry_run else ""
+    kept = units.percent(totals.output_bytes / max(totals.input_bytes, 1))
+    backbone = units.size(totals.output_bytes)
+    trainable = units.plural(totals.trainable_parameters, "trainable parameter")
+    facts = [
+        (
+            "backbone",
+            f"{units.size(totals.input_bytes)} → {about}{backbone} ({kept} of it)",
+        ),
+        ("adapter", f"{about}{units.size(totals.adapter_bytes)}, {trainable}"),
+    ]
+    before, after = totals.quantized_only_error_relative, totals.weight_error_relative
+    if before is not None and after is not None:
+        removed = units.percent(_removed(before, after))
+        change = f"{units.percent(before)} → {units.percent(after)} with the adapter"
+        facts.append(("weight error", f"{change} ({removed} of it removed)"))
+    if totals.seconds is not None:
+        facts.append(("time", units.seconds(totals.seconds)))
+    if totals.peak_memory_bytes is not None:
+        facts.append(("peak memory", f"{about}{units.size(totals.peak_memory_bytes)}"))
+    return facts
+
+
+def _adapted(results: QuantizeResults) -> Table:
+    kind_of = _kinds([(layer.name, layer.shape) for layer in results.layers])
+    groups = _grouped(
+        results.layers, lambda layer: (kind_of[layer.name], layer.shape, layer.bits, layer.rank)
+    )
+    columns = [
+        Column("kind", "layer", "name"),
+        Column("count", "count", show=units.number),
+        Column("shape", "out × in", show=units.shape),
+    ]
+    # What is the same for all stands in the title of the page.
+    varying = [
+        key
+        for key in ("bits", "rank")
+        if len({getattr(layer, key) for layer in results.layers}) > 1
+    ]
+    columns += [Column(key, key) for key in varying]
+    measured = not results.dry_run
+    if measured:
+        columns += [
+            Column("quantized_only_error_relative", "quantized", show=units.percent),
+            Column("weight_error_relative", "+ adapter", show=units.percent),
+            Column("removed", "removed", show=units.percent),
+        ]
+    rows: list[list[object]] = []
+    for (kind, shape, bits, rank), layers in groups.items():
+        settings = {"bits": bits, "rank": rank}
+        row: list[object] = [kind, len(layers), shape, *(settings[key] for key in varying)]
+        if measured:
+            before = _mean(layer.quantized_only_error_relative for layer in layers)
+            after = _mean(layer.weight_error_relative for layer in layers)
+            known = before is not None and after is not None
+            row += [before, after, _removed(before or 0.0, after or 0.0) if known else None]
+        rows.append(row)
+    title = "Mean weight error by kind of layer" if measured else "Layers that get an adapter"
+    return Table(title, columns, rows)
+
+
+def _plain(results: QuantizeResults) -> Table:
+    layers = results.without_adapter
+    kind_of = _kinds([(layer.name, layer.shape) for layer in layers])
+    groups = _grouped(layers, lambda layer: (kind_of[layer.name], layer.shape, layer.reason))
+    columns = [
+        Column("kind", "layer", "name"),
+        Column("count", "count", show=units.number),
+        Column("shape", "out × in", show=units.shape),
+        Column("share_of_bytes", "of bytes", show=units.percent),
+        Column("reason", "because", "prose"),
+    ]
+    rows = [
+        [kind, len(group), shape, sum(layer.share_of_bytes for layer in group), reason]
+        for (kind, shape, reason), group in groups.items()
+    ]
+    return Table("Quantized without an adapter", columns, rows)
+
+
+def _untouched(tensors: Sequence[UntouchedTensor]) -> Table:
+    columns = [
+        Column("names", "tensor", "name"),
+        Column("count", "count", show=units.number),
+        Column("bytes", "size", show=units.size),
+        Column("share_of_bytes", "of bytes", show=units.percent),
+        Column("reason", "because", "prose"),
+    ]
+    rows: list[list[object]] = []
+    for reason, group in _grouped(tensors, lambda tensor: tensor.reason).items():
+        kinds = list(dict.fromkeys(_suffix(tensor.name, 2) for tensor in group))
+        named = ", ".join(kinds[:_NAMED_KINDS])
+        if len(kinds) > _NAMED_KINDS:
+            named += f" and {units.plural(len(kinds) - _NAMED_KINDS, 'more kind')}"
+        size = sum(tensor.bytes for tensor in group)
+        share = sum(tensor.share_of_bytes for tensor in group)
+        rows.append([named, len(group), size, share, reason])
+    return Table("Left as it was", columns, rows)
+
+
+def _snippet(results: QuantizeResults) -> Code:
+    auto = auto_class(results)
+    place = json.dumps(results.output, ensure_ascii=False)
+    adapter = f'model, {place}, subfolder="loftq_init", is_trainable=True'
+    return Code(
+        "Load it",
+        "python",
+        [
+            "from peft import PeftModel",
+            f"from transformers import {auto}",
+            f"model = {auto}.from_pretrained({place})",
+            f"model = PeftModel.from_pretrained({adapter})",
+        ],
+    )
+
+
+def _records(results: QuantizeResults) -> Table:
+    """Every tensor that the run decided about, one a line."""
+    keys = [
+        "name",
+        "treatment",
+        "shape",
+        "bits",
+        "rank",
+        "weight_error_relative",
+        "quantized_only_error_relative",
+        "iterations",
+        "best_iteration",
+        "seconds",
+        "bytes",
+        "share_of_bytes",
+        "reason",
+    ]
+    rows = [
+        [treatment if key == "treatment" else getattr(item, key, None) for key in keys]
+        for treatment, items in (
+            ("adapted", results.layers),
+            ("quantized", results.without_adapter),
+            ("untouched", results.untouched),
+        )
+        for item in items
+    ]
+    return Table("layers", [Column(key, key) for key in keys], rows)
+
+
+def _kinds(layers: Iterable[tuple[str, tuple[int, int]]]) -> dict[str, str]:
+    """The kind of each layer: the end of its name, and more of it where shapes differ.
+
+    GPT-2 calls two layers of a block `c_proj`: here they are `attn.c_proj` and `mlp.c_proj`.
+    """
+    shapes: dict[str, set[tuple[int, int]]] = {}
+    named = list(layers)
+    for name, shape in named:
+        shapes.setdefault(_suffix(name, 1), set()).add(shape)
+    return {
+        name: _suffix(name, 1 if len(shapes[_suffix(name, 1)]) == 1 else 2) for name, _ in named
+    }
+
+
+def _suffix(name: str, count: int) -> str:
+    """The last parts of a dotted name; numbers only say which of many it is."""
+    parts = [part for part in name.split(".") if not part.isdigit()]
+    return ".".join(parts[-count:]) or name
+
+
+_Key = TypeVar("_Key", bound=Hashable)
+
+
+def _grouped(items: Iterable[_Item], key: Callable[[_Item], _Key]) -> dict[_Key, list[_Item]]:
+    groups: dict[_Key, list[_Item]] = {}
+    for item in items:
+        groups.setdefault(key(item), []).append(item)
+    return groups
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
+
+
+def _removed(before: float, after: float) -> float:
+    return 1 - after / before if before else 0.0

@@ -1,0 +1,67 @@
+"""--save DIR: both files, or an error before the work begins."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fakes import COMMANDS
+from loftq_cli import cli
+from loftq_cli.schema import load_document
+
+
+@pytest.fixture(autouse=True)
+def fakes(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, command in COMMANDS.items():
+        monkeypatch.setitem(cli.COMMANDS, name, command)
+
+
+def test_json_and_text_side_by_side(loftq: Callable[..., Any], tmp_path: Path) -> None:
+    directory = tmp_path / "new" / "results"
+    done = loftq("noisy", "--json", "--save", directory)
+    assert done.code == 0
+    text, document = sorted(directory.iterdir(), key=lambda file: file.suffix, reverse=True)
+    assert re.fullmatch(r"loftq_load_\d{8}T\d{6}Z\.json", document.name)
+    assert text.name == document.with_suffix(".txt").name
+    assert document.read_text("utf-8") == done.out
+    summary = text.read_text("utf-8")
+    assert summary.startswith("Loaded demo\n")
+    assert "warning: beware" in summary, "a file has no stderr beside it"
+    assert "\x1b" not in summary
+    assert f"note: saved {document} and {text.name}" in done.err
+
+
+def test_two_runs_in_one_second_keep_both(loftq: Callable[..., Any], tmp_path: Path) -> None:
+    for _ in range(4):
+        assert loftq("noisy", "--save", tmp_path).code == 0
+    files = list(tmp_path.iterdir())
+    assert len(files) == 8
+    for file in files:
+        if file.suffix == ".json":
+            load_document(file.read_text("utf-8"))
+
+
+def test_a_directory_that_cannot_be_made_stops_the_run_before_it_works(
+    loftq: Callable[..., Any], tmp_path: Path
+) -> None:
+    # Below a regular file, because root may write into any directory.
+    file = tmp_path / "file"
+    file.write_text("")
+    done = loftq("noisy", "--save", file / "results")
+    assert (done.code, done.out) == (1, "")
+    assert done.err.startswith(f"error: cannot save results in {file / 'results'}\ncause: ")
+    assert "printed" not in done.err
+
+
+def test_a_directory_that_vanishes_during_the_run(
+    loftq: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from loftq_cli.commands import run
+
+    monkeypatch.setattr(run, "prepare_save_directory", lambda directory: None)
+    done = loftq("noisy", "--json", "--save", tmp_path / "gone")
+    assert (done.code, done.out) == (1, "")
+    assert f"error: could not save the result in {tmp_path / 'gone'}\ncause: No such" in done.err

@@ -1,0 +1,64 @@
+"""What every test may use."""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a command line ended, and all that reached its file descriptors 1 and 2."""
+
+    code: int
+    out: str
+    err: str
+
+
+@contextmanager
+def _descriptors(directory: Path) -> Iterator[tuple[Path, Path]]:
+    """Points file descriptors 1 and 2, and Python's streams over them, at files.
+
+    pytest's own capture would do for `print`, but not for the claim under test, which is about
+    descriptors; and a claimed stdout is never given back, so it is put back here.
+    """
+    files = directory / "stdout", directory / "stderr"
+    sys.stdout.flush()
+    sys.stderr.flush()
+    saved = os.dup(1), os.dup(2)
+    streams = sys.stdout, sys.stderr
+    try:
+        for number, file in enumerate(files, start=1):
+            opened = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND)
+            os.dup2(opened, number)
+            os.close(opened)
+        sys.stdout = io.TextIOWrapper(io.FileIO(1, "w", closefd=False), encoding="utf-8")
+        sys.stderr = io.TextIOWrapper(io.FileIO(2, "w", closefd=False), encoding="utf-8")
+        yield files
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        sys.stdout, sys.stderr = streams
+        for number, copy in enumerate(saved, start=1):
+            os.dup2(copy, number)
+            os.close(copy)
+
+
+@pytest.fixture
+def loftq(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Outcome]:
+    """Runs a command line in this process: `loftq("load", "--json").out`."""
+    from loftq_cli.cli import main
+
+    def run(*argv: object) -> Outcome:
+        with _descriptors(tmp_path_factory.mktemp("streams")) as (out, err):
+            code = main([str(each) for each in argv])
+        return Outcome(code, out.read_text("utf-8"), err.read_text("utf-8"))
+
+    return run

@@ -1,0 +1,246 @@
+"""The alternation against a slow textbook version, against PEFT, and against its own claims."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from peft_on_cpu import loftq_init, relative_residual
+from torch import Tensor
+
+from loftq_cli.core.blockwise import SOURCE_DTYPES, BlockwiseFormat
+from loftq_cli.core.codebooks import codebook
+from loftq_cli.core.loftq import LoftqResult, initialize, relative_error
+from loftq_cli.core.lowrank import lora_scaling, truncated_svd
+from loftq_cli.core.quantizers import Blockwise, Int8, Quantizer
+from loftq_cli.errors import InvalidSetting, NonFiniteWeight
+
+NF4 = Blockwise(BlockwiseFormat("nf4", 64))
+
+
+def low_rank_plus_noise(rows: int, columns: int, rank: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(rows, columns, generator=generator) * 0.02
+    left = torch.randn(rows, rank, generator=generator)
+    return noise + 0.002 * left @ torch.randn(rank, columns, generator=generator)
+
+
+def textbook_quantize(W: Tensor, quant_type: str, block_size: int) -> Tensor:
+    """Every block by itself, in float64: scale, take the nearest level, scale back."""
+    levels = codebook(quant_type).level_tensor().double()
+    Q = torch.zeros(W.numel(), dtype=torch.float64)
+    for start in range(0, W.numel(), block_size):
+        block = W.reshape(-1)[start : start + block_size]
+        absmax = block.abs().max()
+        if absmax > 0:
+            nearest = (block[:, None] / absmax - levels).abs().argmin(dim=1)
+            Q[start : start + block_size] = levels[nearest] * absmax
+    return Q.view(W.shape)
+
+
+def textbook_loftq(
+    W: Tensor, rank: int, iterations: int, quant_type: str, block_size: int
+) -> list[float]:
+    """Algorithm 1 of arXiv 2310.08659 as it is printed, in float64: the error of every iterate."""
+    W = W.double()
+    AB = torch.zeros_like(W)
+    errors = []
+    for _ in range(iterations):
+        Q = textbook_quantize(W - AB, quant_type, block_size)
+        U, S, Vh = torch.linalg.svd(W - Q, full_matrices=False)
+        AB = U[:, :rank] @ torch.diag(S[:rank]) @ Vh[:rank]
+        errors.append(float((W - Q - AB).norm() / W.norm()))
+    return errors
+
+
+def measured(W: Tensor, quantizer: Quantizer, result: LoftqResult, scaling: float = 1.0) -> float:
+    """The error as anyone would measure it from the files, all in float64."""
+    Q = quantizer.dequantize(result.quantized).double()
+    rest = W.double() - Q - scaling * result.lora_B.double() @ result.lora_A.double()
+    return float(rest.norm() / W.double().norm())
+
+
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+@pytest.mark.parametrize(("rows", "columns", "rank"), [(96, 128, 8), (130, 70, 16), (64, 32, 1)])
+def test_every_iterate_is_the_textbooks(
+    rows: int, columns: int, rank: int, quant_type: Any
+) -> None:
+    W = low_rank_plus_noise(rows, columns, 8)
+    quantizer = Blockwise(BlockwiseFormat(quant_type, 32))
+    result = initialize(W, quantizer, rank, iterations=4, svd="exact")
+    expected = textbook_loftq(W, rank, 4, quant_type, 32)
+    assert result.errors == pytest.approx(expected, rel=1e-3)
+    assert result.error == pytest.approx(min(expected), rel=1e-3)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_residual_is_that_of_peft(bits: int) -> None:
+    W = low_rank_plus_noise(512, 512, 32)
+    quantizer: Quantizer = NF4 if bits == 4 else Int8()
+    ours = initialize(W, quantizer, 16, iterations=5, svd="exact")
+    theirs = relative_residual(W, *loftq_init(W, bits, 16, 5))
+    # bitsandbytes squeezes an 8-bit weight through float16 first; we do not, which is no worse.
+    assert ours.errors[-1] == pytest.approx(theirs, rel=1e-3 if bits == 4 else 1e-2)
+    assert ours.error <= theirs * 1.001
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("rows", "columns", "rank"), [(768, 2304, 16), (2048, 2048, 64)])
+def test_residual_is_that_of_peft_at_full_size(rows: int, columns: int, rank: int) -> None:
+    W = low_rank_plus_noise(rows, columns, 2 * rank)
+    ours = initialize(W, NF4, rank, iterations=5, svd="exact")
+    theirs = relative_residual(W, *loftq_init(W, 4, rank, 5))
+    assert ours.errors[-1] == pytest.approx(theirs, rel=1e-3)
+
+
+@pytest.mark.parametrize("dtype", SOURCE_DTYPES)
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_reported_errors_are_those_measured_from_what_is_stored(
+    dtype: torch.dtype, double_quant: bool
+) -> None:
+    W = low_rank_plus_noise(128, 192, 8).to(dtype)
+    quantizer = Blockwise(BlockwiseFormat("nf4", 64, double_quant))
+    result = initialize(W, quantizer, 8, iterations=3, scaling=2.0)
+    assert quantizer.dequantize(result.quantized).dtype == dtype
+    assert result.error == pytest.approx(measured(W, quantizer, result, 2.0), rel=1e-6)
+    assert result.errors[result.best_iteration - 1] == result.error
+    plain = quantizer.step(W, None)[0]
+    plain_error = (W.double() - quantizer.dequantize(plain).double()).norm() / W.double().norm()
+    assert result.quantized_only_error == pytest.approx(float(plain_error), rel=1e-6)
+    assert result.error < result.quantized_only_error
+    assert result.lora_A.dtype == result.lora_B.dtype == torch.float32
+
+
+def test_what_the_last_svd_takes_away() -> None:
+    """‖W − Q − s·B·A‖² = ‖W − Q‖² − Σσᵢ²."""
+    W = low_rank_plus_noise(96, 160, 8)
+    result = initialize(W, NF4, 12, iterations=3, svd="exact", scaling=0.5)
+    Q = NF4.dequantize(result.quantized)
+    sigma = torch.linalg.svdvals((W - Q).double())[:12]
+    left = float((W - Q).double().square().sum() - sigma.square().sum())
+    assert result.error**2 * float(W.double().square().sum()) == pytest.approx(left, rel=1e-5)
+
+
+def test_any_alpha_gives_the_same_start() -> None:
+    W = low_rank_plus_noise(192, 128, 8)
+    scalings = [lora_scaling(16, alpha) for alpha in (8, 16, 32, 128)]
+    scalings += [lora_scaling(16, alpha, use_rslora=True) for alpha in (16, 32)]
+    results = [initialize(W, NF4, 16, scaling=s, iterations=3) for s in scalings]
+    for scaling, result in zip(scalings, results, strict=True):
+        assert measured(W, NF4, result, scaling) == pytest.approx(results[1].error, rel=1e-6)
+        assert torch.equal(result.quantized.packed, results[1].quantized.packed)
+
+
+def test_the_best_iterate_is_kept() -> None:
+    torch.manual_seed(3)
+    W = torch.randn(32, 64)
+    result = initialize(W, NF4, 8, iterations=8, svd="exact")
+    assert len(result.errors) == 8
+    assert result.errors[-1] > 1.005 * min(result.errors)
+    assert result.best_iteration == 1 + result.errors.index(min(result.errors)) < 8
+    assert measured(W, NF4, result) == pytest.approx(min(result.errors), rel=1e-6)
+    shorter = initialize(W, NF4, 8, iterations=result.best_iteration, svd="exact")
+    assert torch.equal(shorter.quantized.packed, result.quantized.packed)
+    assert torch.equal(shorter.lora_A, result.lora_A)
+
+
+def test_no_iterations_is_plain_quantization_and_a_fresh_adapter() -> None:
+    W = torch.randn(64, 128)
+    result = initialize(W, NF4, 4, iterations=0, seed=7)
+    assert torch.equal(result.quantized.packed, NF4.step(W, None)[0].packed)
+    assert (result.lora_B == 0).all()
+    assert result.lora_B.shape == (64, 4)
+    assert 0.8 / math.sqrt(128) < result.lora_A.abs().max() <= 1 / math.sqrt(128)
+    assert result.best_iteration == 0
+    assert result.errors == []
+    assert result.error == result.quantized_only_error
+    assert torch.equal(result.lora_A, initialize(W, NF4, 4, iterations=0, seed=7).lora_A)
+    assert not torch.equal(result.lora_A, initialize(W, NF4, 4, iterations=0, seed=8).lora_A)
+
+
+@pytest.mark.parametrize("quantizer", [NF4, Blockwise(BlockwiseFormat("fp4", 32, True)), Int8()])
+def test_a_weight_of_zeros(quantizer: Quantizer) -> None:
+    result = initialize(torch.zeros(16, 48), quantizer, 4, iterations=2)
+    assert (quantizer.dequantize(result.quantized) == 0).all()
+    assert result.error == result.quantized_only_error == 0
+    assert result.errors == [0.0, 0.0]
+    assert (result.lora_B @ result.lora_A == 0).all()
+    assert (result.lora_A != 0).any()  # or nothing could ever be learnt
+
+
+@pytest.mark.parametrize("shape", [(1, 100), (100, 1), (1, 1), (33, 65), (7, 64), (200, 3)])
+@pytest.mark.parametrize("quantizer", [NF4, Blockwise(BlockwiseFormat("nf4", 4096, True)), Int8()])
+def test_awkward_shapes_at_full_rank(shape: tuple[int, int], quantizer: Quantizer) -> None:
+    W = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    result = initialize(W, quantizer, min(shape), iterations=2)
+    assert result.lora_A.shape == (min(shape), shape[1])
+    assert result.lora_B.shape == (shape[0], min(shape))
+    assert measured(W, quantizer, result) == pytest.approx(result.error, abs=1e-7)
+    assert result.error < 1e-6  # a full-rank correction is exact
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-12, 1e12, 1e30])
+def test_extreme_magnitudes(scale: float) -> None:
+    W = low_rank_plus_noise(64, 64, 4)
+    usual = initialize(W, NF4, 4, iterations=3)
+    assert initialize(W * scale, NF4, 4, iterations=3).error == pytest.approx(usual.error, rel=1e-3)
+
+
+def test_outliers_beyond_half_precision_fall_back_to_a_finite_iterate() -> None:
+    W = torch.randn(32, 64) * 100
+    W[3, 5] = 65504
+    result = initialize(W.half(), Blockwise(BlockwiseFormat("nf4", 64)), 4, iterations=5)
+    assert math.isfinite(result.error)
+    assert result.error <= result.quantized_only_error
+
+
+def test_errors_name_what_is_wrong() -> None:
+    W = torch.randn(8, 12)
+    with pytest.raises(InvalidSetting, match="rank 9 is too large for a 8×12 weight: at most 8"):
+        initialize(W, NF4, 9)
+    with pytest.raises(InvalidSetting, match="-1 iterations"):
+        initialize(W, NF4, 4, iterations=-1)
+    with pytest.raises(InvalidSetting, match="scaling of 0"):
+        initialize(W, NF4, 4, scaling=0.0)
+    W[2, 7] = math.nan
+    with pytest.raises(NonFiniteWeight, match=r"1 of 96 .* row 2, column 7"):
+        initialize(W, NF4, 4)
+    with pytest.raises(NonFiniteWeight) as caught:
+        initialize(W, NF4, 4)
+    assert str(caught.value.within("h.0.attn")).startswith("h.0.attn: 1 of 96 values")
+
+
+def test_the_same_seed_gives_the_same_bits() -> None:
+    W = low_rank_plus_noise(160, 96, 8)
+    first, second = (initialize(W, NF4, 8, iterations=3, seed=5) for _ in range(2))
+    assert torch.equal(first.quantized.packed, second.quantized.packed)
+    assert torch.equal(first.quantized.absmax, second.quantized.absmax)
+    assert torch.equal(first.lora_A, second.lora_A)
+    assert torch.equal(first.lora_B, second.lora_B)
+    assert first.errors == second.errors
+
+
+def test_the_weight_is_left_as_it_was() -> None:
+    W = torch.randn(32, 64)
+    before = W.clone()
+    initialize(W, NF4, 4, iterations=2)
+    initialize(W, Int8(), 4, iterations=2)
+    assert torch.equal(W, before)
+
+
+def test_relative_error_counts_every_row() -> None:
+    W, Q = torch.randn(1000, 8), torch.randn(1000, 8)
+    A, B = torch.randn(2, 8), torch.randn(1000, 2)
+    expected = (W - Q - 0.5 * B @ A).double().norm() / W.double().norm()
+    assert relative_error(W, Q, A, B, 0.5) == pytest.approx(float(expected), rel=1e-6)
+
+
+def test_step_leaves_what_the_low_rank_and_the_codes_do_not_carry() -> None:
+    W = torch.randn(48, 64).bfloat16()
+    for quantizer in (NF4, Int8()):
+        low_rank = truncated_svd(quantizer.step(W, None)[1], 4, method="exact")
+        quantized, residual = quantizer.step(W, low_rank)
+        assert residual.dtype == torch.float32
+        Q = quantizer.dequantize(quantized).float()
+        assert torch.equal(residual, W.float() - Q)
+        assert (W.float() - low_rank.dense() - Q).norm() < 0.1 * W.float().norm()
