@@ -158,6 +158,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command line and returns its exit code."""
     if "_LOFTQ_COMPLETE" in os.environ:
         app(prog_name="loftq")  # a shell asks for completions; Typer answers and exits
+    # Threads that spin while they wait make torch up to a hundred times slower on a machine that
+    # does something else too. OpenMP reads this when torch is imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     arguments = list(sys.argv[1:] if argv is None else argv)
     console = Console()
     try:
@@ -165,7 +168,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _dispatch(arguments, console)
     except BaseException as error:
         # The traceback, if any is wanted, goes first: what helps stands last.
-        return _explain(error, console)
+        return _explain(error, arguments, console)
     finally:
         _flush()
 
@@ -182,7 +185,7 @@ def _dispatch(arguments: list[str], console: Console) -> int:
     return 0
 
 
-def _explain(error: BaseException, console: Console) -> int:
+def _explain(error: BaseException, arguments: list[str], console: Console) -> int:
     """The message for an error, and the exit code."""
     if isinstance(error, KeyboardInterrupt):
         console.error("interrupted")
@@ -190,18 +193,22 @@ def _explain(error: BaseException, console: Console) -> int:
     if isinstance(error, Terminated):
         console.error("terminated")
         return 143
-    if isinstance(error, BrokenPipeError) and not console.has_claimed_stdout:
-        return 0  # `loftq --help | head -1`
+    if not console.has_claimed_stdout:
+        # No command has begun: this is Typer printing help or a completion script.
+        if isinstance(error, BrokenPipeError):
+            return 0
+        if isinstance(error, SystemExit):
+            return int(error.code or 0)
     if console.debug:
         console.traceback()
     if isinstance(error, LoftqError):
         console.error(error.what, error.cause, error.hint)
         return error.exit_code
     if isinstance(error, _PARSE_ERROR):
-        context = error.ctx
-        path = context.command_path if context is not None else "loftq"
         message = " ".join(error.format_message().split()).rstrip(".")
-        console.error(message[:1].lower() + message[1:], hint=f"{path} --help")
+        command = [each for each in arguments[:1] if each in COMMANDS]
+        hint = " ".join(["loftq", *command, "--help"])
+        console.error(message[:1].lower() + message[1:], hint=hint)
         return int(error.exit_code)
     text = " ".join(str(error).split())
     kind = type(error).__name__

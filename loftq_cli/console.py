@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
@@ -17,10 +17,13 @@ from loftq_cli.errors import LoftqError
 from loftq_cli.report.escape import visible
 
 if TYPE_CHECKING:
+    from rich.console import Console as RichConsole
+    from rich.live import Live
     from rich.progress import Progress as RichProgress
 
 PLAIN_PROGRESS_SHARE = 0.1
 PLAIN_PROGRESS_SECONDS = 30.0
+LIVE_SECONDS = 0.1
 
 _STYLES = {"error": "1;31", "warning": "33", "cause": "2", "hint": "36", "note": "2"}
 
@@ -61,7 +64,7 @@ class Console:
         self.quiet = False
         self.debug = bool(os.environ.get("LOFTQ_DEBUG"))
         self._result: int | None = None
-        self._bar: RichProgress | None = None
+        self._bar: RichProgress | Live | None = None
 
     # --- stdout ---------------------------------------------------------------------------------
 
@@ -177,26 +180,36 @@ class Console:
             yield _LineProgress(self, label, total)
 
     @contextmanager
+    def growing_text(self) -> Iterator[Callable[[str], None] | None]:
+        """Shows text while it is being written, to whoever watches; None where nobody does.
+
+        At the end it is taken away again: the result has all of it.
+        """
+        if self.quiet or not self.stderr_is_terminal or os.environ.get("TERM") == "dumb":
+            yield None
+            return
+        from rich.live import Live
+
+        out = _rich_console()
+        with Live(console=out, transient=True, auto_refresh=False) as live:
+            self._bar = live
+            try:
+                yield _GrowingText(live).add
+            finally:
+                self._bar = None
+
+    @contextmanager
     def _rich_bar(self) -> Iterator[RichProgress]:
-        from rich.console import Console as RichConsole
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
         from rich.progress import Progress as Bar
 
-        out = RichConsole(
-            stderr=True,
-            force_terminal=True,
-            color_system="standard" if wants_colour(True) else None,
-            width=width_of(2),
-            highlight=False,
-            _environ={},
-        )
         bar = Bar(
             TextColumn("{task.fields[label]}", markup=False),
             BarColumn(bar_width=20),
             MofNCompleteColumn(),
             TimeRemainingColumn(compact=True),
             TextColumn("{task.fields[name]}", markup=False, style="dim"),
-            console=out,
+            console=_rich_console(),
             transient=True,
         )
         with bar:
@@ -205,6 +218,47 @@ class Console:
                 yield bar
             finally:
                 self._bar = None
+
+
+def _rich_console() -> RichConsole:
+    """Rich on stderr, told by us and not by the environment what the terminal can do."""
+    from rich.console import Console as RichConsole
+
+    return RichConsole(
+        stderr=True,
+        force_terminal=True,
+        color_system="standard" if wants_colour(True) else None,
+        width=width_of(2),
+        highlight=False,
+        _environ={},
+    )
+
+
+class _GrowingText:
+    """The end of a text that grows, as much of it as the screen holds."""
+
+    def __init__(self, live: Live) -> None:
+        self._live = live
+        self._text = ""
+        self._shown = 0.0
+
+    def add(self, text: str) -> None:
+        self._text += text
+        now = time.monotonic()
+        if now - self._shown < LIVE_SECONDS:
+            return
+        self._shown = now
+        from rich.text import Text
+
+        width, height = self._live.console.size
+        lines = [
+            line[start : start + width]
+            for line in map(visible, self._text.split("\n"))
+            for start in range(0, max(len(line), 1), width)
+        ]
+        self._text = self._text[-width * height :]
+        tail = Text("\n".join(lines[1 - height :]), style="dim", overflow="crop", no_wrap=True)
+        self._live.update(tail, refresh=True)
 
 
 class Progress:

@@ -41,11 +41,12 @@ def resolve_device(requested: str) -> Choice:
     number = int(index or 0)
     count = torch.cuda.device_count()
     if number >= count:
+        seen = "1 CUDA device" if count == 1 else f"{count} CUDA devices"
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        limit = "" if visible is None else f" with CUDA_VISIBLE_DEVICES={visible}"
         raise LoftqError(
             f"cannot use --device {requested}",
-            cause=f"torch sees {count} CUDA device(s)"
-            + (f" with CUDA_VISIBLE_DEVICES={visible}" if visible is not None else ""),
+            cause=f"torch sees {seen}{limit}",
             hint=f"use --device cuda:{count - 1}",
         )
     return Choice(f"cuda:{number}", f"asked for: {torch.cuda.get_device_name(number)}")
@@ -64,9 +65,11 @@ def resolve_dtype(requested: str, device: str, stored: str | None = None) -> Cho
         return Choice("float32", "auto: what every CPU computes well")
     import torch
 
+    if stored in ("float16", "float32"):
+        return Choice(stored, "auto: as the checkpoint stores it")
     if not torch.cuda.is_bf16_supported(including_emulation=False):
         return Choice("float16", "auto: this GPU has no bfloat16")
-    if stored in ("float16", "float32", "bfloat16"):
+    if stored == "bfloat16":
         return Choice(stored, "auto: as the checkpoint stores it")
     return Choice("bfloat16", "auto: this GPU has bfloat16")
 

@@ -111,6 +111,7 @@ BATTERY: dict[str, Entry] = {
         "FalconForCausalLM",
         "FalconConfig",
         {**TEXT, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4},
+        cannot="a subclass of nn.Linear, which transformers does not replace",
     ),
     "bloom": Entry(
         "BloomForCausalLM", "BloomConfig", {**TEXT, "hidden_size": 64, "n_layer": 2, "n_head": 4}
@@ -171,9 +172,7 @@ BATTERY: dict[str, Entry] = {
         },
         inputs=image_inputs,
     ),
-    "mixtral": Entry(
-        "MixtralForCausalLM", "MixtralConfig", {**LLAMA_LIKE, "num_local_experts": 4}
-    ),
+    "mixtral": Entry("MixtralForCausalLM", "MixtralConfig", {**LLAMA_LIKE, "num_local_experts": 4}),
     "qwen2_moe": Entry(
         "Qwen2MoeForCausalLM",
         "Qwen2MoeConfig",

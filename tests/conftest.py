@@ -12,6 +12,9 @@ from pathlib import Path
 
 import pytest
 
+# As `loftq` itself does, and here before any test imports torch.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 
 @dataclass(frozen=True)
 class Outcome:

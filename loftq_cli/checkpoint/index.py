@@ -32,7 +32,7 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 ADAPTER_FILE = "adapter_model.safetensors"
 MAX_CONFIG_BYTES = 16_000_000
-_BARE_NAME = re.compile(r"[A-Za-z0-9._-]+\.safetensors")
+_BARE_NAME = re.compile(r"[A-Za-z0-9._-]{1,200}\.safetensors")
 _PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
 _CONVERT = (
     "import sys; from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; "

@@ -311,8 +311,10 @@ def _tensor(name: str, entry: object) -> TensorInfo:
         if missing:
             raise ValueError(f"it has no {missing[0]}")
         dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-        if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
-            raise ValueError(f"its dtype is {shown(str(dtype))}")
+        if not isinstance(dtype, str):
+            raise ValueError("its dtype is not a string")
+        if dtype not in DTYPE_BITS:
+            raise ValueError(f"its dtype {shown(dtype)} is unknown")
         if not _naturals(shape):
             raise ValueError("its shape is not a list of whole numbers")
         if not _naturals(offsets) or len(offsets) != 2:

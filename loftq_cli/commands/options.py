@@ -77,9 +77,6 @@ Seed: TypeAlias = Annotated[
 Rank: TypeAlias = Annotated[
     int, typer.Option("--rank", min=1, metavar="R", help="Rank of the adapter.")
 ]
-Ranks: TypeAlias = Annotated[
-    str, typer.Option("--ranks", metavar="R,R,…", help="Ranks to try, separated by commas.")
-]
 BitsNumber: TypeAlias = Literal[4, 8]
 Bits: TypeAlias = Annotated[
     BitsNumber, typer.Option("--bits", metavar="4|8", help="Bits of a quantized weight.")
@@ -208,16 +205,3 @@ def split_list(text: str, option: str) -> list[str]:
     if not all(items):
         raise UsageError(f"{option} has an empty item: {text!r}")
     return items
-
-
-def target_modules(text: str) -> list[str] | Literal["all-linear"]:
-    """The value of --target-modules as PEFT takes it."""
-    return "all-linear" if text == "all-linear" else split_list(text, "--target-modules")
-
-
-def ranks(text: str) -> list[int]:
-    """The value of --ranks: positive whole numbers, in the order given, each once."""
-    items = split_list(text, "--ranks")
-    if not all(item.isascii() and item.isdigit() and int(item) > 0 for item in items):
-        raise UsageError(f"--ranks takes positive whole numbers, not {text!r}")
-    return list(dict.fromkeys(int(item) for item in items))

@@ -181,7 +181,9 @@ def _quantize(
         with run.timing("quantize"), run.progress("quantizing", len(plan.layers)) as progress:
             outcomes = run_tasks(plan, checkpoint, staging, device=chosen.value, progress=progress)
         with run.timing("write"):
-            output_files.join_adapter(plan, staging, architecture, base_model=output.name)
+            output_files.join_adapter(
+                plan, checkpoint, staging, architecture, base_model=output.name
+            )
             output_files.write_model_files(
                 plan,
                 staging,

@@ -82,6 +82,10 @@ class Run:
         """`with run.progress("quantize", n) as p:` then `p.start(name)`, `p.advance(name)`."""
         return self.console.progress(label, total)
 
+    def growing_text(self) -> AbstractContextManager[Callable[[str], None] | None]:
+        """`with run.growing_text() as tell:`; `tell` is None where nobody watches."""
+        return self.console.growing_text()
+
     def resolved(self, name: str, value: Scalar, reason: str) -> None:
         """Records what an automatic choice became, and why."""
         self._resolved[name] = (value, reason)

@@ -21,6 +21,7 @@ from loftq_cli.checkpoint.index import INDEX_FILE, Checkpoint
 from loftq_cli.checkpoint.safetensors import read_header, read_tensor
 from loftq_cli.checkpoint.staging import Staging
 from loftq_cli.checkpoint.writer import (
+    PlannedTensor,
     WrittenFile,
     copy_file,
     write_bytes_atomically,
@@ -32,17 +33,33 @@ if TYPE_CHECKING:
     from loftq_cli.models.architecture import Architecture
 
 
-def join_adapter(plan: Plan, staging: Staging, architecture: Architecture, base_model: str) -> None:
+def join_adapter(
+    plan: Plan,
+    checkpoint: Checkpoint,
+    staging: Staging,
+    architecture: Architecture,
+    base_model: str,
+) -> None:
     """Joins the tasks' shares to one `adapter_model.safetensors`, tensor by tensor."""
+    infos = [info for _, info in checkpoint.tensors.values()]
+    heads = {
+        f"base_model.model.{parameter}": checkpoint.tensors[tensor]
+        for tensor, parameter in architecture.trained_heads(infos).items()
+    }
 
     def tensors() -> Iterator[tuple[str, memoryview]]:
         for task in plan.tasks:
             header = read_header(staging.path(adapter_part(task.file_name)))
             for tensor, info in header.tensors.items():
                 yield tensor, read_tensor(header, info)
+        for name, (header, info) in heads.items():
+            yield name, read_tensor(header, info)
 
     if ADAPTER_NAME not in staging.finished:
-        planned = plan.adapter_tensors(plan.layers)
+        planned = [
+            *plan.adapter_tensors(plan.layers),
+            *(PlannedTensor(name, info.dtype, info.shape) for name, (_, info) in heads.items()),
+        ]
         staging.record(
             ADAPTER_NAME, write_safetensors(staging.path(ADAPTER_NAME), planned, tensors())
         )

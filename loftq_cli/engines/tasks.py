@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from loftq_cli.checkpoint import adapter, container
 from loftq_cli.checkpoint.index import Checkpoint
-from loftq_cli.checkpoint.safetensors import Header, TensorInfo, read_rows, read_tensor
+from loftq_cli.checkpoint.safetensors import read_pieces
 from loftq_cli.checkpoint.tensors import load_tensor
 from loftq_cli.engines.plan import PlannedLayer, Settings, Task
 from loftq_cli.errors import LoftqError
@@ -23,9 +23,6 @@ if TYPE_CHECKING:
     import torch
 
     from loftq_cli.core.loftq import LoftqResult
-
-# A copied tensor passes through memory in pieces of about this size.
-COPY_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -78,7 +75,7 @@ class RunningTask:
                 yield from self._quantized(entry)
                 self.progress.advance(entry.layer.module)
             else:
-                for piece in _pieces(*self.checkpoint.tensors[entry.tensor]):
+                for piece in read_pieces(*self.checkpoint.tensors[entry.tensor]):
                     yield entry.tensor, piece
 
     def _quantized(self, planned: PlannedLayer) -> Iterator[tuple[str, memoryview]]:
@@ -115,7 +112,7 @@ def initialize(W: torch.Tensor, planned: PlannedLayer, settings: Settings) -> Lo
     from loftq_cli.core import loftq
 
     alternate = planned.adapted and settings.init == "loftq"
-    return loftq.initialize(
+    result: LoftqResult = loftq.initialize(
         W,
         quantizer(settings),
         settings.rank if planned.adapted else 1,
@@ -123,6 +120,7 @@ def initialize(W: torch.Tensor, planned: PlannedLayer, settings: Settings) -> Lo
         iterations=settings.iterations if alternate else 0,
         seed=layer_seed(settings.seed, planned.layer.module),
     )
+    return result
 
 
 def quantizer(settings: Settings) -> Any:
@@ -141,12 +139,3 @@ def layer_seed(seed: int, module: str) -> int:
     """A seed for one layer that does not depend on which layers came before it."""
     digest = hashlib.sha256(f"{seed}:{module}".encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
-
-
-def _pieces(header: Header, info: TensorInfo) -> Iterator[memoryview]:
-    if info.nbytes <= COPY_BYTES or not info.shape:
-        yield read_tensor(header, info)
-        return
-    rows = max(1, COPY_BYTES * info.shape[0] // info.nbytes)
-    for first in range(0, info.shape[0], rows):
-        yield read_rows(header, info, first, min(first + rows, info.shape[0]))

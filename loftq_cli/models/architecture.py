@@ -51,6 +51,22 @@ class Architecture:
         """Paths of all modules that PEFT could put an adapter on."""
         return [name for name, module in self.model.named_modules() if hasattr(module, "weight")]
 
+    def trained_heads(self, tensors: Iterable[TensorInfo]) -> dict[str, str]:
+        """Tensors that PEFT expects in the adapter too, each with its parameter's name.
+
+        For these tasks PEFT trains the head beside the adapter (`modules_to_save`) and refuses
+        an adapter without it.
+        """
+        if self.task_type not in ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"):
+            return {}
+        sorter = _Sorter(self.model)
+        named = {info.name: sorter.parameter(info.name)[0] for info in tensors}
+        return {
+            tensor: parameter
+            for tensor, parameter in named.items()
+            if parameter.partition(".")[0] in sorter.heads
+        }
+
     def skip_modules(self, quantized: Sequence[LinearLayer]) -> list[str]:
         """Paths of all linear modules that must stay as they are, for `llm_int8_skip_modules`.
 

@@ -1,25 +1,36 @@
-"""Loads a model as its users will: plain transformers, and PEFT if an adapter lies beside it."""
+"""Loads a model as its users will: plain transformers, then PEFT for an adapter on top."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
-from loftq_cli.checkpoint.adapter import ADAPTER_CONFIG, ADAPTER_DIRECTORY
 from loftq_cli.checkpoint.index import open_checkpoint
 from loftq_cli.errors import CorruptCheckpoint, LoftqError, UnsupportedModel, first_line
-from loftq_cli.models.architecture import read_architecture
+from loftq_cli.models.adapters import attach_adapter, attach_fresh, own_adapter
+from loftq_cli.models.architecture import Architecture, read_architecture
 from loftq_cli.models.source import read_config
+
+Clock: TypeAlias = Callable[[str], AbstractContextManager[None]]
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model in evaluation mode, its tokenizer if it has one, and its adapter's name."""
+    """A model in evaluation mode, its tokenizer if it has one, and what its adapter is called."""
 
     model: Any
     tokenizer: Any
     adapter: str | None
+
+    @property
+    def base(self) -> Any:
+        """The model without PEFT's wrapping; the adapter stays inside."""
+        return self.model if self.adapter is None else self.model.get_base_model()
 
 
 def stored_dtype(config: dict[str, Any]) -> str | None:
@@ -28,48 +39,138 @@ def stored_dtype(config: dict[str, Any]) -> str | None:
     return value if isinstance(value, str) else None
 
 
+@contextmanager
+def untimed(step: str) -> Iterator[None]:
+    """A clock for callers who do not measure."""
+    yield
+
+
 def load_model(
-    directory: Path, *, device: str, dtype: str, trust_remote_code: bool = False
+    directory: Path,
+    *,
+    device: str,
+    dtype: str,
+    adapter: Path | None = None,
+    fresh_rank: int | None = None,
+    trust_remote_code: bool = False,
+    clock: Clock = untimed,
 ) -> LoadedModel:
-    """Loads the directory's model, its tokenizer, and `loftq_init/` on top where there is one.
+    """Loads the directory's model and tokenizer, and puts an adapter on top.
+
+    The adapter is ``adapter``'s, or a new one of rank ``fresh_rank``, or the one that lies in
+    the directory's own `loftq_init/`, or none.
 
     Args:
         device: `cpu` or `cuda:N`; the whole model goes there.
         dtype: torch's name of the dtype for everything that is not quantized.
+        clock: told the time of `import`, `build` (the class without memory, the tokenizer)
+            and `read` (weights and adapter into memory, on the device).
 
     Raises:
         CorruptCheckpoint: the files contradict each other or the model class.
         UnsafeCheckpoint, UnsupportedModel: see `read_architecture`.
     """
-    import torch
-    from transformers import AutoTokenizer
-
     config = read_config(directory)
     open_checkpoint(directory)  # its errors name the file; the libraries' often do not
-    architecture = read_architecture(directory, config, trust_remote_code=trust_remote_code)
-    model_class = type(architecture.model)
-    del architecture
-    try:
-        model = model_class.from_pretrained(
-            directory, dtype=getattr(torch, dtype), device_map={"": device}
-        )
-        adapter = None
-        if (directory / ADAPTER_DIRECTORY / ADAPTER_CONFIG).exists():
-            from peft import PeftModel
+    own = own_adapter(directory)
+    with clock("import"):
+        import torch
+        from transformers import modeling_utils  # noqa: F401
 
-            model = PeftModel.from_pretrained(model, directory, subfolder=ADAPTER_DIRECTORY)
-            adapter = ADAPTER_DIRECTORY
+        if adapter or fresh_rank or own:
+            import peft  # noqa: F401
+        if "quantization_config" in config:
+            import bitsandbytes  # noqa: F401
+    with clock("build"):
+        architecture = read_architecture(directory, config, trust_remote_code=trust_remote_code)
+        tokenizer = load_tokenizer(directory, trust_remote_code)
+    with clock("read"):
+        model = _read(directory, architecture, getattr(torch, dtype), device)
+        name = None
+        if adapter is not None:
+            model, name = attach_adapter(model, adapter), str(adapter)
+        elif fresh_rank is not None:
+            model = attach_fresh(model, fresh_rank, architecture.task_type)
+            name = f"new, rank {fresh_rank}"
+        elif own is not None:
+            model, name = attach_adapter(model, own), own.name
+    return LoadedModel(model.eval(), tokenizer, name)
+
+
+def random_model(
+    directory: Path,
+    *,
+    device: str,
+    dtype: str,
+    seed: int,
+    trust_remote_code: bool = False,
+    clock: Clock = untimed,
+) -> LoadedModel:
+    """The architecture of the directory's config.json with weights as before any training.
+
+    Raises:
+        UnsupportedModel: the config is that of a quantized model.
+    """
+    config = read_config(directory)
+    if "quantization_config" in config:
+        raise UnsupportedModel(
+            "a quantized model cannot have random weights",
+            cause=f"{directory / 'config.json'} has a quantization_config",
+            hint="give the config of the model that it was made from",
+        )
+    with clock("import"):
+        import torch
+        from transformers import modeling_utils  # noqa: F401
+    with clock("build"):
+        architecture = read_architecture(directory, config, trust_remote_code=trust_remote_code)
+        meta = architecture.model
+        torch.manual_seed(seed)
+        with torch.device(device):
+            model = type(meta)._from_config(meta.config, dtype=getattr(torch, dtype))
+        tokenizer = load_tokenizer(directory, trust_remote_code)
+    return LoadedModel(model.eval(), tokenizer, None)
+
+
+def load_tokenizer(directory: Path, trust_remote_code: bool = False) -> Any:
+    """The directory's tokenizer; None where it has none.
+
+    Raises:
+        CorruptCheckpoint: its files are no tokenizer.
+    """
+    if not any((directory / name).exists() for name in _TOKENIZER_FILES):
+        return None
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
+    except Exception as error:  # a Rust library and a Python one, each with errors of its own
+        raise CorruptCheckpoint(
+            f"the tokenizer in {directory} cannot be loaded", cause=first_line(error)
+        ) from error
+
+
+def _read(directory: Path, architecture: Architecture, dtype: Any, device: str) -> Any:
+    try:
+        model, info = type(architecture.model).from_pretrained(
+            directory, dtype=dtype, device_map={"": device}, output_loading_info=True
+        )
     except LoftqError:
         raise
     except Exception as error:  # whatever two large libraries may object to
+        if type(error).__name__ == "OutOfMemoryError":
+            raise
         raise CorruptCheckpoint(
-            f"{directory} cannot be loaded",
-            cause=first_line(error),
+            f"{directory} cannot be loaded", cause=first_line(error)
         ) from error
-    tokenizer = None
-    if any((directory / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")):
-        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
-    return LoadedModel(model.eval(), tokenizer, adapter)
+    # transformers fills in random numbers and goes on: a model that is not the one asked for.
+    if missing := sorted(info["missing_keys"]):
+        raise CorruptCheckpoint(
+            f"{directory} lacks weights of {architecture.class_name}",
+            cause=f"{len(missing)} parameters are in none of its files, the first is {missing[0]}",
+            hint="name the class that the weights belong to in config.json's architectures, or "
+            "download the checkpoint again",
+        )
+    return model
 
 
 def require_text_model(loaded: LoadedModel) -> None:
@@ -78,14 +179,13 @@ def require_text_model(loaded: LoadedModel) -> None:
     Raises:
         UnsupportedModel: no tokenizer, or no language-model head.
     """
-    base = loaded.model.get_base_model() if loaded.adapter else loaded.model
-    if loaded.tokenizer is None:
-        raise UnsupportedModel("this model has no tokenizer", cause="there is no tokenizer.json")
-    if not base.can_generate():
+    if not loaded.base.can_generate():
         raise UnsupportedModel(
-            f"{type(base).__name__} does not generate text",
+            f"{type(loaded.base).__name__} does not generate text",
             hint="choose a causal or sequence-to-sequence language model",
         )
+    if loaded.tokenizer is None:
+        raise UnsupportedModel("this model has no tokenizer", cause="there is no tokenizer.json")
 
 
 def logical_parameters(model: Any) -> int:

@@ -10,17 +10,18 @@ from loftq_cli.report.tables import Code, Facts, Passage, Section, Table, View, 
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.text import Text
 
 # Names and prose in columns narrower than this fold into confetti: the table is then laid out one
 # value a line.
 _NARROWEST = 14
 
-_ASCII = str.maketrans({"×": "x", "→": "->", "·": "*", "√": "sqrt ", "−": "-", "…": "..."})
+_ASCII = str.maketrans({"×": "x", "→": "->", "›": ">"})
+_ASCII_RULE = "    \n    \n -- \n    \n    \n    \n    \n    \n"  # box.SIMPLE_HEAD
 
 
 def render(view: View, *, width: int, colour: bool, unicode: bool) -> str:
     from rich.console import Console
-    from rich.text import Text
 
     buffer = io.StringIO()
     console = Console(
@@ -34,98 +35,101 @@ def render(view: View, *, width: int, colour: bool, unicode: bool) -> str:
         legacy_windows=False,
         _environ={},  # what the environment asks for has been decided by the caller
     )
-    console.print(Text(visible(view.title), style="bold"))
+    page = _Page(console, unicode)
+    page.line(view.title, "bold")
     for section in view.sections:
         console.print()
-        _print(console, section, unicode)
+        page.section(section)
     for warning in view.warnings:
         console.print()
-        console.print(Text(f"warning: {visible(warning)}", style="yellow"))
+        page.line(f"warning: {warning}", "yellow")
     # Rich fills cells up to their column; a page should not end its lines in blanks.
-    page = "\n".join(line.rstrip() for line in buffer.getvalue().splitlines()) + "\n"
-    return page if unicode else page.translate(_ASCII)
+    return "\n".join(line.rstrip() for line in buffer.getvalue().splitlines()) + "\n"
 
 
-def _print(console: Console, section: Section, unicode: bool) -> None:
-    from rich.text import Text
+class _Page:
+    """A Rich console that shows text, never markup, in the characters that can be shown."""
 
-    if isinstance(section, Facts):
-        _print_facts(console, section)
-    elif isinstance(section, Table):
-        _print_table(console, section, unicode)
-    elif isinstance(section, Passage):
-        console.print(Text(visible(section.title), style="bold"))
-        for line in section.text.splitlines():
-            console.print(Text(visible(line)), soft_wrap=True)
-        console.print(Text(section.caption, style="dim"))
-    else:
-        assert isinstance(section, Code)
-        console.print(Text(section.title))
-        for line in section.lines:
-            console.print(Text(f"    {line}", style="cyan"), soft_wrap=True)
+    def __init__(self, console: Console, unicode: bool) -> None:
+        self.console = console
+        self.unicode = unicode
 
+    def text(self, text: str, style: str = "") -> Text:
+        from rich.text import Text
 
-def _print_facts(console: Console, facts: Facts) -> None:
-    from rich.table import Table as Grid
-    from rich.text import Text
+        text = visible(text)
+        return Text(text if self.unicode else text.translate(_ASCII), style)
 
-    grid = Grid.grid(padding=(0, 2))
-    grid.add_column(style="dim", no_wrap=True)
-    grid.add_column(overflow="fold")
-    for label, value in facts.items:
-        grid.add_row(Text(f"  {label}"), Text(visible(value)))
-    console.print(grid)
+    def line(self, text: str, style: str = "", *, wrap: bool = True) -> None:
+        self.console.print(self.text(text, style), soft_wrap=not wrap)
 
+    def section(self, section: Section) -> None:
+        if isinstance(section, Facts):
+            self.facts(section)
+        elif isinstance(section, Table):
+            self.table(section)
+        elif isinstance(section, Passage):
+            self.line(section.title, "bold")
+            for line in section.text.splitlines():
+                self.line(line, wrap=False)
+            self.line(section.caption, "dim")
+        else:
+            assert isinstance(section, Code)
+            self.line(section.title)
+            for line in section.lines:
+                self.line(f"    {line}", "cyan", wrap=False)
 
-def _print_table(console: Console, table: Table, unicode: bool) -> None:
-    from rich import box
-    from rich.table import Table as Grid
-    from rich.text import Text
+    def facts(self, facts: Facts) -> None:
+        from rich.table import Table as Grid
 
-    shown = [
-        [visible(cell(column, value)) for column, value in zip(table.columns, row, strict=True)]
-        for row in table.rows
-    ]
-    if not _fits(table, shown, console.width):
-        _print_stacked(console, table, shown)
-        return
-    rule = box.SIMPLE_HEAD if unicode else box.Box(str(box.SIMPLE_HEAD).replace("─", "-"))
-    grid = Grid(
-        title=Text(table.title, style="bold"),
-        title_justify="left",
-        box=rule,
-        padding=(0, 1, 0, 0),
-        pad_edge=False,
-        show_edge=False,
-    )
-    for column in table.columns:
-        grid.add_column(
-            Text(column.title),
-            justify="right" if column.kind == "number" else "left",
-            overflow="fold",
-            no_wrap=column.kind == "number",
+        grid = Grid.grid(padding=(0, 2))
+        grid.add_column(style="dim", no_wrap=True)
+        grid.add_column(overflow="fold")
+        for label, value in facts.items:
+            grid.add_row(self.text(f"  {label}"), self.text(value))
+        self.console.print(grid)
+
+    def table(self, table: Table) -> None:
+        from rich import box
+        from rich.table import Table as Grid
+
+        titles = [self.text(column.title) for column in table.columns]
+        rows = [
+            [self.text(cell(*pair)) for pair in zip(table.columns, row, strict=True)]
+            for row in table.rows
+        ]
+        need = 0
+        for column, *cells in zip(table.columns, titles, *rows, strict=True):
+            widest = max(text.cell_len for text in cells)
+            need += widest if column.kind == "number" else min(widest, _NARROWEST)
+        if need + 2 * len(titles) > self.console.width:
+            self.stacked(table)
+            return
+        rule = box.SIMPLE_HEAD if self.unicode else box.Box(_ASCII_RULE)
+        grid = Grid(
+            title=self.text(table.title, "bold"),
+            title_justify="left",
+            box=rule,
+            padding=(0, 1, 0, 0),
+            pad_edge=False,
+            show_edge=False,
         )
-    for row in shown:
-        grid.add_row(*map(Text, row))
-    console.print(grid)
+        for column, title in zip(table.columns, titles, strict=True):
+            number = column.kind == "number"
+            grid.add_column(
+                title, justify="right" if number else "left", overflow="fold", no_wrap=number
+            )
+        for texts in rows:
+            grid.add_row(*texts)
+        self.console.print(grid)
 
-
-def _fits(table: Table, shown: list[list[str]], width: int) -> bool:
-    """Whether the numbers fit beside names and prose of a readable width."""
-    from rich.cells import cell_len
-
-    need = 0
-    for index, column in enumerate(table.columns):
-        widest = max(map(cell_len, [column.title, *(row[index] for row in shown)]))
-        need += widest if column.kind == "number" else min(widest, _NARROWEST)
-    return need + 2 * len(table.columns) <= width
-
-
-def _print_stacked(console: Console, table: Table, shown: list[list[str]]) -> None:
-    from rich.text import Text
-
-    console.print(Text(table.title, style="bold"))
-    for row in shown:
-        console.print()
-        pairs = zip(table.columns, row, strict=True)
-        _print_facts(console, Facts([(column.title, value) for column, value in pairs if value]))
+    def stacked(self, table: Table) -> None:
+        """One value a line, for a terminal that is too narrow for the table."""
+        self.line(table.title, "bold")
+        for row in table.rows:
+            self.console.print()
+            shown = [
+                (column.title, cell(column, value))
+                for column, value in zip(table.columns, row, strict=True)
+            ]
+            self.facts(Facts([pair for pair in shown if pair[1]]))

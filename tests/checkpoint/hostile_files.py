@@ -181,7 +181,7 @@ STRICTER = {
     "key twice in an unknown field": (extra('{"y":1,"y":2}'), "the same"),
     "tensor is a list": (
         one('["U8",[2],[0,2]]'),
-        "serde reads a struct from a list too; the README has an object, and every writer writes one",
+        "serde reads a struct from a list too; the README and every writer have an object",
     ),
     "dtype is an object": (
         one('{"dtype":{"U8":null},"shape":[2],"data_offsets":[0,2]}'),

@@ -249,7 +249,7 @@ def test_an_index_may_be_large_but_not_endless(tmp_path: Path) -> None:
     tensors = {f"t{i}": "model.safetensors" for i in range(50_000)}
     header = "{" + ",".join(f'"{name}":{entry(shape=[0], offsets=[0, 0])}' for name in tensors)
     (tmp_path / "weights.safetensors").write_bytes(file_bytes(header + "}"))
-    write_index(tmp_path, {name: "weights.safetensors" for name in tensors})
+    write_index(tmp_path, dict.fromkeys(tensors, "weights.safetensors"))
     assert len(open_checkpoint(tmp_path).tensors) == 50_000
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from patched_os import PatchedOs
 from safetensors.torch import load_file, save_file
 
 from loftq_cli.checkpoint import safetensors
@@ -59,7 +59,9 @@ def random_tensor(dtype: torch.dtype, shape: list[int]) -> torch.Tensor:
     return values.to(dtype)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(TENSORS)
 def test_random_files(tmp_path: Path, plan: dict[str, tuple[torch.dtype, list[int]]]) -> None:
     path = tmp_path / "model.safetensors"
@@ -124,18 +126,8 @@ def test_short_reads_are_continued(header: Header, monkeypatch: pytest.MonkeyPat
     def short(fd: int, buffers: list[memoryview], offset: int) -> int:
         return os.preadv(fd, [buffers[0][:7]], offset)
 
-    monkeypatch.setattr(safetensors, "os", Patched(preadv=short))
+    monkeypatch.setattr(safetensors, "os", PatchedOs(preadv=short))
     assert bytes(read_tensor(header, header.tensors["W"])) == raw(load_file(header.path)["W"])
-
-
-class Patched:
-    """The os module with some of its functions replaced."""
-
-    def __init__(self, **functions: Any) -> None:
-        self.__dict__.update(functions)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(os, name)
 
 
 def _append(path: Path) -> None:
@@ -155,6 +147,7 @@ def _rewrite(path: Path) -> None:
 def _replace(path: Path) -> None:
     other = path.with_name("other")
     other.write_bytes(path.read_bytes())
+    os.utime(other, ns=(1, 1))  # the clock of the file system may not have ticked since
     other.replace(path)
 
 
@@ -181,7 +174,7 @@ def test_a_file_that_changes_while_it_is_read(
         change(header.path)
         return os.preadv(fd, buffers, offset)
 
-    monkeypatch.setattr(safetensors, "os", Patched(preadv=read_and_change))
+    monkeypatch.setattr(safetensors, "os", PatchedOs(preadv=read_and_change))
     with pytest.raises(CorruptCheckpoint):
         read_tensor(header, max(header.tensors.values(), key=lambda info: info.end))
 
@@ -197,7 +190,7 @@ def test_a_disk_that_fails(header: Header, monkeypatch: pytest.MonkeyPatch) -> N
     def broken(*_: object) -> int:
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(safetensors, "os", Patched(preadv=broken))
+    monkeypatch.setattr(safetensors, "os", PatchedOs(preadv=broken))
     with pytest.raises(CorruptCheckpoint) as caught:
         read_tensor(header, header.tensors["b"])
     assert caught.value.cause == "Input/output error"

@@ -71,11 +71,11 @@ def noisy(run: Run, model: Model = "demo") -> None:
 @command("load")
 def sleepy(run: Run, marker: Annotated[Path, typer.Option()]) -> None:
     """Wait to be stopped, and clean up."""
-    marker.write_text("started")
     try:
+        marker.write_text("started")
         time.sleep(30)
     finally:
-        marker.unlink()
+        marker.unlink(missing_ok=True)
 
 
 FAILURES = {

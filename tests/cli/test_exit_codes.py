@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from fakes import COMMANDS
+
 from loftq_cli import __version__, cli
 
 FAKES = Path(__file__).with_name("fakes.py")
@@ -25,6 +26,7 @@ def fakes(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(cli.COMMANDS, name, command)
 
 
+ROOM = "hint: make room, then run it again\n"
 RERUN = "hint: run it again with --debug to see where it happened\n"
 
 
@@ -46,8 +48,7 @@ RERUN = "hint: run it again with --debug to see where it happened\n"
         (
             "disk",
             4,
-            "error: the disk is full\ncause: [Errno 28] No space left on device: '/x'\n"
-            "hint: make room, then run it again\n",
+            "error: the disk is full\ncause: [Errno 28] No space left on device: '/x'\n" + ROOM,
         ),
         ("evil", 1, "error: no layer layer[red]evil[/]\\x1b[31m\\u202e|`x`\\ttail\n"),
     ],
@@ -83,7 +84,7 @@ def test_debug_shows_the_traceback_before_the_message(
         (["--frobnicate"], "no such option: --frobnicate", "loftq --help"),
         (["load", "--frobnicate"], "no such option: --frobnicate", "loftq load --help"),
         (["load", "--modle", "x"], "(Possible options: --model)", "loftq load --help"),
-        (["load", "extra"], "got unexpected extra argument (extra)", "loftq load --help"),
+        (["load", "extra"], "(extra)", "loftq load --help"),
         (["load", "--dtype", "int3"], "'int3'", "loftq load --help"),
         (["load", "--format"], "'--format' requires an argument", "loftq load --help"),
         (["failing"], "missing option '--how'", "loftq failing --help"),
@@ -94,7 +95,7 @@ def test_usage_errors(loftq: Callable[..., Any], line: list[str], what: str, hin
     assert (done.code, done.out) == (2, "")
     error, advice = done.err.splitlines()
     assert error.startswith("error: ")
-    assert what.replace("argument (", "argument(s) (") in error or what in error
+    assert what in error
     assert advice == f"hint: {hint}"
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from fakes import COMMANDS
+
 from loftq_cli import cli
 from loftq_cli.schema import load_document
 

@@ -1,0 +1,112 @@
+"""LoRA adapters on a loaded model: one from files, or a new one that changes nothing yet."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from loftq_cli.checkpoint.adapter import ADAPTER_CONFIG, ADAPTER_DIRECTORY, ADAPTER_WEIGHTS
+from loftq_cli.checkpoint.index import load_json
+from loftq_cli.checkpoint.safetensors import read_header, shown
+from loftq_cli.errors import CorruptCheckpoint, InvalidSetting, ModelNotFound, UnsafeCheckpoint
+
+
+def own_adapter(directory: Path) -> Path | None:
+    """The adapter that `quantize` wrote beside a backbone, if there is one."""
+    found = directory / ADAPTER_DIRECTORY
+    return found if (found / ADAPTER_CONFIG).exists() else None
+
+
+def attach_adapter(model: Any, directory: Path) -> Any:
+    """``model`` with the adapter in ``directory``, as PEFT loads it.
+
+    Raises:
+        ModelNotFound: there is no adapter.
+        UnsafeCheckpoint: its weights are a pickle.
+        CorruptCheckpoint: it is damaged, or belongs to another model.
+    """
+    header = read_header(_weights(directory))
+    from peft import PeftModel, get_peft_model_state_dict
+
+    try:
+        # Which keys are missing is found below, where it is an error and not a warning.
+        with _silent():
+            adapted = PeftModel.from_pretrained(model, directory)
+            wanted = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    except Exception as error:  # whatever PEFT, or torch below it, may object to
+        reason = " ".join(str(error).split())
+        raise _foreign(directory, f"{reason[:200]}…" if len(reason) > 200 else reason) from error
+    if missing := sorted(set(wanted) - set(header.tensors)):
+        raise _foreign(
+            directory, f"{len(missing)} of its tensors are missing, such as {shown(missing[0])}"
+        )
+    return adapted
+
+
+def attach_fresh(
+    model: Any,
+    rank: int,
+    task_type: str | None,
+    target_modules: str | list[str] = "all-linear",
+    meta: bool = False,
+) -> Any:
+    """``model`` with a new LoRA adapter: A random, B zero, so that its outputs stay the same.
+
+    Args:
+        meta: the model is on the meta device, and the adapter is to stay there too.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(
+        r=rank, lora_alpha=rank, target_modules=target_modules, task_type=task_type
+    )
+    try:
+        # It warns that it transposes for Conv1D, which is what is wanted.
+        with _silent():
+            return get_peft_model(model, config, low_cpu_mem_usage=meta)
+    except ValueError as error:
+        raise InvalidSetting(
+            "PEFT cannot put an adapter on this model", cause=" ".join(str(error).split())
+        ) from error
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _weights(directory: Path) -> Path:
+    """The adapter's weight file, once its config has been seen to be one."""
+    weights = directory / ADAPTER_WEIGHTS
+    if not (directory / ADAPTER_CONFIG).is_file():
+        raise ModelNotFound(
+            f"no adapter in {directory}",
+            cause=f"there is no {ADAPTER_CONFIG}"
+            if directory.is_dir()
+            else "there is no such directory",
+            hint=f"give the directory that has {ADAPTER_CONFIG} and {ADAPTER_WEIGHTS} in it",
+        )
+    load_json(directory / ADAPTER_CONFIG)
+    if weights.is_file():
+        return weights
+    if (directory / "adapter_model.bin").exists():
+        raise UnsafeCheckpoint(
+            f"{directory} has its adapter as a pickle only",
+            cause="loading a pickle runs whatever code is in it",
+            hint="load it where you trust it, and save_pretrained it again",
+        )
+    raise CorruptCheckpoint(f"{weights} is missing", cause="the adapter has a config, no weights")
+
+
+def _foreign(directory: Path, cause: str) -> CorruptCheckpoint:
+    return CorruptCheckpoint(
+        f"the adapter in {directory} does not fit this model",
+        cause=cause,
+        hint="give the model that the adapter was trained on: "
+        f"base_model_name_or_path in its {ADAPTER_CONFIG} names it",
+    )

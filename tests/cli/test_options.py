@@ -1,0 +1,125 @@
+"""Options: spelled as in the contract, documented, completed, and understood."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from loftq_cli import cli
+from loftq_cli.commands import options
+from loftq_cli.errors import UsageError
+
+SHARED = "--format --json --save --quiet -q --debug --help -h"
+CONTRACT = {
+    "quantize": "--model -m --output -o --bits --quant-type --block-size --double-quant --rank "
+    "--iterations --init --lora-alpha --target-modules --device --seed --dry-run --resume --force",
+    "load": "--model -m --device --dtype",
+    "generate": "--model -m --prompt --max-new-tokens --device --dtype",
+}
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_help(loftq: Callable[..., Any], command: str) -> None:
+    done = loftq(command, "--help")
+    assert (done.code, done.err) == (0, "")
+    usage, _, first, *_ = done.out.splitlines()
+    assert usage == f"Usage: loftq {command} [OPTIONS]"
+    assert first.startswith(f"  loftq {command} "), "help starts with an example"
+    for option in [*CONTRACT[command].split(), *SHARED.split()]:
+        assert re.search(rf"(?<![\w-]){option}(?![\w-])", done.out), option
+    # Every option says what it does, not only what it is called.
+    rows = re.split(r"\n  (?=-)", done.out.partition("\nOptions:")[2])[1:]
+    for row in rows:
+        _, _, text = row.replace("\n", "  ").partition("  ")
+        assert len(text.split("[default")[0].split()) >= 3, row
+
+
+def test_the_list_of_commands_is_the_table(loftq: Callable[..., Any]) -> None:
+    listed = re.findall(r"^  (\S+)  +\S", loftq("--help").out.partition("Commands:")[2], re.M)
+    assert [name for name in listed if name in cli.COMMANDS] == list(cli.COMMANDS)
+
+
+def test_a_negated_flag_and_a_choice(loftq: Callable[..., Any]) -> None:
+    done = loftq("quantize", "--bits", "5", "--output", "x")
+    assert (done.code, done.out) == (2, "")
+    assert "'5'" in done.err
+    assert "'4'" in done.err
+
+
+def complete(words: str, shell: str = "bash") -> list[str]:
+    count = len(words.split(" ")) - 1
+    done = subprocess.run(
+        [sys.executable, "-m", "loftq_cli"],
+        env=os.environ
+        | {
+            "_LOFTQ_COMPLETE": f"complete_{shell}",
+            "COMP_WORDS": words,
+            "COMP_CWORD": str(count),
+        },
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=30,
+    )
+    return done.stdout.split()
+
+
+def test_completion_of_commands_options_and_choices(tmp_path: Path) -> None:
+    assert complete("loftq qu") == ["quantize"]
+    assert complete("loftq load --dt") == ["--dtype"]
+    assert complete("loftq load --dtype b") == ["bfloat16"]
+    assert complete("loftq load --model de") == ["demo"]
+    assert complete("loftq quantize --block-size 1") == ["128", "1024"]
+
+
+def test_completion_of_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here" / "model").mkdir(parents=True)
+    (tmp_path / "hub" / "models--org--name").mkdir(parents=True)
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.chdir(tmp_path)
+    assert set(options._complete_model("")) == {"demo", "here/", "hub/", "org/name"}
+    assert "./here/" in options._complete_model("./h")
+    assert "here/model/" in options._complete_model("here/")
+    assert f"{tmp_path}/here/" in options._complete_model(f"{tmp_path}/h")
+    assert "demo" in options._complete_model("no/such/place")
+
+
+def test_completion_installs(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "loftq_cli", "--install-completion", "bash"],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=30,
+        env=os.environ
+        | {"HOME": str(tmp_path), "_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"},
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    script = tmp_path / ".bash_completions" / "loftq.sh"
+    assert "_LOFTQ_COMPLETE=complete_bash" in script.read_text("utf-8")
+    assert str(script) in (tmp_path / ".bashrc").read_text("utf-8")
+
+
+def test_lists() -> None:
+    assert options.split_list("a, b", "--x") == ["a", "b"]
+    for bad in ("", "a,,b", ","):
+        with pytest.raises(UsageError, match="empty item"):
+            options.split_list(bad, "--x")
+
+
+def test_every_shared_option_type_is_in_use() -> None:
+    """A name in options.py that no command uses would be an option nobody asked for."""
+    commands = Path(inspect.getfile(options)).parent
+    sources = "".join(
+        file.read_text("utf-8") for file in commands.glob("*.py") if file.name != "options.py"
+    )
+    names = re.findall(r"^(\w+): TypeAlias = Annotated", inspect.getsource(options), re.MULTILINE)
+    assert [name for name in names if not re.search(rf"\b{name}\b", sources)] == []

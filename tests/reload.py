@@ -1,0 +1,62 @@
+"""Opens a written directory as its users will, and takes it apart again.
+
+Nothing of `loftq_cli` is used here: what is checked is what plain transformers, bitsandbytes and
+PEFT make of the files.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import bitsandbytes as bnb
+import torch
+import transformers
+from peft import PeftModel
+from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Reloaded:
+    """The model with its adapter, and each quantized layer as float64 matrices (out, in)."""
+
+    model: PeftModel
+    dequantized: dict[str, torch.Tensor]
+    correction: dict[str, torch.Tensor]  # s·B·A, adapted layers only
+
+
+def reload(directory: Path, model_class: str = "AutoModelForCausalLM") -> Reloaded:
+    """The two lines of the README, then every layer's Q and s·B·A as the libraries hold them."""
+    base = getattr(transformers, model_class).from_pretrained(directory)
+    model = PeftModel.from_pretrained(base, directory, subfolder="loftq_init", is_trainable=True)
+    dequantized, correction = {}, {}
+    for name, module in model.base_model.model.named_modules():
+        inner = getattr(module, "base_layer", module)
+        name = name.removesuffix(".base_layer")
+        if isinstance(inner, bnb.nn.Linear4bit):
+            state = inner.weight.quant_state
+            dequantized[name] = bnb.functional.dequantize_4bit(inner.weight.data, state).double()
+        elif isinstance(inner, bnb.nn.Linear8bitLt):
+            dequantized[name] = bnb.functional.int8_vectorwise_dequant(
+                inner.weight.data, inner.weight.SCB
+            ).double()
+        if hasattr(module, "lora_A"):
+            A = module.lora_A["default"].weight.double()
+            B = module.lora_B["default"].weight.double()
+            correction[name] = module.scaling["default"] * (B @ A)
+    return Reloaded(model.eval(), dequantized, {k: v.detach() for k, v in correction.items()})
+
+
+def weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """Each linear layer's original weight as float64 (out, in), also where it is a Conv1D."""
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            found[name] = module.weight.detach().double()
+        elif isinstance(module, transformers.pytorch_utils.Conv1D):
+            found[name] = module.weight.detach().double().T
+    return found
+
+
+def relative_error(W: torch.Tensor, approximation: torch.Tensor) -> float:
+    return float((W - approximation).norm() / W.norm())
