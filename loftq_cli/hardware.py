@@ -96,6 +96,15 @@ def peak_memory_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def peak_device_memory_bytes(device: str) -> int | None:
+    """The most memory torch has held on an accelerator so far; None for a CPU."""
+    if not device.startswith("cuda"):
+        return None
+    import torch
+
+    return int(torch.cuda.max_memory_allocated(device))
+
+
 def memory_bytes() -> int | None:
     """The memory this process may use: the machine's, or the container's where that is less."""
     try:

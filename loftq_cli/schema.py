@@ -198,6 +198,8 @@ class LoadResults(_Model):
     adapter_parameters: int = 0
     tokenizer: str | None = None
     vocabulary_size: int | None = None
+    peak_device_memory_bytes: int | None = None  # on the accelerator; null on a CPU
+    random_weights: bool = False
 
 
 # --- generate -----------------------------------------------------------------------------------
@@ -209,6 +211,7 @@ class Generation(_Model):
     new_tokens: int
     seconds: float
     tokens_per_second: float
+    prompt_tokens: int | None = None
 
 
 class GenerateResults(_Model):
@@ -219,7 +222,43 @@ class GenerateResults(_Model):
     device: str
     dtype: str
     adapter: str | None = None
+    # Null where each token was the likeliest one.
+    temperature: float | None = None
+    top_p: float | None = None
     seed: int | None = None
+
+
+# --- check --------------------------------------------------------------------------------------
+
+
+class CheckTest(_Model):
+    """One check: what it set out to verify, and what it found or why it failed."""
+
+    name: str
+    group: str
+    status: Literal["passed", "failed", "skipped"]
+    seconds: float
+    verified: str
+    detail: str
+    figures: dict[str, Scalar] = {}
+    rows: list[dict[str, Scalar]] = []  # where the finding is a table
+    cause: str | None = None
+    hint: str | None = None
+
+
+class CheckSummary(_Model):
+    """`skipped` are checks that this model or an earlier failure left nothing to do for."""
+
+    total: int
+    passed: int
+    failed: int
+    skipped: int = 0
+    seconds: float
+
+
+class CheckResults(_Model):
+    tests: list[CheckTest]
+    summary: CheckSummary
 
 
 # --- reading and writing ------------------------------------------------------------------------
@@ -228,6 +267,7 @@ RESULTS: Mapping[str, type[BaseModel]] = {
     "quantize": QuantizeResults,
     "load": LoadResults,
     "generate": GenerateResults,
+    "check": CheckResults,
 }
 
 

@@ -1,15 +1,20 @@
-"""`loftq generate`: text from a model with its adapter."""
+"""`loftq generate`: text from a model with its adapter, and how long it takes."""
 
 from __future__ import annotations
 
-import time
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
-from loftq_cli.commands.options import Device, Dtype, MaxNewTokens, Model, Prompt
+import typer
+
+from loftq_cli.commands.options import Device, Dtype, MaxNewTokens, Model, Prompt, TrustRemoteCode
+from loftq_cli.commands.prompts import read_prompts
 from loftq_cli.commands.run import Run, command
 from loftq_cli.errors import UsageError
 
 if TYPE_CHECKING:
+    from loftq_cli.models.generation import Sampling
     from loftq_cli.models.loading import LoadedModel
     from loftq_cli.schema import Generation
 
@@ -19,59 +24,192 @@ def generate(
     run: Run,
     model: Model = "demo",
     prompt: Prompt = None,
+    prompts_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--prompts-file", metavar="FILE", help="A file of prompts, one a line; - is stdin."
+        ),
+    ] = None,
     max_new_tokens: MaxNewTokens = 40,
+    temperature: Annotated[
+        float | None,
+        typer.Option(
+            "--temperature",
+            metavar="T",
+            show_default="the likeliest token each time",
+            help="Sample; below 1 keeps to the likely, above 1 strays.",
+        ),
+    ] = None,
+    top_p: Annotated[
+        float | None,
+        typer.Option(
+            "--top-p",
+            metavar="P",
+            help="Sample only from the likeliest tokens that make up P of the probability.",
+        ),
+    ] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(
+            "--seed", min=0, metavar="N", show_default="0", help="Where sampling starts."
+        ),
+    ] = None,
+    rank: Annotated[
+        int | None,
+        typer.Option(
+            "--rank",
+            min=1,
+            metavar="R",
+            help="Put a new adapter on the model; it changes no text, only the time.",
+        ),
+    ] = None,
+    adapter: Annotated[
+        Path | None,
+        typer.Option(
+            "--adapter",
+            metavar="DIR",
+            show_default="loftq_init in the model's directory, if it is there",
+            help="Put this adapter on the model.",
+        ),
+    ] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Continue prompts with a model and, in a directory that `quantize` wrote, its adapter.
-
-    Example: loftq generate --model OUT --prompt "def read_file(path):"
     """
-    if not prompt:
-        raise UsageError("nothing to continue", hint='--prompt "Once upon a time"')
+    \b
+    loftq generate --model OUT --prompt "def main" --prompt "class Stack:"
+    loftq generate --model OUT --adapter trained-adapter --prompts-file prompts.txt
+    head -5 prompts.txt | loftq generate --temperature 0.8 --json
+
+    Continues prompts with a model and its adapter, and says how fast. A directory that quantize
+    wrote brings its adapter along.
+    """
+    sampling = _sampling(temperature, top_p, seed)
+    if rank is not None and adapter is not None:
+        raise UsageError("--rank makes a new adapter, --adapter takes one: choose one")
+    prompts = read_prompts(prompt, prompts_file, run.note)
     from loftq_cli.commands.loaded import load_for_run
     from loftq_cli.models.loading import require_text_model
     from loftq_cli.schema import GenerateResults
 
-    resolved, loaded, where = load_for_run(run, model, device, dtype)
+    resolved, loaded, where = load_for_run(
+        run,
+        model,
+        device,
+        dtype,
+        adapter=adapter,
+        fresh_rank=rank,
+        trust_remote_code=trust_remote_code,
+    )
     require_text_model(loaded)
+    if rank is not None:
+        run.note("the new adapter starts at B = 0: the text is that of the model without it")
+    lengths = [_length(run, loaded, text, max_new_tokens) for text in prompts]
     with run.timing("generate"):
-        generations = [_continue(loaded, text, max_new_tokens) for text in prompt]
+        generations = _generate(run, loaded, prompts, lengths, sampling)
     seconds = sum(each.seconds for each in generations)
-    tokens = sum(each.new_tokens for each in generations)
     run.finish(
         GenerateResults(
             generations=generations,
             average_seconds=seconds / len(generations),
-            average_tokens_per_second=tokens / seconds,
+            average_tokens_per_second=sum(each.new_tokens for each in generations) / seconds,
             max_new_tokens=max_new_tokens,
             device=where.device,
             dtype=where.dtype,
             adapter=loaded.adapter,
+            temperature=None if sampling is None else sampling.temperature,
+            top_p=None if sampling is None else sampling.top_p,
+            seed=None if sampling is None else sampling.seed,
         ),
         model=resolved,
     )
 
 
-def _continue(loaded: LoadedModel, prompt: str, max_new_tokens: int) -> Generation:
-    """Greedy decoding of one prompt, timed from the first to the last token."""
-    import torch
+def _sampling(temperature: float | None, top_p: float | None, seed: int | None) -> Sampling | None:
+    """How to choose tokens; what would have no effect is refused."""
+    if temperature is None:
+        for name, value in (("--top-p", top_p), ("--seed", seed)):
+            if value is not None:
+                raise UsageError(
+                    f"{name} has no effect here",
+                    cause="without --temperature every token is the likeliest one",
+                    hint=f"add --temperature 0.8, or leave {name} out",
+                )
+        return None
+    if not 0 < temperature < float("inf"):
+        raise UsageError(
+            f"--temperature {temperature:g} is not above 0",
+            hint="leave it out for the likeliest token each time",
+        )
+    if top_p is not None and not 0 < top_p <= 1:
+        raise UsageError(f"--top-p {top_p:g} is not a share of the probability", hint="--top-p 0.9")
+    from loftq_cli.models.generation import Sampling
 
+    return Sampling(temperature, 1.0 if top_p is None else top_p, 0 if seed is None else seed)
+
+
+def _length(run: Run, loaded: LoadedModel, prompt: str, wanted: int) -> int:
+    """How much to write after this prompt: what is wanted, or as much as the context holds."""
+    from loftq_cli.models.generation import room_for
+
+    room = room_for(loaded, prompt)
+    if room is None or room >= wanted:
+        return wanted
+    shown = prompt if len(prompt) <= 40 else f"{prompt[:39]}…"
+    run.warn(
+        f"only {room} of {wanted} new tokens fit into the model's context after {shown!r}"
+    )
+    return room
+
+
+def _generate(
+    run: Run,
+    loaded: LoadedModel,
+    prompts: list[str],
+    lengths: list[int],
+    sampling: Sampling | None,
+) -> list[Generation]:
+    """All prompts in turn; whoever watches sees the text as it comes, others a line now and then."""
+    with run.growing_text() as tell:
+        if tell is not None:
+            return [
+                _continue(loaded, *each, number, sampling, tell)
+                for number, each in enumerate(zip(prompts, lengths, strict=True))
+            ]
+    generations = []
+    with run.progress("generating", len(prompts)) as progress:
+        for number, each in enumerate(zip(prompts, lengths, strict=True)):
+            generations.append(_continue(loaded, *each, number, sampling, None))
+            progress.advance()
+    return generations
+
+
+def _continue(
+    loaded: LoadedModel,
+    prompt: str,
+    max_new_tokens: int,
+    number: int,
+    sampling: Sampling | None,
+    tell: Callable[[str], None] | None,
+) -> Generation:
+    from dataclasses import replace
+
+    from loftq_cli.models.generation import continue_text
     from loftq_cli.schema import Generation
 
-    model: Any = loaded.model
-    inputs = loaded.tokenizer(prompt, return_tensors="pt").to(model.device)
-    began = time.perf_counter()
-    with torch.inference_mode():
-        output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
-    seconds = time.perf_counter() - began
-    # A decoder returns the prompt too; an encoder-decoder only what it wrote, after a start token.
-    given = 1 if model.config.is_encoder_decoder else inputs["input_ids"].shape[1]
-    new = output[0, given:]
+    if sampling is not None:
+        # Each prompt from a seed of its own: the same prompt twice gives two texts, and a prompt
+        # keeps its text when others before it change.
+        sampling = replace(sampling, seed=sampling.seed + number)
+    if tell is not None:
+        tell(f"{chr(10) * 2 if number else ''}› {prompt}\n")
+    done = continue_text(loaded, prompt, max_new_tokens, sampling=sampling, tell=tell)
     return Generation(
         prompt=prompt,
-        generated_text=loaded.tokenizer.decode(new, skip_special_tokens=True),
-        new_tokens=len(new),
-        seconds=seconds,
-        tokens_per_second=len(new) / seconds,
+        generated_text=done.text,
+        new_tokens=done.new_tokens,
+        seconds=done.seconds,
+        tokens_per_second=done.new_tokens / done.seconds,
+        prompt_tokens=done.prompt_tokens,
     )

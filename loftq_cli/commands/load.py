@@ -3,56 +3,104 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from loftq_cli.commands.options import Device, Dtype, Model
+import typer
+
+from loftq_cli.commands.options import Device, Dtype, Model, TrustRemoteCode
 from loftq_cli.commands.run import Run, command
+from loftq_cli.errors import CheckFailed
+
+if TYPE_CHECKING:
+    from loftq_cli.commands.loaded import Where
+    from loftq_cli.models.loading import LoadedModel
+    from loftq_cli.schema import LoadResults
+
+# What `load_seconds` is the sum of. Importing the libraries is told apart from it: that is the
+# same for every model.
+_STEPS = ("resolve", "build", "read")
 
 
 @command("load")
-def load(run: Run, model: Model = "demo", device: Device = "auto", dtype: Dtype = "auto") -> None:
-    """Load a model and its tokenizer, and say what that took.
-
-    Example: loftq load --model OUT
+def load(
+    run: Run,
+    model: Model = "demo",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    expect: Annotated[
+        Literal["cpu", "cuda"] | None,
+        typer.Option(
+            "--expect", metavar="cpu|cuda", help="Exit 3 if the model ends up anywhere else."
+        ),
+    ] = None,
+    random_weights: Annotated[
+        bool,
+        typer.Option(
+            "--random-weights",
+            help="Build the architecture from its config alone; no weights are needed.",
+        ),
+    ] = False,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
     """
-    import time
+    \b
+    loftq load --model org/name
+    loftq load --model OUT --expect cuda && python train.py
+    loftq load --model gpt2 --random-weights         (no network, no weights)
 
+    Loads the weights and the tokenizer for real, with the adapter if one lies beside them, and
+    says what that took: parameters, bytes, seconds, memory, and why on this device.
+    """
+    from loftq_cli.commands.loaded import build_for_run, load_for_run
+
+    begin = build_for_run if random_weights else load_for_run
+    identity, loaded, where = begin(
+        run, model, device, dtype, trust_remote_code=trust_remote_code
+    )
+    run.finish(_results(loaded, where, run.seconds(*_STEPS), random_weights), model=identity)
+    if expect is not None and where.device.partition(":")[0] != expect:
+        raise CheckFailed(
+            f"expected {expect}, and the model is on {where.device}",
+            cause=where.reason,
+        )
+
+
+def _results(
+    loaded: LoadedModel, where: Where, seconds: float, random_weights: bool
+) -> LoadResults:
     from loftq_cli import hardware
-    from loftq_cli.commands.loaded import load_for_run
     from loftq_cli.models.loading import logical_parameters
     from loftq_cli.schema import LoadResults
 
-    began = time.perf_counter()
-    resolved, loaded, where = load_for_run(run, model, device, dtype)
-    seconds = time.perf_counter() - began
-    network = loaded.model
-    base = network.get_base_model() if loaded.adapter else network
     by_dtype: Counter[str] = Counter()
-    for parameter in network.parameters():
+    for parameter in loaded.model.parameters():
         by_dtype[str(parameter.dtype).removeprefix("torch.")] += parameter.nbytes
     adapter_parameters = sum(
-        parameter.numel() for name, parameter in network.named_parameters() if ".lora_" in name
+        parameter.numel()
+        for name, parameter in loaded.model.named_parameters()
+        if ".lora_" in name or ".modules_to_save." in name
     )
-    quantization = getattr(base.config, "quantization_config", None)
-    run.finish(
-        LoadResults(
-            architecture=type(base).__name__,
-            parameters=logical_parameters(network) - adapter_parameters,
-            parameter_bytes=sum(by_dtype.values()),
-            bytes_by_dtype=dict(sorted(by_dtype.items())),
-            load_seconds=seconds,
-            peak_memory_bytes=hardware.peak_memory_bytes(),
-            device=where.device,
-            dtype=where.dtype,
-            quantization=None if quantization is None else str(quantization.quant_method.value),
-            quantized_layers=sum(
-                type(module).__name__ in ("Linear4bit", "Linear8bitLt")
-                for module in base.modules()
-                if not hasattr(module, "base_layer")
-            ),
-            adapter=loaded.adapter,
-            adapter_parameters=adapter_parameters,
-            tokenizer=None if loaded.tokenizer is None else type(loaded.tokenizer).__name__,
-            vocabulary_size=None if loaded.tokenizer is None else len(loaded.tokenizer),
+    quantization = getattr(loaded.base.config, "quantization_config", None)
+    tokenizer = loaded.tokenizer
+    return LoadResults(
+        architecture=type(loaded.base).__name__,
+        parameters=logical_parameters(loaded.model) - adapter_parameters,
+        parameter_bytes=sum(by_dtype.values()),
+        bytes_by_dtype=dict(sorted(by_dtype.items())),
+        load_seconds=seconds,
+        peak_memory_bytes=hardware.peak_memory_bytes(),
+        peak_device_memory_bytes=hardware.peak_device_memory_bytes(where.device),
+        device=where.device,
+        dtype=where.dtype,
+        quantization=None if quantization is None else str(quantization.quant_method.value),
+        quantized_layers=sum(
+            type(module).__name__ in ("Linear4bit", "Linear8bitLt")
+            for module in loaded.base.modules()
+            if not hasattr(module, "base_layer")
         ),
-        model=resolved,
+        adapter=loaded.adapter,
+        adapter_parameters=adapter_parameters,
+        tokenizer=None if tokenizer is None else type(tokenizer).__name__,
+        vocabulary_size=None if tokenizer is None else len(tokenizer),
+        random_weights=random_weights,
     )

@@ -144,6 +144,7 @@ def _quantize(
     from loftq_cli.commands import quantize_result as result
     from loftq_cli.engines import output as output_files
     from loftq_cli.engines.local import run_tasks
+    from loftq_cli.engines.pipeline import Timings
     from loftq_cli.engines.plan import make_plan
     from loftq_cli.models.architecture import read_architecture
     from loftq_cli.models.source import companions, read_config, refuse_quantized
@@ -178,9 +179,18 @@ def _quantize(
         if kept:
             run.note(f"going on with {staging.partial}: {len(staging.finished)} files are finished")
         require_free_space(output, int(1.02 * (plan.model_bytes + 2 * plan.adapter_bytes)) - kept)
-        with run.timing("quantize"), run.progress("quantizing", len(plan.layers)) as progress:
-            outcomes = run_tasks(plan, checkpoint, staging, device=chosen.value, progress=progress)
-        with run.timing("write"):
+        timings = Timings()
+        with run.timing("tasks"), run.progress("quantizing", len(plan.layers)) as progress:
+            outcomes = run_tasks(
+                plan,
+                checkpoint,
+                staging,
+                device=chosen.value,
+                progress=progress,
+                timings=timings,
+            )
+        run.add_timings(timings.seconds)
+        with run.timing("commit"):
             output_files.join_adapter(
                 plan, checkpoint, staging, architecture, base_model=output.name
             )

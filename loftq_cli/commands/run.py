@@ -18,7 +18,7 @@ import logging
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
@@ -99,6 +99,14 @@ class Run:
         finally:
             spent = time.perf_counter() - began
             self._timings[name] = self._timings.get(name, 0.0) + spent
+
+    def add_timings(self, seconds: Mapping[str, float]) -> None:
+        """Records what was measured elsewhere, such as stages that ran side by side."""
+        self._timings.update(seconds)
+
+    def seconds(self, *names: str) -> float:
+        """What `timing` has measured so far under these names."""
+        return sum(self._timings.get(name, 0.0) for name in names)
 
     def quiet_libraries(self) -> None:
         """Silences transformers and its kin. To be called right before they are imported.

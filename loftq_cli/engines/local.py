@@ -8,6 +8,7 @@ from loftq_cli.checkpoint.adapter import ADAPTER_NAME, adapter_part
 from loftq_cli.checkpoint.index import Checkpoint
 from loftq_cli.checkpoint.staging import Staging
 from loftq_cli.checkpoint.writer import write_safetensors
+from loftq_cli.engines.pipeline import Timings, write_behind
 from loftq_cli.engines.plan import Plan
 from loftq_cli.engines.tasks import LayerOutcome, Progress, RunningTask
 
@@ -19,6 +20,7 @@ def run_tasks(
     *,
     device: str,
     progress: Progress,
+    timings: Timings,
 ) -> list[LayerOutcome]:
     """Makes every output file that an earlier run has not finished.
 
@@ -36,9 +38,9 @@ def run_tasks(
             for planned in task.layers:
                 progress.advance(planned.layer.module)
             continue
-        running = RunningTask(task, plan.settings, checkpoint, device, progress)
-        model_file = write_safetensors(
-            staging.path(task.file_name), plan.model_tensors(task), running.chunks()
+        running = RunningTask(task, plan.settings, checkpoint, device, progress, timings)
+        model_file = write_behind(
+            staging.path(task.file_name), plan.model_tensors(task), running.chunks(), timings
         )
         adapter_file = write_safetensors(
             staging.path(part), plan.adapter_tensors(task.layers), running.adapters

@@ -1,7 +1,7 @@
 """Runs one task: reads its tensors one by one and quantizes what is to be quantized.
 
-A task hands over the bytes of its output file and holds one weight at a time; what it keeps to
-its end are the adapters, which are small.
+A task hands over the bytes of its output file and holds two weights at a time, the one that is
+worked on and the next; what it keeps to its end are the adapters, which are small.
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ from loftq_cli.checkpoint import adapter, container
 from loftq_cli.checkpoint.index import Checkpoint
 from loftq_cli.checkpoint.safetensors import read_pieces
 from loftq_cli.checkpoint.tensors import load_tensor
+from loftq_cli.engines.pipeline import Chunk, Timings, read_ahead
 from loftq_cli.engines.plan import PlannedLayer, Settings, Task
 from loftq_cli.errors import LoftqError
+from loftq_cli.models.layers import LeftTensor
 
 if TYPE_CHECKING:
     import torch
@@ -58,30 +60,39 @@ class RunningTask:
         checkpoint: Checkpoint,
         device: str,
         progress: Progress,
+        timings: Timings,
     ) -> None:
         self.task = task
         self.settings = settings
         self.checkpoint = checkpoint
         self.device = device
         self.progress = progress
+        self.timings = timings
         self.outcomes: list[LayerOutcome] = []
-        self.adapters: list[tuple[str, memoryview]] = []
+        self.adapters: list[Chunk] = []
 
-    def chunks(self) -> Iterator[tuple[str, memoryview]]:
-        """Name and bytes of the output file's tensors; large ones come in pieces."""
-        for entry in self.task.entries:
+    def chunks(self) -> Iterator[Chunk]:
+        """Name and bytes of the output file's tensors; copied ones come in pieces."""
+        for entry, W in read_ahead(self.task.entries, self._weight, self.timings):
             if isinstance(entry, PlannedLayer):
+                assert W is not None
                 self.progress.start(entry.layer.module)
-                yield from self._quantized(entry)
+                yield from self._quantized(entry, W)
                 self.progress.advance(entry.layer.module)
             else:
                 for piece in read_pieces(*self.checkpoint.tensors[entry.tensor]):
-                    yield entry.tensor, piece
+                    yield entry.tensor, bytes(piece)  # the piece's buffer is used again
+            del W
 
-    def _quantized(self, planned: PlannedLayer) -> Iterator[tuple[str, memoryview]]:
+    def _weight(self, entry: PlannedLayer | LeftTensor) -> torch.Tensor | None:
+        """A layer's weight. Tensors to copy are read when it is their turn, piece by piece."""
+        if isinstance(entry, LeftTensor):
+            return None
+        return load_tensor(*self.checkpoint.tensors[entry.layer.tensor])
+
+    def _quantized(self, planned: PlannedLayer, W: torch.Tensor) -> Iterator[Chunk]:
         began = time.perf_counter()
         layer = planned.layer
-        W = load_tensor(*self.checkpoint.tensors[layer.tensor])
         if layer.transposed:
             W = W.T.contiguous()
         W = W.to(self.device)
@@ -104,7 +115,9 @@ class RunningTask:
             name_a, name_b = adapter.lora_names(layer.module)
             self.adapters.append((name_a, container.tensor_memory(result.lora_A)))
             self.adapters.append((name_b, container.tensor_memory(result.lora_B)))
-        yield from container.tensors(layer.tensor, result.quantized)
+        tensors = list(container.tensors(layer.tensor, result.quantized))
+        self.timings.add("compute", began)
+        yield from tensors
 
 
 def initialize(W: torch.Tensor, planned: PlannedLayer, settings: Settings) -> LoftqResult:

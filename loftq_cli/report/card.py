@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+from pathlib import PurePath
 
 from loftq_cli.report import units
 from loftq_cli.report.quantize import auto_class
@@ -18,7 +19,7 @@ Its use is at 4 bits and below."""
 def card(document: Document[QuantizeResults]) -> str:
     """Markdown whose code runs as it stands, from the directory that holds the output."""
     results = document.results
-    here = results.output
+    here = PurePath(results.output).name
     auto = auto_class(results)
     parts = [
         f"# {here}",
@@ -34,9 +35,11 @@ def card(document: Document[QuantizeResults]) -> str:
                 model, "{here}", subfolder="loftq_init", is_trainable=True
             )
             """),
-        "Give no `quantization_config` of your own and leave the `loftq` options of PEFT and of "
-        "your trainer off: they would quantize once more, and the adapter corrects exactly the "
-        "weights that are stored here.",
+        (
+            "Give no `quantization_config` of your own and leave the `loftq` options of PEFT and of "
+            "your trainer off: they would quantize once more, and the adapter corrects exactly the "
+            "weights that are stored here."
+        ),
         "## Fine-tune",
         _python("""
             from transformers import Trainer, TrainingArguments
@@ -46,16 +49,20 @@ def card(document: Document[QuantizeResults]) -> str:
             trainer.train()
             model.save_pretrained("trained-adapter")
             """),
-        "Only the adapter is trained. Keep its dropout at 0: dropout drops part of the correction "
-        "too.",
+        (
+            "Only the adapter is trained. Keep its dropout at 0: dropout drops part of the correction "
+            "too."
+        ),
         "## Merge",
-        "The adapter corrects the *quantized* weights. Merge it into what they dequantize to, "
-        "never into the original model: there it would add the quantization error instead of "
-        "taking it away. Quantizing the merged model again loses the correction again.",
+        (
+            "The adapter corrects the *quantized* weights. Merge it into what they dequantize to, "
+            "never into the original model: there it would add the quantization error instead of "
+            "taking it away. Quantizing the merged model again loses the correction again."
+        ),
         _python(f"""
             base = {auto}.from_pretrained("{here}").dequantize()
             merged = PeftModel.from_pretrained(base, "trained-adapter").merge_and_unload()
-            merged.save_pretrained("merged")
+            merged.save_pretrained("merged", save_original_format=False)
             """),
         "## Evaluate",
         _evaluation(results, auto),
@@ -115,7 +122,7 @@ def _evaluation(results: QuantizeResults, auto: str) -> str:
             "Compare its outputs with those of the original on inputs of your own, before and "
             "after training."
         )
-    here = results.output
+    here = PurePath(results.output).name
     return (
         "The loss on a text of yours, to be held against the original model's:\n\n"
         + _python(f"""

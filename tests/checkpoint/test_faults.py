@@ -3,31 +3,17 @@
 from __future__ import annotations
 
 import errno
-import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import pytest
-from patched_os import FaultyOs
+from patched_os import WRITES, FaultyOs, failure
 from staged_run import contents, staged_run
 
 from loftq_cli.checkpoint import staging, writer
 from loftq_cli.errors import DoesNotFit, LoftqError, WriteFailed
 
 CODES = [errno.ENOSPC, errno.EIO, errno.EINTR]
-
-
-@pytest.fixture
-def directory(tmp_path: Path) -> Iterator[Path]:
-    """In memory where that is possible: hundreds of runs, and each waits for a disk."""
-    memory = Path("/dev/shm")
-    if not os.access(memory, os.W_OK):
-        yield tmp_path
-        return
-    with TemporaryDirectory(dir=memory) as name:
-        yield Path(name)
 
 
 def run(output: Path, faulty: FaultyOs, monkeypatch: pytest.MonkeyPatch, *, force: bool) -> None:
@@ -40,29 +26,27 @@ def run(output: Path, faulty: FaultyOs, monkeypatch: pytest.MonkeyPatch, *, forc
 @pytest.mark.parametrize("replaces", [False, True], ids=["new", "replaces"])
 @pytest.mark.parametrize("code", CODES, ids=lambda code: errno.errorcode[code])
 def test_every_call_fails_once(
-    replaces: bool, code: int, directory: Path, monkeypatch: pytest.MonkeyPatch
+    replaces: bool, code: int, memory_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     counting = FaultyOs()
-    staged_run(directory / "whole")
-    staged_run(directory / "former", seed=1)
-    expected, former = contents(directory / "whole"), None
+    staged_run(memory_path / "whole")
+    staged_run(memory_path / "former", seed=1)
+    expected, former = contents(memory_path / "whole"), None
     if replaces:
-        former = contents(directory / "former")
-        shutil.copytree(directory / "former", directory / "counted")
-    run(directory / "counted", counting, monkeypatch, force=replaces)
-    assert contents(directory / "counted") == expected
-    assert {"open", "pwrite", "fsync", "replace", "posix_fallocate", "makedirs"} <= set(
-        counting.calls
-    )
+        former = contents(memory_path / "former")
+        shutil.copytree(memory_path / "former", memory_path / "counted")
+    run(memory_path / "counted", counting, monkeypatch, force=replaces)
+    assert contents(memory_path / "counted") == expected
+    assert set(counting.calls) == set(WRITES)
 
     for position, name in enumerate(counting.calls):
-        output = directory / str(position) / "OUT"
+        output = memory_path / str(position) / "OUT"
         output.parent.mkdir()
         if replaces:
-            shutil.copytree(directory / "former", output)
+            shutil.copytree(memory_path / "former", output)
         at = f"{name}, call {position}"
         with pytest.raises(LoftqError) as caught:
-            run(output, FaultyOs(position, code), monkeypatch, force=replaces)
+            run(output, FaultyOs(position, failure(code)), monkeypatch, force=replaces)
         assert type(caught.value) is (DoesNotFit if code == errno.ENOSPC else WriteFailed), at
         assert caught.value.hint, at
         assert (contents(output) if output.exists() else None) == former, at
@@ -73,12 +57,12 @@ def test_every_call_fails_once(
 
 
 def test_finished_files_survive_a_full_disk(
-    directory: Path, monkeypatch: pytest.MonkeyPatch
+    memory_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     counting = FaultyOs()
-    run(directory / "counted", counting, monkeypatch, force=False)
+    run(memory_path / "counted", counting, monkeypatch, force=False)
     last = len(counting.calls) - 1 - counting.calls[::-1].index("posix_fallocate")
     with pytest.raises(DoesNotFit):
-        run(directory / "OUT", FaultyOs(last, errno.ENOSPC), monkeypatch, force=False)
-    assert staged_run(directory / "OUT") == []
-    assert contents(directory / "OUT") == contents(directory / "counted")
+        run(memory_path / "OUT", FaultyOs(last, failure(errno.ENOSPC)), monkeypatch, force=False)
+    assert staged_run(memory_path / "OUT") == []
+    assert contents(memory_path / "OUT") == contents(memory_path / "counted")

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import killed_at_each_call
 import pytest
 import staged_run as program
 from staged_run import contents, staged_run
@@ -19,6 +20,7 @@ import loftq_cli
 FEW, MANY = 8, 50
 # Between two tensors: makes a run long enough to be hit everywhere (about 0.2 s).
 PAUSE = 0.02
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(loftq_cli.__file__).parents[1])}
 
 
 def start(output: Path, *options: str) -> subprocess.Popen[str]:
@@ -28,7 +30,7 @@ def start(output: Path, *options: str) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "PYTHONPATH": str(Path(loftq_cli.__file__).parents[1])},
+        env=ENVIRONMENT,
     )
     assert process.stdout is not None
     assert process.stdout.readline() == "begun\n"
@@ -72,6 +74,20 @@ def test_killed_at_any_moment(count: int, replaces: bool, tmp_path: Path) -> Non
         assert contents(output) == expected
         assert [entry.name for entry in output.parent.iterdir()] == ["OUT"]
     assert survived < count
+
+
+@pytest.mark.parametrize("options", [[], ["--force"]], ids=["new", "replaces"])
+def test_killed_at_each_call(options: list[str], memory_path: Path) -> None:
+    """Where chance does not reach: every system call of a run is the last one once."""
+    result = subprocess.run(
+        [sys.executable, killed_at_each_call.__file__, memory_path, *options],
+        capture_output=True,
+        text=True,
+        env=ENVIRONMENT,
+        timeout=120,
+    )
+    assert result.returncode == 0, result.stderr
+    assert int(result.stdout.split()[0]) > 80
 
 
 def test_two_processes_on_one_output(tmp_path: Path) -> None:

@@ -1,0 +1,60 @@
+"""Where `generate` finds its prompts: the command line, a file, or a pipe."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from loftq_cli.errors import UsageError
+
+
+def read_prompts(
+    given: list[str] | None, file: Path | None, note: Callable[[str], None]
+) -> list[str]:
+    """All prompts of a command line: those given, then those of the file, one a line.
+
+    With neither, what is piped into the command is read; a person at the terminal is told.
+
+    Raises:
+        UsageError: there is no prompt, or the file cannot be read.
+    """
+    prompts = list(given or [])
+    if file is not None:
+        prompts += _lines(file)
+    elif not prompts and not _at_terminal():
+        note("reading prompts from stdin, one a line")
+        prompts += _lines(Path("-"))
+    if not prompts:
+        raise UsageError("nothing to continue", hint='--prompt "Once upon a time"')
+    return prompts
+
+
+def _lines(file: Path) -> list[str]:
+    """The lines of the file that are not blank; `-` is stdin."""
+    name = "stdin" if str(file) == "-" else str(file)
+    try:
+        raw = _stdin() if name == "stdin" else file.read_bytes()
+        text = raw.decode("utf-8-sig")
+    except OSError as error:
+        raise UsageError(f"cannot read prompts from {name}", cause=error.strerror) from None
+    except UnicodeDecodeError as error:
+        raise UsageError(
+            f"cannot read prompts from {name}", cause=f"it is not UTF-8 at byte {error.start}"
+        ) from None
+    lines = [line for line in text.replace("\r\n", "\n").split("\n") if line.strip()]
+    if not lines and name != "stdin":
+        raise UsageError(f"there is no prompt in {name}", cause="every line of it is blank")
+    return lines
+
+
+def _stdin() -> bytes:
+    with open(0, "rb", closefd=False) as stdin:
+        return stdin.read()
+
+
+def _at_terminal() -> bool:
+    try:
+        return os.isatty(0)
+    except OSError:
+        return False

@@ -1,0 +1,97 @@
+"""Reading ahead and writing behind, so that only the slowest of read, compute, write is felt.
+
+Computing stays in the calling thread, where Ctrl-C arrives. Reading and writing are system calls,
+which let other threads run.
+"""
+
+from __future__ import annotations
+
+import queue
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import TypeVar
+
+from loftq_cli.checkpoint.writer import PlannedTensor, WrittenFile, write_safetensors
+
+Item = TypeVar("Item")
+Read = TypeVar("Read")
+Chunk = tuple[str, memoryview | bytes]
+
+# Finished chunks that may wait for the disk; each is at most one layer's codes.
+_WAITING = 4
+
+
+class Timings:
+    """Seconds spent in each stage. Stages overlap, so they may add up to more than the whole."""
+
+    def __init__(self) -> None:
+        self.seconds = {"read": 0.0, "compute": 0.0, "write": 0.0}
+
+    def add(self, stage: str, began: float) -> None:
+        self.seconds[stage] += time.perf_counter() - began
+
+
+def read_ahead(
+    items: Sequence[Item], read: Callable[[Item], Read], timings: Timings
+) -> Iterator[tuple[Item, Read]]:
+    """Each item with what ``read`` makes of it; the next is read while one is worked on."""
+
+    def timed(item: Item) -> Read:
+        began = time.perf_counter()
+        try:
+            return read(item)
+        finally:
+            timings.add("read", began)
+
+    with ThreadPoolExecutor(1, thread_name_prefix="loftq-read") as pool:
+        coming: Future[Read] | None = pool.submit(timed, items[0]) if items else None
+        for position, item in enumerate(items):
+            assert coming is not None
+            found = coming.result()
+            later = items[position + 1 : position + 2]
+            coming = pool.submit(timed, later[0]) if later else None
+            yield item, found
+            del found  # or the next item's memory would be added to this one's
+
+
+def write_behind(
+    path: Path, plan: Sequence[PlannedTensor], chunks: Iterable[Chunk], timings: Timings
+) -> WrittenFile:
+    """`write_safetensors` in a thread of its own, fed with ``chunks`` as they come.
+
+    Whatever ends the feeding, an error or Ctrl-C, also ends the file: nothing of it is left.
+    """
+    waiting: queue.Queue[Chunk | BaseException | None] = queue.Queue(_WAITING)
+
+    def arriving() -> Iterator[Chunk]:
+        while (chunk := waiting.get()) is not None:
+            if isinstance(chunk, BaseException):
+                raise chunk
+            began = time.perf_counter()
+            yield chunk
+            timings.add("write", began)
+
+    with ThreadPoolExecutor(1, thread_name_prefix="loftq-write") as pool:
+        written = pool.submit(write_safetensors, path, plan, arriving())
+
+        def hand_over(chunk: Chunk | BaseException | None) -> None:
+            """Waits for room, but not for a writer that has given up."""
+            while not written.done():
+                try:
+                    waiting.put(chunk, timeout=0.2)
+                    return
+                except queue.Full:
+                    continue
+
+        try:
+            for chunk in chunks:
+                hand_over(chunk)
+                if written.done():
+                    break  # it failed: its error is raised below
+            hand_over(None)
+        except BaseException as error:
+            hand_over(error)
+            raise
+        return written.result()
