@@ -171,6 +171,8 @@ class QuantizeResults(_Model):
     dry_run: bool = False
     architecture: str
     task_type: str | None = None  # PEFT's name for what the model does; null where it has none
+    # The last names of layers that the source stores as (in, out), as GPT-2 does.
+    conv1d: list[str] = []
     fingerprint: str | None = None  # of source and settings: two runs with the same are one
     settings: QuantizeSettings
     layers: list[AdaptedLayer]

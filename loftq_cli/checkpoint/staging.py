@@ -19,7 +19,7 @@ it left:
 """
 
 # os, not pathlib, which would hide what is called and keep tests from letting a call fail.
-# ruff: noqa: PTH103, PTH105, PTH106, PTH108, PTH116, PTH208
+# ruff: noqa: PTH103, PTH105, PTH106, PTH108, PTH111, PTH116, PTH208
 
 from __future__ import annotations
 
@@ -154,6 +154,7 @@ class Staging:
         self.finished.clear()
 
     def _undo(self) -> None:
+        """Back to before the commit; what cannot be undone now is undone by the next run."""
         with suppress(OSError):
             if not self.directory.exists():
                 os.replace(self.target, self.directory)
@@ -237,6 +238,7 @@ class Staging:
             os.rmdir(self.partial)
 
     def _has_work(self) -> bool:
+        """Is there anything that a later run could use, or a former OUT that has no other place?"""
         if self._replaced.exists() and not self.target.exists():
             return True
         return bool(self.finished) if self._resumed else self.directory.exists()
@@ -313,7 +315,7 @@ def _refuse_overlap(target: Path, protected: list[Path]) -> None:
             raise UsageError(
                 f"the output {target} lies in the source {place}", hint="choose another --output"
             )
-    kept = [*protected, Path.home()]
+    kept = [*protected, Path(os.path.realpath(os.path.expanduser("~")))]
     with suppress(FileNotFoundError):  # the working directory may have been deleted
         kept.append(Path.cwd())
     for place in kept:

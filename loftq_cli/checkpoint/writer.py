@@ -253,11 +253,9 @@ def disk_error(error: OSError, path: Path, needed: int) -> LoftqError:
     """`needed`: how many bytes were to be written when it happened."""
     reason = error.strerror or str(error)
     if error.errno in _NO_ROOM:
-        free = free_bytes(path)
-        missing = f", {_size(needed - free)} missing" if needed > free else ""
         return DoesNotFit(
             f"no room to write {path}",
-            cause=f"{reason}: {_size(needed)} needed, {_size(free)} free{missing}",
+            cause=f"{reason}: {_shortage(needed, free_bytes(path))}",
             hint="make room and run the same command again: finished files are kept",
         )
     if error.errno == errno.EFBIG:
@@ -285,7 +283,7 @@ def require_free_space(path: Path, needed: int) -> None:
     if needed > free:
         raise DoesNotFit(
             f"no room to write {path}",
-            cause=f"{_size(needed)} needed, {_size(free)} free, {_size(needed - free)} missing",
+            cause=_shortage(needed, free),
             hint="make room, or choose an --output on a larger disk",
         )
 
@@ -326,6 +324,11 @@ def _layout(
     text += b" " * (-len(text) % 8)
     header = len(text).to_bytes(8, "little") + text
     return header, {name: len(header) + start for name, start in starts.items()}
+
+
+def _shortage(needed: int, free: int) -> str:
+    missing = f", {_size(needed - free)} missing" if needed > free else ""
+    return f"{_size(needed)} needed, {_size(free)} free{missing}"
 
 
 def _size(count: int) -> str:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from loftq_cli import schema
 from loftq_cli.engines.plan import Plan, PlannedLayer, Settings
 from loftq_cli.errors import LoftqError, OutputExists
+from loftq_cli.models.layers import last_part
 from loftq_cli.models.source import REPORT_FILE
 
 if TYPE_CHECKING:
@@ -81,6 +82,9 @@ def results_of(
         dry_run=not outcomes,
         architecture=architecture,
         task_type=task_type,
+        conv1d=sorted(
+            {last_part(each.layer.module) for each in plan.layers if each.layer.transposed}
+        ),
         fingerprint=fingerprint,
         settings=_settings(plan.settings),
         layers=[adapted(planned) for planned in plan.layers if planned.adapted],

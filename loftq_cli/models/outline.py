@@ -50,11 +50,12 @@ class Outline:
 
 def outline_of(tensors: Iterable[TensorInfo], config: dict[str, Any]) -> Outline:
     """The outline of a checkpoint with these tensors and this config.json."""
-    sizes = {info.name: info.elements for info in tensors if not _is_buffer(info)}
-    inventory = layers.linear_layers((info for info in tensors if info.name in sizes), config)
+    parameters = [info for info in tensors if not _is_buffer(info)]
+    sizes = {info.name: info.elements for info in parameters}
+    inventory = layers.linear_layers(parameters, config)
     copies = _tied_copies(inventory.left, config)
     entries = [entry for entry in inventory.entries if entry not in copies]
-    vectors = [each for each in entries if isinstance(each, LeftTensor) and len(each.shape) < 2]
+    vectors = {each for each in entries if isinstance(each, LeftTensor) and len(each.shape) < 2}
     return make_outline(
         class_name(config),
         [entry for entry in entries if entry not in vectors],

@@ -15,6 +15,18 @@ row by row, in every forward pass (LLM.int8()). A fixed adapter cannot correct t
 rounding weights to 8 bits loses is small to begin with: expect little from the LoftQ start here.
 Its use is at 4 bits and below."""
 
+_NO_SECOND_QUANTIZATION = """\
+Give no `quantization_config` of your own and leave the `loftq` options of PEFT and of your trainer
+off: they would quantize once more, and the adapter corrects exactly the weights stored here."""
+
+_DROPOUT = """\
+Only the adapter is trained. Keep its dropout at 0: dropout drops part of the correction too."""
+
+_WHERE_TO_MERGE = """\
+The adapter corrects the *quantized* weights. Merge it into what they dequantize to, never into the
+original model: there it would add the quantization error instead of taking it away. Quantizing the
+merged model again loses the correction again."""
+
 
 def card(document: Document[QuantizeResults]) -> str:
     """Markdown whose code runs as it stands, from the directory that holds the output."""
@@ -35,11 +47,7 @@ def card(document: Document[QuantizeResults]) -> str:
                 model, "{here}", subfolder="loftq_init", is_trainable=True
             )
             """),
-        (
-            "Give no `quantization_config` of your own and leave the `loftq` options of PEFT and of "
-            "your trainer off: they would quantize once more, and the adapter corrects exactly the "
-            "weights that are stored here."
-        ),
+        _NO_SECOND_QUANTIZATION,
         "## Fine-tune",
         _python("""
             from transformers import Trainer, TrainingArguments
@@ -49,21 +57,10 @@ def card(document: Document[QuantizeResults]) -> str:
             trainer.train()
             model.save_pretrained("trained-adapter")
             """),
-        (
-            "Only the adapter is trained. Keep its dropout at 0: dropout drops part of the correction "
-            "too."
-        ),
+        _DROPOUT,
         "## Merge",
-        (
-            "The adapter corrects the *quantized* weights. Merge it into what they dequantize to, "
-            "never into the original model: there it would add the quantization error instead of "
-            "taking it away. Quantizing the merged model again loses the correction again."
-        ),
-        _python(f"""
-            base = {auto}.from_pretrained("{here}").dequantize()
-            merged = PeftModel.from_pretrained(base, "trained-adapter").merge_and_unload()
-            merged.save_pretrained("merged", save_original_format=False)
-            """),
+        _WHERE_TO_MERGE,
+        _merging(results, here, auto),
         "## Evaluate",
         _evaluation(results, auto),
         "## Serve",
@@ -105,7 +102,7 @@ def _figures(results: QuantizeResults) -> str:
     ]
     if totals.quantized_only_error_relative is not None:
         rows.append(
-            ("error of the 4-bit weights", units.percent(totals.quantized_only_error_relative))
+            ("error of the quantized weights", units.percent(totals.quantized_only_error_relative))
         )
     if totals.weight_error_relative is not None:
         rows.append(("error with the adapter", units.percent(totals.weight_error_relative)))
@@ -114,6 +111,27 @@ def _figures(results: QuantizeResults) -> str:
         "\n".join(lines)
         + "\n\nErrors are relative, in the Frobenius norm, over all quantized layers."
     )
+
+
+def _merging(results: QuantizeResults, here: str, auto: str) -> str:
+    lines = [
+        f'base = {auto}.from_pretrained("{here}").dequantize()',
+        'merged = PeftModel.from_pretrained(base, "trained-adapter").merge_and_unload()',
+    ]
+    state = ""
+    if results.conv1d:
+        ends = tuple(f"{name}.weight" for name in results.conv1d)
+        lines += [
+            "# This architecture's Conv1D layers store (in, out); dequantize() turned them round.",
+            "state = merged.state_dict()",
+            "for name in state:",
+            f"    if name.endswith({ends}):",
+            "        state[name] = state[name].T.contiguous()",
+        ]
+        state = "state_dict=state, "
+    # transformers cannot yet reverse the reading of bitsandbytes' format, and need not.
+    lines.append(f'merged.save_pretrained("merged", {state}save_original_format=False)')
+    return _python("\n".join(lines))
 
 
 def _evaluation(results: QuantizeResults, auto: str) -> str:

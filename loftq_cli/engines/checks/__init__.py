@@ -1,0 +1,1 @@
+"""The checks of `loftq check`: of this device's arithmetic, and of one model on it."""

@@ -1,0 +1,101 @@
+"""Models that are known without their files: a table that is shipped with the package.
+
+`known.json` is written by `examples/known_models.py`, which builds every model on torch's meta
+device; a test builds them again. It holds what an `Outline` holds, by kind:
+
+    {"transformers": VERSION, "reasons": [TEXT, ...], "models": {NAME: {
+        "ids": [HUB ID, ...],          other names of the same shapes
+        "architecture": CLASS, "parameters": N, "vectors": [TENSORS, PARAMETERS],
+        "layers": [[MODULE, INDICES, OUT, IN], ...],
+        "left": [[TENSOR, INDICES, SHAPE, REASON], ...]}}}
+
+A `*` in a name stands for each of the indices: "h.*.attn" with "0-2,5" is h.0, h.1, h.2 and h.5;
+several stars have several lists, parted by ";", and every combination is meant. A NAME without
+ids of its own is a model type of transformers, with the sizes that its config has by default.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterator
+from functools import cache
+from itertools import product
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from loftq_cli.models.layers import LeftTensor, LinearLayer
+from loftq_cli.models.outline import Outline, make_outline
+
+TABLE = Path(__file__).with_name("known.json")
+
+# Counts and estimates do not depend on the dtype of files that nobody has opened.
+_DTYPE, _ITEM_BYTES = "BF16", 2
+
+
+def known_model(name: str) -> tuple[str, Outline] | None:
+    """How the table describes ``name`` and the outline it has for it; None if it has none.
+
+    Case does not matter, as on the hub.
+    """
+    table = _table()
+    canonical = _names().get(name.casefold())
+    if canonical is None:
+        return None
+    entry = table["models"][canonical]
+    if entry["ids"]:
+        return f"the published sizes of {canonical}", _outline(entry, table["reasons"])
+    what = f"transformers' default {canonical} config ({entry['architecture']})"
+    return what, _outline(entry, table["reasons"])
+
+
+def similar_names(name: str) -> list[str]:
+    """Known names that a mistyped one may have meant, the nearest first."""
+    return difflib.get_close_matches(name.casefold(), _names(), n=3, cutoff=0.6)
+
+
+def expand(pattern: str, indices: str) -> Iterator[str]:
+    """("h.*.attn", "0-2") -> h.0.attn, h.1.attn, h.2.attn"""
+    *parts, last = pattern.split("*")
+    for numbers in product(*map(_numbers, indices.split(";") if parts else [])):
+        yield "".join(f"{part}{number}" for part, number in zip(parts, numbers, strict=True)) + last
+
+
+@cache
+def _table() -> dict[str, Any]:
+    table: dict[str, Any] = json.loads(TABLE.read_text("utf-8"))
+    return table
+
+
+@cache
+def _names() -> dict[str, str]:
+    models = _table()["models"]
+    names = {name.casefold(): name for name in models}
+    return names | {each.casefold(): name for name in models for each in models[name]["ids"]}
+
+
+def _outline(entry: dict[str, Any], reasons: list[str]) -> Outline:
+    matrices: list[LinearLayer | LeftTensor] = [
+        LinearLayer(module, f"{module}.weight", out_features, in_features, False, _DTYPE)
+        for pattern, indices, out_features, in_features in entry["layers"]
+        for module in expand(pattern, indices)
+    ]
+    matrices += (
+        LeftTensor(tensor, tuple(shape), _DTYPE, _ITEM_BYTES * prod(shape), reasons[reason])
+        for pattern, indices, shape, reason in entry["left"]
+        for tensor in expand(pattern, indices)
+    )
+    tensors, parameters = entry["vectors"]
+    return make_outline(
+        entry["architecture"], matrices, (tensors, parameters), entry["parameters"]
+    )
+
+
+def _numbers(text: str) -> list[int]:
+    """ "0-2,5" -> [0, 1, 2, 5]"""
+    numbers: list[int] = []
+    for part in text.split(","):
+        first, _, last = part.partition("-")
+        numbers += range(int(first), int(last or first) + 1)
+    return numbers
