@@ -259,7 +259,7 @@ class Staging:
         fingerprint, finished = self._read_manifest()
         differences = _differences(fingerprint, self._fingerprint)
         if differences:
-            if not self._force:
+            if finished and not self._force:  # without a finished file nothing is lost
                 raise OutputExists(
                     f"{self.partial} holds an unfinished run with other settings",
                     cause="; ".join(differences[:5]) + ("; …" if len(differences) > 5 else ""),

@@ -181,14 +181,23 @@ def _quantize(
         require_free_space(output, int(1.02 * (plan.model_bytes + 2 * plan.adapter_bytes)) - kept)
         timings = Timings()
         with run.timing("tasks"), run.progress("quantizing", len(plan.layers)) as progress:
-            outcomes = run_tasks(
-                plan,
-                checkpoint,
-                staging,
-                device=chosen.value,
-                progress=progress,
-                timings=timings,
-            )
+            try:
+                outcomes = run_tasks(
+                    plan,
+                    checkpoint,
+                    staging,
+                    device=chosen.value,
+                    progress=progress,
+                    timings=timings,
+                )
+            except BaseException as error:
+                if not isinstance(error, Exception) and staging.finished:  # Ctrl-C or SIGTERM
+                    finished = sum(task.file_name in staging.finished for task in plan.tasks)
+                    run.note(
+                        f"{finished} of {len(plan.tasks)} weight files are kept in "
+                        f"{staging.partial}; run the same line again to go on"
+                    )
+                raise
         run.add_timings(timings.seconds)
         with run.timing("commit"):
             output_files.join_adapter(

@@ -165,6 +165,19 @@ def test_another_run_is_not_continued(out: Path, partial: Path) -> None:
     assert contents(out) == {"b": b"data"}
 
 
+def test_another_run_without_a_finished_file_is_no_obstacle(out: Path, partial: Path) -> None:
+    """It was killed before its first shard was done."""
+    unfinished(out, "a")
+    manifest = json.loads((partial / MANIFEST_FILE).read_text())
+    (partial / MANIFEST_FILE).write_text(json.dumps({**manifest, "finished": {}}))
+    with stage(out, {"bits": 2}) as staging:
+        assert staging.finished == {}
+        assert names(partial / "output") == []
+        add(staging, "b")
+    with stage(out, {"bits": 2}) as staging:
+        assert list(staging.finished) == ["b"]
+
+
 def test_a_long_list_of_differences_is_cut(out: Path) -> None:
     unfinished(out, "a")
     error = refused(OutputExists, out, {f"key{i}": "x" * 1000 for i in range(100)})
