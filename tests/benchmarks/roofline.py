@@ -1,0 +1,78 @@
+"""What this box could do at best: its bandwidth and matrix rate, and the work that LoftQ needs.
+
+The floor of a run is the larger of two times, each counted from the algorithm and not from any
+implementation of it:
+
+    bytes       every iteration reads W once and writes the residual once (float32 in, the dtype
+                of the sketches out), and each pass of the SVD reads the residual twice
+    operations  every iteration multiplies s·B·A (2·m·n·r) and each pass multiplies R·V and Rᵀ·Y
+                (4·m·n·k, k = rank + oversampling); one pass an iteration and one more at the end,
+                which is the least a warm-started SVD can do
+
+Quantization itself (a handful of comparisons a weight) is not counted.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+OVERSAMPLING = 8
+
+
+@dataclass(frozen=True)
+class Floor:
+    """Measured rates of one device."""
+
+    bytes_per_second: float
+    operations_per_second: float
+    sketch_bytes: int
+
+    def __str__(self) -> str:
+        return (
+            f"measured: {self.bytes_per_second / 1e9:.1f} GB/s (copy, bytes read and written), "
+            f"{self.operations_per_second / 1e9:.0f} GFLOP/s (matrix products of a 4096×4096 and a "
+            f"4096×72 matrix, {'bfloat16' if self.sketch_bytes == 2 else 'float32'})"
+        )
+
+    def seconds(self, shape: tuple[int, int], rank: int, iterations: int) -> float:
+        """The least time for T iterations on an m×n weight."""
+        values = shape[0] * shape[1]
+        passes = iterations + 1
+        moved = (
+            iterations * values * (4 + self.sketch_bytes) + passes * 2 * values * self.sketch_bytes
+        )
+        width = rank + OVERSAMPLING
+        operations = (iterations - 1) * 2 * values * rank + passes * 4 * values * width
+        return max(moved / self.bytes_per_second, operations / self.operations_per_second)
+
+
+def measure_floor(device: str) -> Floor:
+    """Medians of several, after a warm-up."""
+    source = torch.ones(64 << 20, device=device)
+    target = torch.empty_like(source)
+    copy = median_seconds(lambda: target.copy_(source), device)
+    bandwidth = 2 * source.nbytes / copy
+    rates = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        R = torch.randn(4096, 4096, device=device).to(dtype)
+        V = torch.randn(4096, 72, device=device).to(dtype)
+        rates[dtype] = 2 * 4096 * 4096 * 72 / median_seconds(lambda R=R, V=V: R @ V, device)
+    fastest = max(rates, key=lambda dtype: rates[dtype])
+    return Floor(bandwidth, rates[fastest], fastest.itemsize)
+
+
+def median_seconds(work: Callable[[], object], device: str, repeats: int = 9) -> float:
+    def once() -> float:
+        began = time.perf_counter()
+        work()
+        if device != "cpu":
+            torch.cuda.synchronize()
+        return time.perf_counter() - began
+
+    once()
+    return statistics.median(once() for _ in range(repeats))
