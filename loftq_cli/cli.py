@@ -41,9 +41,29 @@ COMMANDS = {
         "loftq_cli.commands.load:load",
         "Load a model for real: parameters, bytes, seconds, peak memory.",
     ),
+    "sweep-ranks": Command(
+        "loftq_cli.commands.sweep_ranks:sweep_ranks",
+        "Show what every rank trains, and the memory that fine-tuning takes.",
+    ),
+    "targets": Command(
+        "loftq_cli.commands.targets:targets",
+        "List the linear layers, and what adapting which of them would cost.",
+    ),
     "generate": Command(
         "loftq_cli.commands.generate:generate",
         "Continue prompts with the model and its adapter, and time it.",
+    ),
+    "check": Command(
+        "loftq_cli.commands.check:check",
+        "Test this box and a model on it, kernels first; exit 3 if anything fails.",
+    ),
+    "verify": Command(
+        "loftq_cli.commands.verify:verify",
+        "Prove a directory that quantize wrote, file by file; exit 3 if anything fails.",
+    ),
+    "report": Command(
+        "loftq_cli.commands.report:report",
+        "Put result documents together: systems, results, findings, recommendations.",
     ),
 }
 

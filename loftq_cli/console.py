@@ -173,11 +173,33 @@ class Console:
         """Shows how far the work is: a bar on a terminal, a line now and then elsewhere."""
         if self.quiet:
             yield Progress(self, label, total)
-        elif self.stderr_is_terminal and os.environ.get("TERM") != "dumb":
+        elif self._is_watched:
             with self._rich_bar() as bar:
                 yield _BarProgress(self, label, total, bar)
         else:
             yield _LineProgress(self, label, total)
+
+    @contextmanager
+    def busy(self, text: str) -> Iterator[None]:
+        """Names, on a terminal, what takes long and cannot be measured; then takes it away."""
+        if self.quiet or not self._is_watched:
+            yield
+            return
+        from rich.live import Live
+        from rich.text import Text
+
+        line = Text(f"{text} ...", style="dim", overflow="crop", no_wrap=True)
+        with Live(line, console=_rich_console(), transient=True, auto_refresh=False) as live:
+            live.refresh()
+            self._bar = live
+            try:
+                yield
+            finally:
+                self._bar = None
+
+    @property
+    def _is_watched(self) -> bool:
+        return self.stderr_is_terminal and os.environ.get("TERM") != "dumb"
 
     @contextmanager
     def growing_text(self) -> Iterator[Callable[[str], None] | None]:
@@ -185,7 +207,7 @@ class Console:
 
         At the end it is taken away again: the result has all of it.
         """
-        if self.quiet or not self.stderr_is_terminal or os.environ.get("TERM") == "dumb":
+        if self.quiet or not self._is_watched:
             yield None
             return
         from rich.live import Live

@@ -143,6 +143,14 @@ class UntouchedTensor(_Model):
     share_of_bytes: float
 
 
+class SourceFile(_Model):
+    """A weight file that was read, told apart from others by its size and its header."""
+
+    name: str
+    bytes: int
+    header_sha256: str
+
+
 class WrittenFile(_Model):
     name: str
     bytes: int
@@ -179,6 +187,7 @@ class QuantizeResults(_Model):
     without_adapter: list[PlainLayer] = []
     untouched: list[UntouchedTensor] = []
     files: list[WrittenFile] = []
+    source_files: list[SourceFile] = []
     totals: QuantizeTotals
 
 
@@ -202,6 +211,132 @@ class LoadResults(_Model):
     vocabulary_size: int | None = None
     peak_device_memory_bytes: int | None = None  # on the accelerator; null on a CPU
     random_weights: bool = False
+
+
+# --- sweep-ranks --------------------------------------------------------------------------------
+
+
+class SweepSettings(_Model):
+    target_modules: list[str]
+    bits: int
+    quant_type: str | None  # null at 8 and 16 bits, as the next
+    block_size: int | None
+    batch_size: int
+    sequence_length: int
+    vram_bytes: int | None = None
+
+
+class MemoryEstimate(_Model):
+    """What fine-tuning holds at once; `loftq_cli.models.costs` has the formula of every term.
+
+    `total_bytes` is with all activations, `total_with_checkpointing_bytes` with gradient
+    checkpointing.
+    """
+
+    weights_bytes: int
+    absmax_bytes: int
+    unquantized_bytes: int
+    adapter_bytes: int
+    gradients_bytes: int
+    optimizer_bytes: int
+    activations_bytes: int
+    activations_with_checkpointing_bytes: int
+    logits_bytes: int
+    workspace_bytes: int
+    context_bytes: int
+    total_bytes: int
+    total_with_checkpointing_bytes: int
+
+
+class RankCost(_Model):
+    """`trainable_percent` is of base + adapter; `reduction_factor` is base / trainable.
+
+    `fits` is null without --vram, the error without --error.
+    """
+
+    rank: int
+    trainable_parameters: int
+    total_parameters: int
+    trainable_percent: float
+    reduction_factor: float
+    adapter_bytes: int
+    memory: MemoryEstimate
+    fits: bool | None = None
+    fits_with_checkpointing: bool | None = None
+    weight_error_relative: float | None = None
+
+
+class Verdict(_Model):
+    """`sentence` says it all; `recommended_rank` is null where nothing fits."""
+
+    recommended_rank: int | None
+    reason: Literal["error", "memory", "cost"]
+    sentence: str
+
+
+class SweepRanksResults(_Model):
+    architecture: str
+    base_parameters: int
+    quantized_parameters: int
+    modules: int  # that get an adapter
+    settings: SweepSettings
+    quantized_only_error_relative: float | None = None
+    ranks: list[RankCost]
+    verdict: Verdict
+
+
+# --- targets ------------------------------------------------------------------------------------
+
+
+class LayerKind(_Model):
+    """Linear layers of one name and one shape; `name` goes into --target-modules as it stands."""
+
+    name: str
+    count: int
+    in_features: int
+    out_features: int
+    parameters: int
+    share_of_parameters: float
+    trainable_parameters: int
+    role: str | None = None
+    also_selects: list[str] = []
+
+
+class TargetPreset(_Model):
+    name: str
+    target_modules: list[str]
+    modules: int
+    parameters: int
+    trainable_parameters: int
+    trainable_percent: float
+    adapter_bytes: int
+
+
+class SkippedModule(_Model):
+    """What gets no adapter and stays as it is. `shape` is null where it is not one for all."""
+
+    name: str
+    reason: str
+    count: int
+    shape: list[int] | None
+    parameters: int
+    share_of_parameters: float
+
+
+class TargetsResults(_Model):
+    """`guessed` and `without_role` are names that no preset knows: see `loftq_cli.models.presets`.
+
+    The first are in presets by the place they stand in, the second only in all-linear.
+    """
+
+    architecture: str
+    base_parameters: int
+    rank: int
+    layers: list[LayerKind]
+    presets: list[TargetPreset]
+    skipped: list[SkippedModule]
+    guessed: list[str] = []
+    without_role: list[str] = []
 
 
 # --- generate -----------------------------------------------------------------------------------
@@ -263,13 +398,73 @@ class CheckResults(_Model):
     summary: CheckSummary
 
 
+# --- verify -------------------------------------------------------------------------------------
+
+
+class VerifiedLayer(_Model):
+    """‖W − Q − s·B·A‖ / ‖W‖ by the files and by the report; null where it is no number."""
+
+    name: str
+    shape: tuple[int, int]
+    weight_error_relative: float | None
+    reported_weight_error_relative: float | None
+    agrees: bool
+
+
+class VerifyResults(_Model):
+    """A certificate. `layers` are those whose residual was measured, `measured_layers` of them."""
+
+    directory: str
+    source: str | None  # what they were measured against; null where it was not at hand
+    quantized_layers: int
+    measured_layers: int
+    tests: list[CheckTest]
+    layers: list[VerifiedLayer] = []
+    summary: CheckSummary
+
+
+# --- report -------------------------------------------------------------------------------------
+
+
+class ReportedDocument(_Model):
+    """One document that was read, whole; `file` is `-` for stdin."""
+
+    file: str
+    document: dict[str, Any]
+
+
+class Remark(_Model):
+    """One sentence that the numbers of a document, or of several, led to."""
+
+    command: str
+    model: str | None
+    text: str
+
+
+class SkippedFile(_Model):
+    file: str
+    reason: str
+
+
+class ReportResults(_Model):
+    systems: list[Environment]  # each once
+    documents: list[ReportedDocument]
+    findings: list[Remark]
+    recommendations: list[Remark]
+    skipped: list[SkippedFile] = []
+
+
 # --- reading and writing ------------------------------------------------------------------------
 
 RESULTS: Mapping[str, type[BaseModel]] = {
     "quantize": QuantizeResults,
     "load": LoadResults,
+    "sweep-ranks": SweepRanksResults,
+    "targets": TargetsResults,
     "generate": GenerateResults,
     "check": CheckResults,
+    "verify": VerifyResults,
+    "report": ReportResults,
 }
 
 
@@ -294,8 +489,15 @@ def load_document(text: str) -> Document[Any]:
     """Reads what `dump_json` wrote, in this or an earlier minor version, or a later one."""
     try:
         data = json.loads(text)
-    except ValueError as error:
-        raise NotAResultDocument("this is not JSON", cause=str(error)) from None
+    except (ValueError, RecursionError) as error:
+        deep = isinstance(error, RecursionError)
+        cause = "it is nested too deeply" if deep else str(error)
+        raise NotAResultDocument("this is not JSON", cause=cause) from None
+    return document_of(data)
+
+
+def document_of(data: Any) -> Document[Any]:
+    """The same from JSON that has been parsed."""
     name = data.get("schema") if isinstance(data, dict) else None
     if not isinstance(name, str) or not name.startswith("loftq/"):
         raise NotAResultDocument(

@@ -54,7 +54,7 @@ def _descriptors(directory: Path) -> Iterator[tuple[Path, Path]]:
             os.close(copy)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def loftq(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Outcome]:
     """Runs a command line in this process: `loftq("load", "--json").out`."""
     from loftq_cli.cli import main

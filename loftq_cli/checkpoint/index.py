@@ -75,7 +75,11 @@ def load_json(path: Path, max_bytes: int = MAX_CONFIG_BYTES) -> dict[str, Any]:
 
     Infinity and NaN are let through: configs that transformers 4 wrote have them as bare words.
     """
-    raw = read_file(path, max_bytes)
+    return parse_json(read_file(path, max_bytes), path)
+
+
+def parse_json(raw: bytes, path: Path) -> dict[str, Any]:
+    """The same from memory; ``path`` is for the messages."""
     try:
         tree = strict_json(raw)
     except (ValueError, RecursionError) as error:
@@ -87,16 +91,18 @@ def load_json(path: Path, max_bytes: int = MAX_CONFIG_BYTES) -> dict[str, Any]:
 
 
 def _indexed(directory: Path) -> Checkpoint:
-    weight_map = _weight_map(directory / INDEX_FILE)
+    path = directory / INDEX_FILE
+    weight_map = weight_map_of(load_json(path, MAX_HEADER_BYTES), path)
     files = set(weight_map.values())
     _require_files(directory, files)
     checkpoint = _with_headers(directory, files)
-    _require_agreement(checkpoint, weight_map)
+    require_agreement(checkpoint, weight_map)
     return checkpoint
 
 
-def _weight_map(path: Path) -> dict[str, str]:
-    weight_map = load_json(path, MAX_HEADER_BYTES).get("weight_map")
+def weight_map_of(index: dict[str, Any], path: Path) -> dict[str, str]:
+    """The checked map from tensors to bare file names; ``path`` is for the messages."""
+    weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise corrupt(path, "it has no weight_map, or an empty one")
     for name, file in weight_map.items():
@@ -132,7 +138,7 @@ def _with_headers(directory: Path, names: Iterable[str]) -> Checkpoint:
     return Checkpoint(directory, files, headers, tensors)
 
 
-def _require_agreement(checkpoint: Checkpoint, weight_map: dict[str, str]) -> None:
+def require_agreement(checkpoint: Checkpoint, weight_map: dict[str, str]) -> None:
     """Index and headers must say the same: a tensor in two files, or in none, is nobody's model."""
     held = {(name, file) for file, header in checkpoint.headers.items() for name in header.tensors}
     mapped = set(weight_map.items())

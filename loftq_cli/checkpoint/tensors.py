@@ -9,11 +9,17 @@ from loftq_cli.checkpoint.safetensors import Header, TensorInfo, read_tensor
 if TYPE_CHECKING:
     import torch
 
-_TORCH_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_TORCH_NAMES = {
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "U8": "uint8",
+    "I8": "int8",
+}
 
 
 def load_tensor(header: Header, info: TensorInfo) -> torch.Tensor:
-    """One floating-point tensor in its own dtype, in memory of its own."""
+    """One tensor of a dtype that we read or write, in memory of its own."""
     import torch
 
     if 0 in info.shape:

@@ -50,9 +50,7 @@ def generate(
     ] = None,
     seed: Annotated[
         int | None,
-        typer.Option(
-            "--seed", min=0, metavar="N", show_default="0", help="Where sampling starts."
-        ),
+        typer.Option("--seed", min=0, metavar="N", show_default="0", help="Where sampling starts."),
     ] = None,
     rank: Annotated[
         int | None,
@@ -156,10 +154,8 @@ def _length(run: Run, loaded: LoadedModel, prompt: str, wanted: int) -> int:
     room = room_for(loaded, prompt)
     if room is None or room >= wanted:
         return wanted
-    shown = prompt if len(prompt) <= 40 else f"{prompt[:39]}…"
-    run.warn(
-        f"only {room} of {wanted} new tokens fit into the model's context after {shown!r}"
-    )
+    shown = prompt if len(prompt) <= 40 else f"{prompt[:37]}..."
+    run.warn(f"only {room} of {wanted} new tokens fit into the model's context after {shown!r}")
     return room
 
 
@@ -170,7 +166,7 @@ def _generate(
     lengths: list[int],
     sampling: Sampling | None,
 ) -> list[Generation]:
-    """All prompts in turn; whoever watches sees the text as it comes, others a line now and then."""
+    """All prompts in turn; whoever watches sees the text as it comes."""
     with run.growing_text() as tell:
         if tell is not None:
             return [

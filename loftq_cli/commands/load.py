@@ -54,9 +54,7 @@ def load(
     from loftq_cli.commands.loaded import build_for_run, load_for_run
 
     begin = build_for_run if random_weights else load_for_run
-    identity, loaded, where = begin(
-        run, model, device, dtype, trust_remote_code=trust_remote_code
-    )
+    identity, loaded, where = begin(run, model, device, dtype, trust_remote_code=trust_remote_code)
     run.finish(_results(loaded, where, run.seconds(*_STEPS), random_weights), model=identity)
     if expect is not None and where.device.partition(":")[0] != expect:
         raise CheckFailed(

@@ -7,6 +7,7 @@ The type says how it is spelled, the command says its default.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -81,6 +82,16 @@ BitsNumber: TypeAlias = Literal[4, 8]
 Bits: TypeAlias = Annotated[
     BitsNumber, typer.Option("--bits", metavar="4|8", help="Bits of a quantized weight.")
 ]
+Ranks: TypeAlias = Annotated[
+    str, typer.Option("--ranks", metavar="R,R,…", help="Ranks to try, separated by commas.")
+]
+HeldBitsNumber: TypeAlias = Literal[4, 8, 16]
+HeldBits: TypeAlias = Annotated[
+    HeldBitsNumber,
+    typer.Option(
+        "--bits", metavar="4|8|16", help="Bits of a weight while fine-tuning; 16 is plain LoRA."
+    ),
+]
 Iterations: TypeAlias = Annotated[
     int,
     typer.Option(
@@ -88,6 +99,15 @@ Iterations: TypeAlias = Annotated[
         min=1,
         metavar="T",
         help="Alternations of quantization and SVD; the best of them is kept.",
+    ),
+]
+SvdName: TypeAlias = Literal["auto", "exact", "randomized"]
+Svd: TypeAlias = Annotated[
+    SvdName,
+    typer.Option(
+        "--svd",
+        metavar="auto|exact|randomized",
+        help="How low ranks are found; exact is LAPACK's full SVD, auto takes what is cheaper.",
     ),
 ]
 TargetModules: TypeAlias = Annotated[
@@ -146,6 +166,34 @@ TrustRemoteCode: TypeAlias = Annotated[
     typer.Option("--trust-remote-code", help="Run the Python code that comes with the model."),
 ]
 
+# --- what fine-tuning takes ---------------------------------------------------------------------
+
+BatchSize: TypeAlias = Annotated[
+    int, typer.Option("--batch-size", min=1, metavar="N", help="Sequences in one training step.")
+]
+SequenceLength: TypeAlias = Annotated[
+    int | None,
+    typer.Option(
+        "--sequence-length",
+        min=1,
+        metavar="N",
+        help="Tokens in a sequence.",
+        show_default="1024, or the model's own limit",
+    ),
+]
+Vram: TypeAlias = Annotated[
+    str | None,
+    typer.Option(
+        "--vram",
+        metavar="SIZE",
+        help="Memory of the GPU, such as 24GB or 22.5GiB: mark what fits, exit 4 if nothing does.",
+    ),
+]
+MeasureError: TypeAlias = Annotated[
+    bool,
+    typer.Option("--error", help="Read the weights and measure the LoftQ error at every rank."),
+]
+
 # --- output -------------------------------------------------------------------------------------
 
 Output: TypeAlias = Annotated[
@@ -160,6 +208,10 @@ Resume: TypeAlias = Annotated[
 ]
 Force: TypeAlias = Annotated[
     bool, typer.Option("--force", help="Replace the output if it is there.")
+]
+Verify: TypeAlias = Annotated[
+    bool,
+    typer.Option("--verify", help="Prove the output when it is complete, as loftq verify does."),
 ]
 
 # --- generation ---------------------------------------------------------------------------------
@@ -205,3 +257,22 @@ def split_list(text: str, option: str) -> list[str]:
     if not all(items):
         raise UsageError(f"{option} has an empty item: {text!r}")
     return items
+
+
+def ranks(text: str) -> list[int]:
+    """The value of --ranks: positive whole numbers, in the order given, each once."""
+    items = split_list(text, "--ranks")
+    if not all(item.isascii() and item.isdigit() and int(item) > 0 for item in items):
+        raise UsageError(f"--ranks takes positive whole numbers, not {text!r}")
+    return list(dict.fromkeys(int(item) for item in items))
+
+
+_UNITS = {"MB": 10**6, "GB": 10**9, "TB": 10**12, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+
+
+def size(text: str, option: str) -> int:
+    """`24GB` as 24·10⁹, `24GiB` as 24·2³⁰ bytes."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([MGT]I?B)", text.strip().upper(), re.ASCII)
+    if match is None or float(match[1]) == 0:
+        raise UsageError(f"{option} takes a size such as 24GB or 22.5GiB, not {text!r}")
+    return int(float(match[1]) * _UNITS[match[2]])

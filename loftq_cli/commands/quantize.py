@@ -23,15 +23,20 @@ from loftq_cli.commands.options import (
     Resume,
     RsLora,
     Seed,
+    Svd,
     TargetModules,
     TrustRemoteCode,
+    Verify,
     split_list,
 )
 from loftq_cli.commands.run import Run, command
+from loftq_cli.commands.verify import certify, require_passed
 from loftq_cli.errors import UsageError
 
 if TYPE_CHECKING:
+    from loftq_cli.commands.quantize_result import Report
     from loftq_cli.engines.plan import Settings
+    from loftq_cli.models.spec import ResolvedModel
 
 
 @command("quantize")
@@ -46,6 +51,7 @@ def quantize(
     init: Init = "loftq",
     rank: Rank = 16,
     iterations: Iterations = 5,
+    svd: Svd = "auto",
     lora_alpha: LoraAlpha = None,
     rslora: RsLora = False,
     target_modules: TargetModules = "all-linear",
@@ -54,6 +60,7 @@ def quantize(
     dry_run: DryRun = False,
     resume: Resume = False,
     force: Force = False,
+    verify: Verify = False,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """
@@ -71,6 +78,8 @@ def quantize(
         raise UsageError(f"--bits {bits} is not supported", hint="--bits 4 or --bits 8")
     if force and resume:
         raise UsageError("--force starts over, --resume goes on: choose one")
+    if verify and dry_run:
+        raise UsageError("--dry-run writes nothing that --verify could open: choose one")
     from loftq_cli.engines.plan import Settings
 
     settings = Settings(
@@ -83,6 +92,7 @@ def quantize(
         iterations=iterations,
         lora_alpha=float(rank) if lora_alpha is None else lora_alpha,
         use_rslora=rslora,
+        svd=svd,
         target_modules=tuple(split_list(target_modules, "--target-modules")),
         seed=seed,
     )
@@ -95,7 +105,22 @@ def quantize(
         _dry_run(run, model, output, settings, trust_remote_code)
     else:
         assert output is not None
-        _quantize(run, model, output, settings, device, resume, force, trust_remote_code)
+        document, source, used = _quantize(
+            run, model, output, settings, device, resume, force, trust_remote_code
+        )
+        if not verify:
+            run.emit(document)
+            return
+        certificate = certify(
+            run, output, document, source, device=used, trust_remote_code=trust_remote_code
+        )
+        passed = [test.name for test in certificate.tests if test.status == "passed"]
+        run.note(f"verified: {', '.join(passed) or 'nothing'}")
+        for test in certificate.tests:
+            if test.status == "skipped":
+                run.note(f"verify: {test.name} {test.detail}")
+        run.emit(document)
+        require_passed(certificate)
 
 
 def _dry_run(
@@ -104,6 +129,7 @@ def _dry_run(
     """Reads headers and config only, and imports no torch."""
     from loftq_cli.checkpoint.index import open_checkpoint
     from loftq_cli.commands.quantize_result import identity_of, results_of
+    from loftq_cli.engines import estimates
     from loftq_cli.engines.plan import make_plan
     from loftq_cli.models.layers import linear_layers
     from loftq_cli.models.source import class_name, read_config, refuse_quantized
@@ -121,7 +147,8 @@ def _dry_run(
         output="" if output is None else str(output),
         architecture=class_name(config),
         task_type=None,
-        peak_memory_bytes=plan.workspace_bytes,
+        seconds=estimates.seconds(plan),
+        peak_memory_bytes=estimates.memory_bytes(plan),
     )
     run.finish(results, model=identity_of(found))
 
@@ -135,7 +162,8 @@ def _quantize(
     resume: bool,
     force: bool,
     trust_remote_code: bool,
-) -> None:
+) -> tuple[Report, ResolvedModel, str]:
+    """Writes the directory; the second and third are the source and the device that was used."""
     began = time.perf_counter()
     from loftq_cli import hardware
     from loftq_cli.checkpoint.index import open_checkpoint
@@ -169,8 +197,7 @@ def _quantize(
         result.refuse_to_replace_foreign(output)
     if resume and (document := result.finished_run(output, fingerprint)) is not None:
         run.note(f"{output} is already complete")
-        run.emit(document)
-        return
+        return document, found, chosen.value
 
     with Staging(
         output, fingerprint=fingerprint, force=force, protected=[found.directory]
@@ -227,4 +254,4 @@ def _quantize(
         )
         result.write_document(staging, document)
         staging.commit()
-    run.emit(document)
+    return document, found, chosen.value

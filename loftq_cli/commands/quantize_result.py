@@ -100,6 +100,10 @@ def results_of(
             for left in plan.left
         ],
         files=[schema.WrittenFile(name=f.name, bytes=f.bytes, sha256=f.sha256) for f in files],
+        source_files=[
+            schema.SourceFile(name=name, bytes=header.file_bytes, header_sha256=header.sha256)
+            for name, header in sorted(checkpoint.headers.items())
+        ],
         totals=schema.QuantizeTotals(
             weight_error_relative=_overall(outcomes, "error"),
             quantized_only_error_relative=_overall(outcomes, "quantized_only_error"),

@@ -19,7 +19,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Concatenate, NamedTuple, ParamSpec
@@ -86,16 +86,25 @@ class Run:
         """`with run.growing_text() as tell:`; `tell` is None where nobody watches."""
         return self.console.growing_text()
 
+    def trace(self) -> None:
+        """With --debug, the traceback of an error that is being handled and not raised again."""
+        if self.console.debug:
+            self.console.traceback()
+
     def resolved(self, name: str, value: Scalar, reason: str) -> None:
         """Records what an automatic choice became, and why."""
         self._resolved[name] = (value, reason)
 
     @contextmanager
-    def timing(self, name: str) -> Iterator[None]:
-        """Adds the time spent inside to `timings_seconds[name]`, also when it fails."""
+    def timing(self, name: str, doing: str | None = None) -> Iterator[None]:
+        """Adds the time spent inside to `timings_seconds[name]`, also when it fails.
+
+        ``doing`` is shown on a terminal meanwhile.
+        """
         began = time.perf_counter()
         try:
-            yield
+            with nullcontext() if doing is None else self.console.busy(doing):
+                yield
         finally:
             spent = time.perf_counter() - began
             self._timings[name] = self._timings.get(name, 0.0) + spent
@@ -183,7 +192,9 @@ class Run:
         stamp = datetime.now(timezone.utc).strftime("%Y%m%dT%H%M%SZ")
         try:
             file = _create(directory, f"loftq_{self.name}_{stamp}", schema.dump_json(document))
-            summary = file.with_suffix(".txt")
+            # The contract names the two files of `check`, where scripts look for them.
+            ending = "_summary" if self.name == "check" else ""
+            summary = file.with_name(f"{file.stem}{ending}.txt")
             summary.write_text(render(document, "table", width=100), encoding="utf-8")
         except OSError as error:
             raise WriteFailed(

@@ -86,22 +86,28 @@ def quantize_blockwise(
         first, last = start // fmt.block_size, -(-stop // fmt.block_size)
         codes, absmax[first:last] = _quantize_chunk(flat[start:stop].float(), fmt)
         packed[start // 2 : (stop + 1) // 2] = codes[0::2] << 4 | codes[1::2]
-    nested_absmax = nested_offset = None
-    if fmt.double_quant:
-        # As bitsandbytes does it, torch's float32 mean: its last bit depends on the number of
-        # threads where there are more than 32768 blocks.
-        offset = absmax.mean()
-        absmax, nested_absmax = _quantize_dynamic(absmax - offset)
-        nested_offset = offset.item()
     return QuantizedBlockwise(
         packed.view(-1, 1),
-        absmax,
-        nested_absmax,
-        nested_offset,
+        *double_quantize(absmax, fmt),
         (W.shape[0], W.shape[1]),
         fmt,
         W.dtype if dtype is None else dtype,
     )
+
+
+def double_quantize(
+    absmax: Tensor, fmt: BlockwiseFormat
+) -> tuple[Tensor, Tensor | None, float | None]:
+    """(absmax, nested absmax, nested offset) as they are stored; only the first unless asked for.
+
+    The offset is torch's float32 mean, as in bitsandbytes: where there are more than 32768 blocks,
+    its last bit depends on the number of threads.
+    """
+    if not fmt.double_quant:
+        return absmax, None, None
+    offset = absmax.mean()
+    codes, nested_absmax = _quantize_dynamic(absmax - offset)
+    return codes, nested_absmax, offset.item()
 
 
 @torch.no_grad()

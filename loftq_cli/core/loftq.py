@@ -16,20 +16,35 @@ the next: all are recorded and the best is kept.
 
 The error is always that of what will be loaded: Q is what the stored codes dequantize to, rounded
 to the dtype of the runtime, and s·B·A is formed from the float32 adapter that is returned.
+
+With ``svd="exact"`` that is all, and what PEFT does. Otherwise an SVD is a few products with what
+the last one found (``lowrank.py``), and the steps are longer: each moves few codes, and mostly the
+same way as the one before, so what is quantized is W − (L_t + μ·(L_t − L_{t−1})), with L = s·B·A.
+Any target may be, since the SVD that follows fits what came of it. Five such steps end below five
+of the plain algorithm, by 0.1 to 7 % on the weights that were tried.
 """
 
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from loftq_cli.core.blockwise import check_finite, check_weight
-from loftq_cli.core.lowrank import LowRank, check_rank, split, truncated_svd
-from loftq_cli.core.quantizers import Quantized, Quantizer
+from loftq_cli.core.lowrank import LowRank, check_rank, split, takes_exact, truncated_svd
+from loftq_cli.core.parallel import one_thread_each
+from loftq_cli.core.quantizers import Product, Quantized, Quantizer
+from loftq_cli.core.residual import rows_times, sum_of_squares, transposed_times
 from loftq_cli.errors import InvalidSetting
 
-# Rows that are measured at a time: a chunk of 4096 float32 columns is 4 MiB.
+# Of 0.4 to 0.7 the best for most weights. It overshoots where the rank is most of the matrix's, and
+# is left out from half of it on.
+MOMENTUM = 0.6
+# What another pass of the SVD must take off the square of the error: while there are more steps to
+# come, and at the end.
+_UNDERWAY, _AT_THE_END = 5e-3, 2e-4
+# Rows that are measured at a time.
 _ROWS = 256
 
 
@@ -55,13 +70,15 @@ def initialize(
     scaling: float = 1.0,
     iterations: int = 5,
     svd: str = "auto",
+    momentum: float | None = None,
     seed: int = 0,
 ) -> LoftqResult:
     """Run the alternation on the weight ``W`` (out × in) and return its best iterate.
 
     ``scaling`` is the factor that PEFT will multiply B·A with. With no iterations the weight is
     quantized and the adapter starts as PEFT's LoRA does: B = 0, A random. Everything happens on
-    ``W``'s device, in float32.
+    ``W``'s device. The same arguments give the same bits on the same machine, however many threads
+    there are, unless ``svd`` is ``exact``: then LAPACK's threads have a say in the last bits.
     """
     check_weight(W)
     check_rank(rank, W.shape[0], W.shape[1])
@@ -69,55 +86,90 @@ def initialize(
         raise InvalidSetting(f"{iterations} iterations are not possible")
     if not scaling > 0:
         raise InvalidSetting(f"a LoRA scaling of {scaling} is not possible: it must be above 0")
+    W = W.detach()
     check_finite(W)
-    generator = torch.Generator().manual_seed(seed)
-    norm = math.sqrt(_sum_of_squares(W)) or 1.0  # an all-zero weight has errors of zero
+    if momentum is None:
+        momentum = 0.0 if svd == "exact" or 2 * rank > min(W.shape) else MOMENTUM
+    with nullcontext() if svd == "exact" else one_thread_each():
+        return _alternate(W, quantizer, rank, scaling, iterations, svd, momentum, seed)
 
-    quantized, residual = quantizer.step(W, None)
-    remaining = _sum_of_squares(residual)
-    quantized_only_error = math.sqrt(remaining) / norm
+
+def _alternate(
+    W: Tensor,
+    quantizer: Quantizer,
+    rank: int,
+    scaling: float,
+    iterations: int,
+    svd: str,
+    momentum: float,
+    seed: int,
+) -> LoftqResult:
+    generator = torch.Generator().manual_seed(seed)
+    norm = math.sqrt(sum_of_squares(W)) or 1.0  # an all-zero weight has errors of zero
+    fast = not takes_exact(W.shape, rank, svd)
+    quantized, residual = quantizer.step(W, None, fast=fast)
+    quantized_only_error = math.sqrt(residual.energy) / norm
     if iterations == 0:
         A, B = _plain_adapter(W, rank, generator)
         return LoftqResult(quantized, A, B, quantized_only_error, quantized_only_error, 0)
 
     best: tuple[float, int, Quantized, LowRank] | None = None
     errors: list[float] = []
+    low_rank: LowRank | None = None
     while True:
-        low_rank = truncated_svd(residual, rank, method=svd)
-        errors.append(math.sqrt(max(remaining - low_rank.energy, 0.0)) / norm)
+        low_rank, previous = (
+            truncated_svd(
+                residual,
+                rank,
+                method=svd,
+                start=low_rank.subspace if low_rank else None,
+                tolerance=_AT_THE_END if len(errors) + 1 == iterations else _UNDERWAY,
+                generator=generator,
+            ),
+            low_rank,
+        )
+        errors.append(math.sqrt(max(residual.energy - low_rank.energy, 0.0)) / norm)
         if best is None or errors[-1] < best[0]:
             best = (errors[-1], len(errors), quantized, low_rank)
+        else:
+            momentum = 0.0  # the steps became too long
         if len(errors) == iterations:
             break
-        quantized, residual = quantizer.step(W, low_rank)
-        remaining = _sum_of_squares(residual)
-        if not math.isfinite(remaining):
+        carried = _ahead(low_rank, previous, momentum)
+        quantized, residual = quantizer.step(W, carried, probe=low_rank.subspace, fast=fast)
+        if not math.isfinite(residual.energy):
             break  # a target outgrew the range of the runtime's dtype
 
     _, best_iteration, quantized, low_rank = best
     A, B = split(low_rank, scaling)
     _enliven(A, B, low_rank.S, generator)
-    error = relative_error(W, quantizer.dequantize(quantized), A, B, scaling)
+    error = math.sqrt(quantizer.remainder(W, quantized, (scaling * B, A))) / norm
     errors[best_iteration - 1] = error
     return LoftqResult(quantized, A, B, error, quantized_only_error, best_iteration, errors)
 
 
+def _ahead(low_rank: LowRank, previous: LowRank | None, momentum: float) -> Product:
+    """L_t + μ·(L_t − L_{t−1}), the older one projected on the range of the newer, from L_0 = 0."""
+    left, right = low_rank.U, low_rank.S[:, None] * low_rank.Vh
+    if momentum == 0:
+        return left, right
+    right *= 1 + momentum
+    if previous is not None:
+        turned = transposed_times(left, previous.U).to(left) * previous.S
+        right -= momentum * rows_times(previous.Vh.t(), turned.t()).t()
+    return left, right
+
+
 @torch.no_grad()
 def relative_error(W: Tensor, Q: Tensor, A: Tensor, B: Tensor, scaling: float) -> float:
-    """‖W − Q − scaling·B·A‖ / ‖W‖, summed in float64."""
-    total = 0.0
+    """‖W − Q − scaling·B·A‖ / ‖W‖, for Q as it was read back from wherever."""
+    rest = 0.0
     for start in range(0, W.shape[0], _ROWS):
         rows = slice(start, start + _ROWS)
-        rest = W[rows].float() - Q[rows].float()
-        total += _sum_of_squares(rest.addmm_(B[rows], A, alpha=-scaling))
-    return math.sqrt(total) / (math.sqrt(_sum_of_squares(W)) or 1.0)
-
-
-def _sum_of_squares(X: Tensor) -> float:
-    return sum(
-        float(X[start : start + _ROWS].double().square().sum())
-        for start in range(0, X.shape[0], _ROWS)
-    )
+        rest += sum_of_squares(
+            (W[rows].float() - Q[rows].float()).addmm_(B[rows], A, alpha=-scaling)
+        )
+    return math.sqrt(rest) / (math.sqrt(sum_of_squares(W)) or 1.0)
 
 
 def _plain_adapter(W: Tensor, rank: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -13,18 +13,29 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from loftq_cli.core.residual import Residual, rows_times, transposed_times
 from loftq_cli.errors import InvalidSetting, LoftqError
 
 SVD_METHODS = ("exact", "randomized", "auto")
 
+_MOST_PASSES = 16
+# Where the low rank holds so many times what it leaves, its rounding to bfloat16 would show.
+_DOMINANT = 4.0
+# What float32 products cannot tell apart.
+_NOISE = 1e-7
+# What a second pass gains of the first's gain, from a good start and from none: as was seen on
+# the residuals of LoftQ.
+_WARM_FALL, _COLD_FALL = 1 / 64, 1 / 4
+
 
 @dataclass(frozen=True)
 class LowRank:
-    """A truncated SVD, float32."""
+    """A truncated SVD, float32. Where a singular value is zero, so may its vectors be."""
 
     U: Tensor  # (out, r)
     S: Tensor  # (r,), descending
     Vh: Tensor  # (r, in)
+    subspace: Tensor | None = None  # (in, k ≥ r): where the SVD of a similar matrix may start
 
     @property
     def energy(self) -> float:
@@ -37,13 +48,36 @@ class LowRank:
 
 
 @torch.no_grad()
-def truncated_svd(R: Tensor, rank: int, *, method: str = "auto") -> LowRank:
-    """The ``rank`` largest singular values of the float32 matrix ``R`` with their vectors."""
-    check_rank(rank, R.shape[0], R.shape[1])
+def truncated_svd(
+    R: Residual,
+    rank: int,
+    *,
+    method: str = "auto",
+    start: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    tolerance: float = 1e-3,
+) -> LowRank:
+    """The ``rank`` largest singular values of ``R`` with their vectors.
+
+    ``exact`` is LAPACK's SVD of the whole matrix. ``randomized`` needs some products with blocks of
+    a few more than ``rank`` vectors, begins with ``start`` if that is given (the ``subspace`` of a
+    similar matrix's SVD) and ends when another pass would take off less than ``tolerance`` of the
+    square of what is left. ``auto`` takes whichever is cheaper.
+    """
+    check_rank(rank, *R.shape)
+    if takes_exact(R.shape, rank, method):
+        U, S, Vh = _converged_svd(R.exact().matrix)
+        return LowRank(U[:, :rank].contiguous(), S[:rank].clone(), Vh[:rank].contiguous())
+    return _randomized_svd(R, rank, start, generator, tolerance)
+
+
+def takes_exact(shape: tuple[int, int], rank: int, method: str) -> bool:
+    """Whether the whole SVD is wanted, or cheaper, or all that is left for so high a rank."""
     if method not in SVD_METHODS:
         raise InvalidSetting(f"SVD method {method!r} is not one of {', '.join(SVD_METHODS)}")
-    U, S, Vh = _converged_svd(R)
-    return LowRank(U[:, :rank].contiguous(), S[:rank].clone(), Vh[:rank].contiguous())
+    smaller, width = min(shape), _sketch_width(rank)
+    cheaper = smaller <= max(2 * width, 64)
+    return method == "exact" or width >= smaller or (method == "auto" and cheaper)
 
 
 def check_rank(rank: int, out_features: int, in_features: int) -> None:
@@ -94,3 +128,96 @@ def _converged_svd(R: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         f"the SVD of a {R.shape[0]}×{R.shape[1]} residual does not converge",
         cause="LAPACK gave up on it in float32 and in float64",
     )
+
+
+def _sketch_width(rank: int) -> int:
+    """Vectors in a block: at least eight more than the rank, in whole registers."""
+    return (rank + 8 + 15) // 16 * 16
+
+
+def _randomized_svd(
+    R: Residual,
+    rank: int,
+    start: Tensor | None,
+    generator: torch.Generator | None,
+    tolerance: float,
+) -> LowRank:
+    """Subspace iteration: R's range from its product with V, then V from the range's with R.
+
+        Y = R·V                 U = Y·C orthonormal, C from the eigenvectors of YᵀY
+        Z = Rᵀ·Y                (Rᵀ·U)ᵀ(Rᵀ·U) = Cᵀ·ZᵀZ·C = P·S²·Pᵀ
+        U ← U·P                 V ← Rᵀ·U·P / S
+
+    Only k × k matrices are decomposed, in float64. The eigenvalues of YᵀY are what V alone would
+    have captured, so what a pass gained is known without a product more, and each gains less than
+    the one before.
+    """
+    if R.energy == 0:
+        U, V = (torch.zeros(n, 0, device=R.device) for n in R.shape)
+        return _low_rank(U, torch.zeros(0), V, rank)
+    # Powers of two round nothing, and keep the squares of squares within float32.
+    unit = 2.0 ** -round(math.log2(R.energy) / 2)
+    width = _sketch_width(rank)
+    V, orthonormal = _first_block(R, width, start, generator)
+    gain, first_fall = math.inf, _WARM_FALL if orthonormal else _COLD_FALL
+    for _ in range(_MOST_PASSES):
+        Y = R.times(V) * unit
+        seen, C = _eigh(_gram(Y, R), R)
+        before = float(seen[:rank].sum()) if orthonormal else -math.inf
+        C = C / seen.sqrt()
+        Z = R.transposed_times(Y) * unit
+        squares, P = _eigh(C.t() @ _gram(Z, R) @ C, R)
+        after = float(squares[:rank].sum())
+        S, C = squares.sqrt(), C @ P
+        V, orthonormal = rows_times(Z.float(), _like(C / S, Z)), True
+        left = R.energy * unit**2 - after
+        gain, last_gain = after - before, gain
+        falls = gain / last_gain if math.isfinite(last_gain) else first_fall
+        if not R.is_exact and after > _DOMINANT * left:
+            R = R.exact()  # rounded products would be felt
+            V, orthonormal = _first_block(R, width, V, generator)
+        elif falls * gain <= max(tolerance * left, _NOISE * after):
+            break
+    U = rows_times(Y.float(), _like(C[:, :rank], Y))
+    return _low_rank(U, S[:rank] / unit, V, rank)
+
+
+def _first_block(
+    R: Residual, width: int, start: Tensor | None, generator: torch.Generator | None
+) -> tuple[Tensor, bool]:
+    """The block to begin with, filled up at random, and whether its columns are orthonormal."""
+    missing = width if start is None else width - start.shape[1]
+    if start is not None and missing <= 0:
+        return start, True
+    n = R.shape[1]
+    fresh = torch.randn(n, missing, generator=generator).div_(math.sqrt(n)).to(R.device)
+    return fresh if start is None else torch.cat((start, fresh), dim=1), False
+
+
+def _gram(Y: Tensor, R: Residual) -> Tensor:
+    """YᵀY, float64 on the CPU. Rounded products are worth no more than float32."""
+    return transposed_times(Y, Y, torch.float64 if R.is_exact else torch.float32)
+
+
+def _eigh(G: Tensor, R: Residual) -> tuple[Tensor, Tensor]:
+    """Eigenvalues, descending, and eigenvectors; without those that are only rounding."""
+    values, vectors = torch.linalg.eigh(G)
+    values, vectors = values.flip(0), vectors.flip(1)
+    kept = int((values > (1e-12 if R.is_exact else 1e-6) * values[0]).sum())
+    return values[:kept], vectors[:, :kept]
+
+
+def _like(small: Tensor, large: Tensor) -> Tensor:
+    return small.to(device=large.device, dtype=torch.float32)
+
+
+def _low_rank(U: Tensor, S: Tensor, V: Tensor, rank: int) -> LowRank:
+    """Of exactly that rank, filled up with zeros where the matrix has less."""
+    S = _like(S, U)
+    Vh = V[:, : S.numel()].t()
+    missing = rank - S.numel()
+    if missing:
+        U = torch.nn.functional.pad(U, (0, missing))
+        S = torch.nn.functional.pad(S, (0, missing))
+        Vh = torch.nn.functional.pad(Vh, (0, 0, 0, missing))
+    return LowRank(U, S, Vh.contiguous(), V)

@@ -36,6 +36,7 @@ class Settings:
     iterations: int = 5
     lora_alpha: float = 16
     use_rslora: bool = False
+    svd: Literal["auto", "exact", "randomized"] = "auto"
     target_modules: tuple[str, ...] = (ALL_LINEAR,)
     seed: int = 0
 
@@ -129,16 +130,6 @@ class Plan:
     @property
     def trainable_parameters(self) -> int:
         return self.adapter_bytes // 4
-
-    @property
-    def workspace_bytes(self) -> int:
-        """Memory of the largest task step: the weight, Q, the residual and its decomposition.
-
-        The exact SVD holds the residual, U, V and LAPACK's workspace, each of about the weight's
-        size in float32, beside W, Q and the best iterate so far.
-        """
-        largest = max((planned.layer.parameters for planned in self.layers), default=0)
-        return 8 * 4 * largest
 
 
 def make_plan(inventory: Inventory, settings: Settings) -> Plan:

@@ -7,6 +7,7 @@ worked on and the next; what it keeps to its end are the adapters, which are sma
 from __future__ import annotations
 
 import hashlib
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -91,6 +92,8 @@ class RunningTask:
         return load_tensor(*self.checkpoint.tensors[entry.layer.tensor])
 
     def _quantized(self, planned: PlannedLayer, W: torch.Tensor) -> Iterator[Chunk]:
+        from loftq_cli.core.residual import sum_of_squares
+
         began = time.perf_counter()
         layer = planned.layer
         if layer.transposed:
@@ -107,7 +110,7 @@ class RunningTask:
                 result.quantized_only_error,
                 result.errors,
                 result.best_iteration,
-                float(W.double().norm()),
+                math.sqrt(sum_of_squares(W)),
                 time.perf_counter() - began,
             )
         )
@@ -131,6 +134,7 @@ def initialize(W: torch.Tensor, planned: PlannedLayer, settings: Settings) -> Lo
         settings.rank if planned.adapted else 1,
         scaling=settings.scaling,
         iterations=settings.iterations if alternate else 0,
+        svd=settings.svd,
         seed=layer_seed(settings.seed, planned.layer.module),
     )
     return result

@@ -38,7 +38,7 @@ def attach_adapter(model: Any, directory: Path) -> Any:
             wanted = get_peft_model_state_dict(adapted, save_embedding_layers=False)
     except Exception as error:  # whatever PEFT, or torch below it, may object to
         reason = " ".join(str(error).split())
-        raise _foreign(directory, f"{reason[:200]}…" if len(reason) > 200 else reason) from error
+        raise _foreign(directory, f"{reason[:197]}..." if len(reason) > 200 else reason) from error
     if missing := sorted(set(wanted) - set(header.tensors)):
         raise _foreign(
             directory, f"{len(missing)} of its tensors are missing, such as {shown(missing[0])}"
@@ -60,9 +60,7 @@ def attach_fresh(
     """
     from peft import LoraConfig, get_peft_model
 
-    config = LoraConfig(
-        r=rank, lora_alpha=rank, target_modules=target_modules, task_type=task_type
-    )
+    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=target_modules, task_type=task_type)
     try:
         # It warns that it transposes for Conv1D, which is what is wanted.
         with _silent():

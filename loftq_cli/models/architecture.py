@@ -67,6 +67,16 @@ class Architecture:
             if parameter.partition(".")[0] in sorter.heads
         }
 
+    def parameters_of(self, tensors: Iterable[str]) -> dict[str, str]:
+        """The parameter that each of these tensors of a checkpoint becomes."""
+        sorter = _Sorter(self.model)
+        return {tensor: sorter.parameter(tensor)[0] for tensor in tensors}
+
+    def replaced_modules(self, skipped: Sequence[str]) -> set[str]:
+        """Paths of the linear modules that transformers quantizes, given a skip list."""
+        kept = [*skipped, *(self.model._keep_in_fp32_modules or ())]
+        return {name for name in _linear_modules(self.model) if not _matches(name, kept)}
+
     def skip_modules(self, quantized: Sequence[LinearLayer]) -> list[str]:
         """Paths of all linear modules that must stay as they are, for `llm_int8_skip_modules`.
 

@@ -5,7 +5,8 @@ device; a test builds them again. It holds what an `Outline` holds, by kind:
 
     {"transformers": VERSION, "reasons": [TEXT, ...], "models": {NAME: {
         "ids": [HUB ID, ...],          other names of the same shapes
-        "architecture": CLASS, "parameters": N, "vectors": [TENSORS, PARAMETERS],
+        "architecture": CLASS, "context": TOKENS or null,
+        "parameters": N, "vectors": [TENSORS, PARAMETERS],
         "layers": [[MODULE, INDICES, OUT, IN], ...],
         "left": [[TENSOR, INDICES, SHAPE, REASON], ...]}}}
 
@@ -52,7 +53,12 @@ def known_model(name: str) -> tuple[str, Outline] | None:
 
 def similar_names(name: str) -> list[str]:
     """Known names that a mistyped one may have meant, the nearest first."""
-    return difflib.get_close_matches(name.casefold(), _names(), n=3, cutoff=0.6)
+    spelled = {each.casefold(): each for each in (*_names().values(), *_ids())}
+    near = difflib.get_close_matches(name.casefold(), spelled, n=3, cutoff=0.8)
+    if not near:
+        last = name.casefold().rpartition("/")[2]
+        near = difflib.get_close_matches(last, spelled, n=3, cutoff=0.75)
+    return [spelled[each] for each in near]
 
 
 def expand(pattern: str, indices: str) -> Iterator[str]:
@@ -70,9 +76,14 @@ def _table() -> dict[str, Any]:
 
 @cache
 def _names() -> dict[str, str]:
+    """From every name, in lower case, to the name of its entry."""
     models = _table()["models"]
     names = {name.casefold(): name for name in models}
     return names | {each.casefold(): name for name in models for each in models[name]["ids"]}
+
+
+def _ids() -> list[str]:
+    return [each for entry in _table()["models"].values() for each in entry["ids"]]
 
 
 def _outline(entry: dict[str, Any], reasons: list[str]) -> Outline:
@@ -88,7 +99,11 @@ def _outline(entry: dict[str, Any], reasons: list[str]) -> Outline:
     )
     tensors, parameters = entry["vectors"]
     return make_outline(
-        entry["architecture"], matrices, (tensors, parameters), entry["parameters"]
+        entry["architecture"],
+        matrices,
+        (tensors, parameters),
+        entry["parameters"],
+        entry["context"],
     )
 
 

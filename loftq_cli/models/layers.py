@@ -41,7 +41,7 @@ _EMBEDDING = re.compile(
 _HEAD = re.compile(r"^(lm_head|embed_out|score|classifier|qa_outputs)(\.|$)|^cls\.|\.lm_head$")
 _EXPERT = re.compile(r"\.experts\.\d+\.")
 # transformers' Conv1D stores its weight as (in, out).
-_CONV1D_MODEL_TYPES = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer"}
+_CONV1D_MODEL_TYPES = {"gpt2", "gpt-sw3", "openai-gpt", "imagegpt", "decision_transformer"}
 _CONV1D_NAMES = {"c_attn", "c_proj", "c_fc", "q_attn"}
 # `_keep_in_fp32_modules` of the model classes, and linear layers of a class of their own.
 _KEPT_IN_FLOAT32 = {"t5": {"wo"}, "mt5": {"wo"}, "umt5": {"wo"}, "longt5": {"wo"}}

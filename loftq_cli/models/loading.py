@@ -86,6 +86,8 @@ def load_model(
         tokenizer = load_tokenizer(directory, trust_remote_code)
     with clock("read"):
         model = _read(directory, architecture, getattr(torch, dtype), device)
+        if "quantization_config" in config:
+            _unify(model, getattr(torch, dtype))
         name = None
         if adapter is not None:
             model, name = attach_adapter(model, adapter), str(adapter)
@@ -95,40 +97,6 @@ def load_model(
         elif own is not None:
             model, name = attach_adapter(model, own), own.name
     return LoadedModel(model.eval(), tokenizer, name)
-
-
-def random_model(
-    directory: Path,
-    *,
-    device: str,
-    dtype: str,
-    seed: int,
-    trust_remote_code: bool = False,
-    clock: Clock = untimed,
-) -> LoadedModel:
-    """The architecture of the directory's config.json with weights as before any training.
-
-    Raises:
-        UnsupportedModel: the config is that of a quantized model.
-    """
-    config = read_config(directory)
-    if "quantization_config" in config:
-        raise UnsupportedModel(
-            "a quantized model cannot have random weights",
-            cause=f"{directory / 'config.json'} has a quantization_config",
-            hint="give the config of the model that it was made from",
-        )
-    with clock("import"):
-        import torch
-        from transformers import modeling_utils  # noqa: F401
-    with clock("build"):
-        architecture = read_architecture(directory, config, trust_remote_code=trust_remote_code)
-        meta = architecture.model
-        torch.manual_seed(seed)
-        with torch.device(device):
-            model = type(meta)._from_config(meta.config, dtype=getattr(torch, dtype))
-        tokenizer = load_tokenizer(directory, trust_remote_code)
-    return LoadedModel(model.eval(), tokenizer, None)
 
 
 def load_tokenizer(directory: Path, trust_remote_code: bool = False) -> Any:
@@ -159,18 +127,28 @@ def _read(directory: Path, architecture: Architecture, dtype: Any, device: str) 
     except Exception as error:  # whatever two large libraries may object to
         if type(error).__name__ == "OutOfMemoryError":
             raise
-        raise CorruptCheckpoint(
-            f"{directory} cannot be loaded", cause=first_line(error)
-        ) from error
+        raise CorruptCheckpoint(f"{directory} cannot be loaded", cause=first_line(error)) from error
     # transformers fills in random numbers and goes on: a model that is not the one asked for.
     if missing := sorted(info["missing_keys"]):
         raise CorruptCheckpoint(
             f"{directory} lacks weights of {architecture.class_name}",
-            cause=f"{len(missing)} parameters are in none of its files, the first is {missing[0]}",
+            cause=f"{len(missing)} not found in its files, the first of them {missing[0]}",
             hint="name the class that the weights belong to in config.json's architectures, or "
             "download the checkpoint again",
         )
     return model
+
+
+def _unify(model: Any, dtype: Any) -> None:
+    """Everything that is not quantized in ``dtype``.
+
+    In a quantized checkpoint transformers 5.23 casts biases but leaves weights, of norms and
+    embeddings too, in the dtype that they are stored in; the two do not multiply.
+    """
+    kept = {*(model._keep_in_fp32_modules or ())}
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and not kept.intersection(name.split(".")):
+            parameter.data = parameter.data.to(dtype)
 
 
 def require_text_model(loaded: LoadedModel) -> None:

@@ -22,7 +22,7 @@ TIED_TO_HEAD = f"{layers.EMBEDDING}, tied to the output head"
 # positions, running statistics. (So are causal masks such as GPT-2's `attn.bias`, 1 × 1 × n × n.)
 _BUFFERS = {
     "masked_bias", "inv_freq", "cos_cached", "sin_cached", "position_ids", "token_type_ids",
-    "running_mean", "running_var", "num_batches_tracked",
+    "running_mean", "running_var", "num_batches_tracked", "final_logits_bias",
 }  # fmt: skip
 _SCORES_TOKENS = re.compile(
     r"(ForCausalLM|LMHeadModel|LMHead|ForConditionalGeneration|ForMaskedLM|ForPreTraining)$"
@@ -34,7 +34,8 @@ class Outline:
     """A model's matrices one by one, its vectors as one sum, and every parameter counted once.
 
     ``vectors`` is (tensors, parameters) of what has one dimension: norms and biases.
-    ``vocabulary`` is how many tokens the output head scores; 0 for a model that scores none.
+    ``vocabulary`` is how many tokens the output head scores, 0 for a model that scores none;
+    ``context`` is how many tokens it can read at once, None where its config does not say.
     """
 
     architecture: str
@@ -42,6 +43,7 @@ class Outline:
     vectors: tuple[int, int]
     parameters: int
     vocabulary: int
+    context: int | None
 
     @property
     def layers(self) -> list[LinearLayer]:
@@ -61,6 +63,7 @@ def outline_of(tensors: Iterable[TensorInfo], config: dict[str, Any]) -> Outline
         [entry for entry in entries if entry not in vectors],
         (len(vectors), sum(sizes[vector.tensor] for vector in vectors)),
         sum(sizes[entry.tensor] for entry in entries),
+        _context(config),
     )
 
 
@@ -69,6 +72,7 @@ def make_outline(
     matrices: Iterable[LinearLayer | LeftTensor],
     vectors: tuple[int, int],
     parameters: int,
+    context: int | None,
 ) -> Outline:
     """Adds what follows from the rest: the vocabulary, and which embedding is the head as well."""
     entries = list(matrices)
@@ -81,7 +85,8 @@ def make_outline(
         if largest is not None and vocabulary < largest.shape[0]:
             vocabulary = largest.shape[0]
             entries[entries.index(largest)] = replace(largest, reason=TIED_TO_HEAD)
-    return Outline(architecture, Inventory(tuple(entries)), vectors, parameters, vocabulary)
+    inventory = Inventory(tuple(entries))
+    return Outline(architecture, inventory, vectors, parameters, vocabulary, context)
 
 
 def _left_as(entries: Iterable[LinearLayer | LeftTensor], reason: str) -> list[LeftTensor]:
@@ -109,6 +114,20 @@ def _tied_copies(left: list[LeftTensor], config: dict[str, Any]) -> set[LeftTens
 
 def _ties_embeddings(config: dict[str, Any]) -> bool:
     """`tie_word_embeddings`; true where it is not written, since configs used to say only false."""
-    text = config.get("text_config")
-    nested = text.get("tie_word_embeddings") if isinstance(text, dict) else None
+    nested = _text_config(config).get("tie_word_embeddings")
     return config.get("tie_word_embeddings", nested) is not False
+
+
+def _context(config: dict[str, Any]) -> int | None:
+    for place in (config, _text_config(config)):
+        for key in ("max_position_embeddings", "n_positions"):
+            value = place.get(key)
+            if isinstance(value, int) and value > 0:
+                return value
+    return None
+
+
+def _text_config(config: dict[str, Any]) -> dict[str, Any]:
+    """The part of a multimodal model's config that is about text."""
+    text = config.get("text_config")
+    return text if isinstance(text, dict) else {}

@@ -49,12 +49,17 @@ def read_config(directory: Path) -> dict[str, Any]:
             hint="give the directory that has config.json and the weights in it",
         )
     config = load_json(path)
+    check_names(config, path)
+    return config
+
+
+def check_names(config: dict[str, Any], path: Path) -> None:
+    """Raises CorruptCheckpoint if `architectures` or `model_type` are no names."""
     for key in ("architectures", "model_type"):
         value = config.get(key)
         names = value if isinstance(value, list) else [value]
         if value is not None and not all(isinstance(name, str) for name in names):
             raise CorruptCheckpoint(f"{path}: {key} is not a name", cause=f"it is {value!r:.80}")
-    return config
 
 
 def class_name(config: dict[str, Any]) -> str:

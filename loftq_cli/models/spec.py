@@ -37,16 +37,28 @@ class ResolvedModel:
     directory: Path
 
 
-def resolve_model(spec: str, *, with_code: bool = False) -> ResolvedModel:
+def resolve_model(
+    spec: str, *, with_code: bool = False, with_weights: bool = True
+) -> ResolvedModel:
     """The files behind ``spec``, downloaded if they have to be.
 
     ``with_code`` also fetches the repository's Python files; only ``--trust-remote-code`` asks
-    for that.
+    for that. Without ``with_weights`` config and tokenizer will do.
 
     Raises:
         ModelNotFound: there is no such directory, repository or revision, or no way to reach it.
         UnsafeCheckpoint: the repository offers its weights as pickle only.
         UsageError: the name is neither a path nor a hub id.
+    """
+    return local_model(spec) or _from_hub(*hub_id(spec), with_code, with_weights)
+
+
+def local_model(spec: str) -> ResolvedModel | None:
+    """The built-in model or a local directory; None if ``spec`` may be a hub id.
+
+    Raises:
+        ModelNotFound: the name is a path, and there is no directory.
+        UsageError: the name is that of a file.
     """
     if spec == "demo":
         return ResolvedModel("demo", None, "demo", DEMO_DIRECTORY)
@@ -65,16 +77,27 @@ def resolve_model(spec: str, *, with_code: bool = False) -> ResolvedModel:
             cause="the directory does not exist",
             hint="--model demo works everywhere; otherwise give a directory or a hub id (org/name)",
         )
+    return None
+
+
+def hub_id(spec: str) -> tuple[str, str | None]:
+    """`org/name@revision` as (org/name, revision).
+
+    Raises:
+        UsageError: it is no hub id.
+    """
     repository, _, revision = spec.partition("@")
     if not _HUB_ID.fullmatch(repository) or "@" in revision or spec.endswith("@"):
         raise UsageError(
             f"'{spec}' is not a model",
             cause="it is neither 'demo', nor a directory, nor a hub id such as org/name@revision",
         )
-    return _from_hub(repository, revision or None, with_code)
+    return repository, revision or None
 
 
-def _from_hub(repository: str, revision: str | None, with_code: bool) -> ResolvedModel:
+def _from_hub(
+    repository: str, revision: str | None, with_code: bool, with_weights: bool
+) -> ResolvedModel:
     """Downloads config, tokenizer and exactly the weight files that the index names."""
     from huggingface_hub import errors, snapshot_download
 
@@ -91,7 +114,8 @@ def _from_hub(repository: str, revision: str | None, with_code: bool) -> Resolve
 
     try:
         directory = fetch([*DESCRIPTION_FILES, *(["*.py"] if with_code else [])])
-        directory = fetch(_weight_files(directory))
+        if with_weights:
+            directory = fetch(_weight_files(directory))
     except unreachable as error:
         spec = repository if revision is None else f"{repository}@{revision}"
         raise ModelNotFound(
@@ -101,7 +125,7 @@ def _from_hub(repository: str, revision: str | None, with_code: bool) -> Resolve
             "through HF_ENDPOINT and HF_TOKEN into HF_HOME; with HF_HUB_OFFLINE=1 only what "
             "is cached there is found",
         ) from error
-    if not any(directory.glob("*.safetensors")):
+    if with_weights and not any(directory.glob("*.safetensors")):
         _refuse_pickle_repository(repository, revision)
     return ResolvedModel(repository, directory.name, "hub", directory)
 

@@ -5,7 +5,17 @@ from __future__ import annotations
 import re
 
 from loftq_cli.report.escape import visible
-from loftq_cli.report.tables import Code, Facts, Passage, Section, Table, View, cell
+from loftq_cli.report.tables import (
+    Code,
+    Facts,
+    Heading,
+    Passage,
+    Section,
+    Sentences,
+    Table,
+    View,
+    cell,
+)
 
 _ACTIVE = re.compile(r"([\\`*_\[\]<>|~#&!])")
 
@@ -22,6 +32,11 @@ def _section(section: Section) -> str:
         return "\n".join(f"- **{_text(label)}:** {_text(value)}" for label, value in section.items)
     if isinstance(section, Table):
         return _table(section)
+    if isinstance(section, Heading):
+        return f"## {_text(section.title)}"
+    if isinstance(section, Sentences):
+        items = "\n".join(f"- {_text(item)}" for item in section.items)
+        return f"### {_text(section.title)}\n\n{items}"
     if isinstance(section, Passage):
         body = _fenced("\n".join(visible(line) for line in section.text.splitlines()))
         return f"### {_text(section.title)}\n\n{body}\n\n{_text(section.caption)}"

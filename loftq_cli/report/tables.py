@@ -17,6 +17,7 @@ class Column:
     title: str
     kind: Literal["name", "prose", "number"] = "number"  # a name is out of the model: verbatim
     show: Shown = str
+    style: Shown = lambda value: ""  # on a terminal with colour
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,22 @@ class Code:
     lines: Sequence[str]
 
 
-Section: TypeAlias = Facts | Table | Passage | Code
+@dataclass(frozen=True)
+class Sentences:
+    """A list of sentences, each a point of its own."""
+
+    title: str
+    items: Sequence[str]
+
+
+@dataclass(frozen=True)
+class Heading:
+    """What follows, up to the next heading, belongs together."""
+
+    title: str
+
+
+Section: TypeAlias = Facts | Table | Passage | Code | Sentences | Heading
 
 
 @dataclass(frozen=True)

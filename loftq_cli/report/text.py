@@ -6,7 +6,17 @@ import io
 from typing import TYPE_CHECKING
 
 from loftq_cli.report.escape import visible
-from loftq_cli.report.tables import Code, Facts, Passage, Section, Table, View, cell
+from loftq_cli.report.tables import (
+    Code,
+    Facts,
+    Heading,
+    Passage,
+    Section,
+    Sentences,
+    Table,
+    View,
+    cell,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -68,6 +78,10 @@ class _Page:
             self.facts(section)
         elif isinstance(section, Table):
             self.table(section)
+        elif isinstance(section, Heading):
+            self.line(section.title, "bold underline")
+        elif isinstance(section, Sentences):
+            self.sentences(section)
         elif isinstance(section, Passage):
             self.line(section.title, "bold")
             for line in section.text.splitlines():
@@ -89,13 +103,27 @@ class _Page:
             grid.add_row(self.text(f"  {label}"), self.text(value))
         self.console.print(grid)
 
+    def sentences(self, sentences: Sentences) -> None:
+        from rich.table import Table as Grid
+
+        self.line(sentences.title, "bold")
+        grid = Grid.grid(padding=(0, 1))
+        grid.add_column(no_wrap=True)
+        grid.add_column(overflow="fold")
+        for item in sentences.items:
+            grid.add_row("  -", self.text(item))
+        self.console.print(grid)
+
     def table(self, table: Table) -> None:
         from rich import box
         from rich.table import Table as Grid
 
         titles = [self.text(column.title) for column in table.columns]
         rows = [
-            [self.text(cell(*pair)) for pair in zip(table.columns, row, strict=True)]
+            [
+                self.text(cell(column, value), column.style(value))
+                for column, value in zip(table.columns, row, strict=True)
+            ]
             for row in table.rows
         ]
         need = 0

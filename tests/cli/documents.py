@@ -157,9 +157,241 @@ def generate() -> dict[str, Any]:
     )
 
 
+def sweep_ranks() -> dict[str, Any]:
+    terms = {
+        "weights_bytes": 42_467_328,
+        "absmax_bytes": 5_308_416,
+        "unquantized_bytes": 79_009_536,
+        "adapter_bytes": 2_359_296,
+        "gradients_bytes": 2_359_296,
+        "optimizer_bytes": 4_718_592,
+        "activations_bytes": 573_308_928,
+        "activations_with_checkpointing_bytes": 66_650_112,
+        "logits_bytes": 514_631_680,
+        "workspace_bytes": 4_718_592,
+        "context_bytes": 600_000_000,
+        "total_bytes": 1_828_881_664,
+        "total_with_checkpointing_bytes": 1_322_222_848,
+    }
+    return document(
+        "sweep-ranks",
+        {
+            "architecture": "GPT2LMHeadModel",
+            "base_parameters": 124_439_808,
+            "quantized_parameters": 84_934_656,
+            "modules": 48,
+            "settings": {
+                "target_modules": ["all-linear", EVIL],
+                "bits": 4,
+                "quant_type": "nf4",
+                "block_size": 64,
+                "batch_size": 1,
+                "sequence_length": 1024,
+                "vram_bytes": 1_500_000_000,
+            },
+            "quantized_only_error_relative": 0.0936,
+            "ranks": [
+                {
+                    "rank": rank,
+                    "trainable_parameters": 147_456 * rank,
+                    "total_parameters": 124_439_808 + 147_456 * rank,
+                    "trainable_percent": 0.4718,
+                    "reduction_factor": 210.98,
+                    "adapter_bytes": 589_824 * rank,
+                    "memory": terms,
+                    "fits": rank == 4,
+                    "fits_with_checkpointing": rank < 64,
+                    "weight_error_relative": 0.0936 - 0.0002 * rank,
+                }
+                for rank in (4, 16, 64)
+            ],
+            "verdict": {
+                "recommended_rank": 4,
+                "reason": "error",
+                "sentence": "Rank 4: the weight error falls from 9.36 % to 9.28 %.",
+            },
+        },
+    )
+
+
+def targets() -> dict[str, Any]:
+    return document(
+        "targets",
+        {
+            "architecture": "GPT2LMHeadModel",
+            "base_parameters": 124_439_808,
+            "rank": 8,
+            "layers": [
+                {
+                    "name": name,
+                    "count": 12,
+                    "in_features": 768,
+                    "out_features": 2304,
+                    "parameters": 21_233_664,
+                    "share_of_parameters": 0.1706,
+                    "trainable_parameters": 294_912,
+                    "role": "attention-in",
+                    "also_selects": also,
+                }
+                for name, also in (("c_attn", []), (EVIL.removeprefix("h.0."), ["c_attn", EVIL]))
+            ],
+            "presets": [
+                {
+                    "name": "attention",
+                    "target_modules": ["c_attn", EVIL],
+                    "modules": 12,
+                    "parameters": 21_233_664,
+                    "trainable_parameters": 294_912,
+                    "trainable_percent": 0.2364,
+                    "adapter_bytes": 1_179_648,
+                }
+            ],
+            "skipped": [
+                {
+                    "name": "transformer.wte",
+                    "reason": "embedding, tied to the output head",
+                    "count": 1,
+                    "shape": [50257, 768],
+                    "parameters": 38_597_376,
+                    "share_of_parameters": 0.3102,
+                }
+            ],
+            "guessed": [EVIL],
+            "without_role": ["pooler.dense"],
+        },
+    )
+
+
+def check() -> dict[str, Any]:
+    results = {
+        "tests": [
+            {
+                "name": "4-bit quantization",
+                "group": "hardware",
+                "status": "passed",
+                "seconds": 0.5,
+                "verified": "codes equal the reference",
+                "detail": "6,266,880 codes equal the reference's",
+                "figures": {"codes_compared": 6_266_880, "ties_decided_otherwise": 3},
+            },
+            {
+                "name": "efficiency",
+                "group": "model",
+                "status": "passed",
+                "seconds": 0.1,
+                "verified": "share, reduction and size of the adapter at each rank",
+                "detail": "as PEFT saves them",
+                "rows": [
+                    {
+                        "rank": rank,
+                        "trainable_parameters": 147_456 * rank,
+                        "trainable_percent": 0.118 * rank,
+                        "reduction_factor": 843.9 / rank,
+                        "adapter_bytes": 589_824 * rank,
+                        "memory_bytes": 1_500_000_000 + rank,
+                        "newer": None,
+                    }
+                    for rank in (4, 8)
+                ],
+            },
+            {
+                "name": "reload",
+                "group": "main job",
+                "status": "failed",
+                "seconds": 1.0,
+                "verified": "bitsandbytes and PEFT make of the files what was measured",
+                "detail": f"{EVIL} is not what quantize measured",
+                "cause": "its residual is 0.2 by the files, and 0.1 was reported",
+                "hint": "pip install -U bitsandbytes",
+            },
+        ],
+        "summary": {"total": 3, "passed": 2, "failed": 1, "skipped": 0, "seconds": 1.6},
+    }
+    return document("check", results)
+
+
+def verify() -> dict[str, Any]:
+    first = {
+        "group": "directory",
+        "seconds": 0.05,
+        "verified": "every file is there with the size and hash of the report, and no other is",
+    }
+    return document(
+        "verify",
+        {
+            "directory": "gpt2-loftq",
+            "source": "gpt2",
+            "quantized_layers": 48,
+            "measured_layers": 2,
+            "tests": [
+                {
+                    **first,
+                    "name": "files",
+                    "status": "passed",
+                    "detail": "8 files, 140.6 MB: sizes and SHA-256 as reported",
+                    "figures": {"files": 8, "hashed_bytes": 140_587_442},
+                },
+                {
+                    **first,
+                    "name": "residuals",
+                    "status": "failed",
+                    "detail": f"{EVIL} does not leave the residual that was reported",
+                    "cause": f"{EVIL} leaves 0.089983, reported was 0.089816",
+                    "hint": "copy it again",
+                },
+                {
+                    **first,
+                    "name": "forward",
+                    "status": "skipped",
+                    "detail": "not run: nothing is known about the inputs of GPT2Model",
+                    "cause": "nothing is known about the inputs of GPT2Model",
+                },
+            ],
+            "layers": [
+                {
+                    "name": "h.0.attn.c_attn",
+                    "shape": (2304, 768),
+                    "weight_error_relative": 0.0702,
+                    "reported_weight_error_relative": 0.0702,
+                    "agrees": True,
+                },
+                {
+                    "name": EVIL,
+                    "shape": (768, 768),
+                    "weight_error_relative": 0.089983,
+                    "reported_weight_error_relative": 0.089816,
+                    "agrees": False,
+                },
+            ],
+            "summary": {"total": 3, "passed": 1, "failed": 1, "skipped": 1, "seconds": 0.15},
+        },
+    )
+
+
+def report() -> dict[str, Any]:
+    return document(
+        "report",
+        {
+            "systems": [load()["environment"]],
+            "documents": [
+                {"file": f"results/{EVIL}.json", "document": load()},
+                {"file": "-", "document": check()},
+            ],
+            "findings": [{"command": "load", "model": "gpt2", "text": f"{EVIL} is slow"}],
+            "recommendations": [{"command": "check", "model": None, "text": "buy a *new* box"}],
+            "skipped": [{"file": "results/config.json", "reason": "this is not JSON"}],
+        },
+    )
+
+
 ALL = {
     "quantize": quantize(),
     "quantize-dry-run": quantize(dry_run=True),
     "load": load(),
     "generate": generate(),
+    "sweep-ranks": sweep_ranks(),
+    "targets": targets(),
+    "check": check(),
+    "verify": verify(),
+    "report": report(),
 }

@@ -239,8 +239,96 @@ def test_step_leaves_what_the_low_rank_and_the_codes_do_not_carry() -> None:
     W = torch.randn(48, 64).bfloat16()
     for quantizer in (NF4, Int8()):
         low_rank = truncated_svd(quantizer.step(W, None)[1], 4, method="exact")
-        quantized, residual = quantizer.step(W, low_rank)
-        assert residual.dtype == torch.float32
+        carried = (low_rank.U * low_rank.S, low_rank.Vh)
+        quantized, residual = quantizer.step(W, carried)
+        assert residual.matrix.dtype == torch.float32
         Q = quantizer.dequantize(quantized).float()
-        assert torch.equal(residual, W.float() - Q)
+        assert torch.equal(residual.matrix, W.float() - Q)
+        assert residual.energy == pytest.approx(float(residual.matrix.double().square().sum()))
+        rest = residual.matrix.double() - carried[0].double() @ carried[1].double()
+        remainder = quantizer.remainder(W, quantized, carried)
+        assert remainder == pytest.approx(float(rest.square().sum()), rel=1e-6)
         assert (W.float() - low_rank.dense() - Q).norm() < 0.1 * W.float().norm()
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "rank"), [(256, 256, 8), (384, 512, 16), (300, 420, 64), (512, 192, 32)]
+)
+@pytest.mark.parametrize("rank_of_signal", [0, 24])
+def test_the_fast_way_leaves_no_more_than_peft(
+    rows: int, columns: int, rank: int, rank_of_signal: int
+) -> None:
+    W = low_rank_plus_noise(rows, columns, rank_of_signal)
+    plain = initialize(W, NF4, rank, iterations=5, svd="exact")
+    for svd in ("auto", "randomized"):
+        fast = initialize(W, NF4, rank, iterations=5, svd=svd)
+        assert fast.error <= plain.error
+        assert fast.error == pytest.approx(measured(W, NF4, fast), rel=1e-6)
+    once = initialize(W, NF4, rank, iterations=1, svd="randomized")
+    assert once.error <= plain.errors[0] * 1.003
+
+
+@pytest.mark.slow
+def test_the_fast_way_leaves_no_more_than_peft_at_full_size() -> None:
+    for rows, columns, rank in [(768, 2304, 16), (2048, 2048, 64)]:
+        for signal in (0, 2 * rank):
+            W = low_rank_plus_noise(rows, columns, signal)
+            theirs = relative_residual(W, *loftq_init(W, 4, rank, 5))
+            assert initialize(W, NF4, rank, iterations=5).error <= theirs
+
+
+@pytest.mark.parametrize("quantizer", [NF4, Blockwise(BlockwiseFormat("fp4", 128)), Int8()])
+@pytest.mark.parametrize("dtype", SOURCE_DTYPES)
+def test_the_number_of_threads_changes_no_bit(quantizer: Quantizer, dtype: torch.dtype) -> None:
+    W = low_rank_plus_noise(400, 320, 8).to(dtype)
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(initialize(W, quantizer, 16, iterations=3, svd="randomized"))
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert torch.equal(results[0].lora_A, other.lora_A)
+        assert torch.equal(results[0].lora_B, other.lora_B)
+        assert results[0].errors == other.errors
+        name = "codes" if isinstance(quantizer, Int8) else "packed"
+        assert torch.equal(getattr(results[0].quantized, name), getattr(other.quantized, name))
+
+
+def test_rounded_products_change_the_error_by_nothing_that_counts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from loftq_cli.core import fused
+
+    W = low_rank_plus_noise(512, 384, 16)
+    errors = []
+    for dtype in (torch.float32, torch.bfloat16):
+        monkeypatch.setattr(fused, "product_dtype", lambda dtype=dtype: dtype)
+        result = initialize(W, NF4, 16, iterations=5, svd="randomized")
+        assert result.error == pytest.approx(measured(W, NF4, result), rel=1e-6)
+        errors.append(result.error)
+    assert errors[0] == pytest.approx(errors[1], rel=1e-3)
+
+
+def test_a_weight_of_low_rank_is_carried_exactly() -> None:
+    """The correction takes nearly everything; nothing may be lost to bfloat16 on the way."""
+    generator = torch.Generator().manual_seed(0)
+    left = torch.randn(400, 8, generator=generator)
+    W = left @ torch.randn(8, 320, generator=generator)
+    plain = initialize(W, NF4, 16, iterations=5, svd="exact")
+    fast = initialize(W, NF4, 16, iterations=5, svd="randomized")
+    assert fast.error <= plain.error * 1.02
+    assert measured(W, NF4, fast) == pytest.approx(fast.error, rel=1e-4)
+
+
+def test_longer_steps_are_given_up_when_the_error_rises() -> None:
+    W = torch.randn(64, 96, generator=torch.Generator().manual_seed(0))
+    wild = initialize(W, NF4, 8, iterations=6, svd="exact", momentum=3.0)
+    assert wild.error == min(wild.errors)
+    assert wild.errors[-1] < 2 * wild.error
+    # Where the rank is most of the matrix, they are not tried.
+    auto = initialize(W, NF4, 40, iterations=3, svd="auto")
+    plain = initialize(W, NF4, 40, iterations=3, svd="exact")
+    assert auto.error == pytest.approx(plain.error, rel=1e-5)

@@ -1,0 +1,154 @@
+"""Finds result documents: in files, in directories, on stdin."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from loftq_cli.errors import LoftqError, UsageError
+
+if TYPE_CHECKING:
+    from loftq_cli.schema import Document
+
+# Far above any result of ours; a file of this size is something else.
+_MAX_BYTES = 256 << 20
+
+
+@dataclass
+class Found:
+    """Documents with the file that each came from, and what was passed over, with the reason."""
+
+    documents: list[tuple[str, Document[Any]]] = field(default_factory=list)
+    skipped: list[tuple[str, str]] = field(default_factory=list)
+
+
+def find_documents(names: Sequence[str]) -> Found:
+    """Every document in these files and directories; `-` is stdin.
+
+    What is named has to hold documents; what merely lies in a directory is passed over if it
+    holds none. A file that is met twice counts once.
+
+    Raises:
+        NotAResultDocument: a named file holds something else, or nowhere was there a document.
+        UsageError: a file is not there or cannot be read.
+    """
+    found = Found()
+    seen: set[Path] = set()
+    for name in names:
+        path = Path(name)
+        if name != "-" and path.is_dir():
+            _search(path, found, seen)
+        elif name == "-" or path.resolve() not in seen:
+            seen.add(path.resolve())
+            found.documents += [(name, document) for document in _read(name)]
+    if not found.documents:
+        from loftq_cli.schema import NotAResultDocument
+
+        raise NotAResultDocument(
+            f"there is no result document in {', '.join(names)}",
+            cause="; ".join(f"{file}: {reason}" for file, reason in found.skipped[:3])
+            or "there are no files in it",
+            hint="loftq check --save DIR writes one",
+        )
+    return found
+
+
+def _search(directory: Path, found: Found, seen: set[Path]) -> None:
+    """The documents that lie in the directory itself."""
+    try:
+        paths = sorted(directory.iterdir())
+    except OSError as error:
+        raise UsageError(f"cannot read {directory}", cause=error.strerror) from None
+    for path in paths:
+        if path.resolve() in seen or _is_summary(path):
+            continue
+        if path.suffix != ".json" or not path.is_file():
+            kind = "a directory" if path.is_dir() else "not a .json file"
+            found.skipped.append((str(path), kind))
+            continue
+        try:
+            documents = list(_read(str(path)))
+        except LoftqError as error:
+            what = error.what.removeprefix(f"{path}: ")
+            reason = f"{what} ({error.cause})" if error.cause else what
+            found.skipped.append((str(path), reason))
+            continue
+        seen.add(path.resolve())
+        found.documents += [(str(path), document) for document in documents]
+
+
+def _is_summary(path: Path) -> bool:
+    """Whether this is the text that --save wrote beside a document."""
+    stem = path.stem.removesuffix("_summary")
+    return path.suffix == ".txt" and path.with_name(f"{stem}.json").is_file()
+
+
+def _read(name: str) -> Iterator[Document[Any]]:
+    """The documents of one file: one, several in a row, or an array of them."""
+    from loftq_cli.schema import NotAResultDocument
+
+    place = "stdin" if name == "-" else name
+    text = _text(name, place)
+    if not text.strip():
+        raise NotAResultDocument(
+            f"{place} is empty",
+            cause="the command before the pipe wrote no result" if name == "-" else None,
+        )
+    try:
+        yield from _documents(text)
+    except NotAResultDocument as error:
+        raise error.within(place) from None
+
+
+def _text(name: str, place: str) -> str:
+    try:
+        if name == "-":
+            with open(0, "rb", closefd=False) as stdin:
+                raw = stdin.read()
+        else:
+            path = Path(name)
+            if path.is_file() and path.stat().st_size > _MAX_BYTES:
+                raise UsageError(f"{place} is too large for a result document")
+            raw = path.read_bytes()
+        return raw.decode("utf-8-sig")
+    except OSError as error:
+        raise UsageError(f"cannot read {place}", cause=error.strerror) from None
+    except UnicodeDecodeError as error:
+        from loftq_cli.schema import NotAResultDocument
+
+        raise NotAResultDocument(
+            f"{place}: this is not JSON", cause=f"it is not UTF-8 at byte {error.start}"
+        ) from None
+
+
+def _documents(text: str) -> Iterator[Document[Any]]:
+    from loftq_cli.schema import NotAResultDocument, document_of
+
+    decoder = json.JSONDecoder()
+    position = 0
+    while position < len(text):
+        try:
+            data, position = decoder.raw_decode(text, position)
+        except (ValueError, RecursionError) as error:
+            deep = isinstance(error, RecursionError)
+            raise NotAResultDocument(
+                "this is not JSON", cause="it is nested too deeply" if deep else str(error)
+            ) from None
+        for item in data if isinstance(data, list) else [data]:
+            yield from _flat(document_of(item))
+        while position < len(text) and text[position].isspace():
+            position += 1
+
+
+def _flat(document: Document[Any]) -> Iterator[Document[Any]]:
+    """The document; of a report, the documents that it was made from."""
+    if document.command != "report":
+        yield document
+        return
+    from loftq_cli.schema import document_of
+
+    for each in document.results.documents:
+        yield from _flat(document_of(each.document))

@@ -1,0 +1,218 @@
+"""`loftq sweep-ranks`: what each rank would cost, whether it fits, and what it would buy."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from loftq_cli.commands import options
+from loftq_cli.commands.options import (
+    BatchSize,
+    BlockSize,
+    Device,
+    HeldBits,
+    MeasureError,
+    Model,
+    QuantType,
+    Ranks,
+    SequenceLength,
+    TargetModules,
+    Vram,
+)
+from loftq_cli.commands.run import Run, command
+from loftq_cli.errors import DoesNotFit, UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from loftq_cli import schema
+    from loftq_cli.engines.plan import PlannedLayer, Settings
+    from loftq_cli.engines.rank_errors import ErrorCurve
+    from loftq_cli.models.costs import Memory, Training
+    from loftq_cli.models.lookup import FoundModel
+
+SEQUENCE_LENGTH = 1024
+
+
+@command("sweep-ranks")
+def sweep_ranks(
+    run: Run,
+    model: Model = "demo",
+    ranks: Ranks = "4,8,16,32,64",
+    target_modules: TargetModules = "all-linear",
+    bits: HeldBits = 4,
+    quant_type: QuantType = "nf4",
+    block_size: BlockSize = 64,
+    batch_size: BatchSize = 1,
+    sequence_length: SequenceLength = None,
+    vram: Vram = None,
+    error: MeasureError = False,
+    device: Device = "auto",
+) -> None:
+    """
+    \b
+    loftq sweep-ranks --model gpt2
+    loftq sweep-ranks --model meta-llama/Llama-3.1-8B --vram 24GB
+    loftq sweep-ranks --error                 (the built-in model, measured)
+
+    Shows what every rank trains and what memory fine-tuning takes, term by term with --json. Only
+    configs and headers are read, and well-known models need no files at all; with --error the
+    weights are read too, each of them once for all ranks.
+    """
+    from loftq_cli.commands.verdict import verdict
+    from loftq_cli.engines.plan import Settings, make_plan
+    from loftq_cli.models.costs import Training
+    from loftq_cli.models.lookup import fetch_model, find_model
+    from loftq_cli.schema import ModelIdentity, SweepRanksResults, SweepSettings
+
+    wanted = options.ranks(ranks)
+    vram_bytes = None if vram is None else options.size(vram, "--vram")
+    if error and bits == 16:
+        raise UsageError(
+            "at 16 bits there is no quantization error to measure", hint="--bits 4 or --bits 8"
+        )
+    run.quiet_libraries()
+    with run.timing("resolve"):
+        found = fetch_model(model) if error else find_model(model, run.note)
+    run.resolved("model", found.source, found.reason)
+    settings = Settings(
+        bits=4 if bits == 4 else 8,  # at 16 bits there are no blocks either that could not fit
+        quant_type=quant_type,
+        block_size=block_size,
+        rank=1,
+        target_modules=tuple(options.split_list(target_modules, "--target-modules")),
+    )
+    planned = make_plan(found.outline.inventory, settings).layers
+    _warn_of_large_ranks(run, planned, wanted)
+    plain_error: float | None = None
+    errors: Sequence[float | None] = [None] * len(wanted)
+    if error:
+        curve = _measure(run, found, planned, settings, wanted, device)
+        plain_error, errors = curve.quantized_only, curve.by_rank
+    tokens = _sequence_length(run, sequence_length, found.outline.context)
+    training = Training(bits, block_size, batch_size, tokens)
+    costs = [
+        _rank_cost(found, planned, rank, training, vram_bytes, error_left)
+        for rank, error_left in zip(wanted, errors, strict=True)
+    ]
+    outcome = verdict(costs, plain_error, vram_bytes)
+    results = SweepRanksResults(
+        architecture=found.outline.architecture,
+        base_parameters=found.outline.parameters,
+        quantized_parameters=sum(each.layer.parameters for each in planned) if bits != 16 else 0,
+        modules=sum(each.adapted for each in planned),
+        settings=SweepSettings(
+            target_modules=list(settings.target_modules),
+            bits=bits,
+            quant_type=quant_type if bits == 4 else None,
+            block_size=block_size if bits == 4 else None,
+            batch_size=batch_size,
+            sequence_length=tokens,
+            vram_bytes=vram_bytes,
+        ),
+        quantized_only_error_relative=plain_error,
+        ranks=costs,
+        verdict=outcome,
+    )
+    identity = ModelIdentity(id=found.id, revision=found.revision, source=found.source)
+    run.finish(results, model=identity)
+    if outcome.recommended_rank is None:
+        raise DoesNotFit(
+            f"no rank fits in {vram}",
+            cause=outcome.sentence,
+            hint="a shorter --sequence-length, a smaller --batch-size, fewer --target-modules"
+            + (", or --bits 4" if bits > 4 else ", or a smaller model"),
+        )
+
+
+def _sequence_length(run: Run, asked: int | None, context: int | None) -> int:
+    if asked is None:
+        tokens = min(SEQUENCE_LENGTH, context or SEQUENCE_LENGTH)
+        reason = "the default" if tokens == SEQUENCE_LENGTH else "all that the model can read"
+        run.resolved("sequence_length", tokens, reason)
+        return tokens
+    if context is not None and asked > context:
+        run.warn(f"this model reads {context} tokens at once, not {asked}")
+    return asked
+
+
+def _warn_of_large_ranks(run: Run, planned: list[PlannedLayer], ranks: list[int]) -> None:
+    adapted = [each for each in planned if each.adapted]
+    smallest = min(adapted, key=lambda each: min(each.shape))
+    limit = min(smallest.shape)
+    if max(ranks) > limit:
+        rows, columns = smallest.shape
+        run.warn(
+            f"a rank above {limit} is more than {smallest.layer.module} ({rows} × {columns}) can "
+            "use: `loftq quantize` refuses it"
+        )
+
+
+def _measure(
+    run: Run,
+    found: FoundModel,
+    planned: list[PlannedLayer],
+    settings: Settings,
+    ranks: list[int],
+    device: str,
+) -> ErrorCurve:
+    from loftq_cli import hardware
+    from loftq_cli.engines.rank_errors import measure
+
+    assert found.checkpoint is not None
+    chosen = hardware.resolve_device(device)
+    run.resolved("device", *chosen)
+    with run.timing("measure"), run.progress("measuring", len(planned)) as progress:
+        return measure(
+            planned, found.checkpoint, settings, ranks, device=chosen.value, progress=progress
+        )
+
+
+def _rank_cost(
+    found: FoundModel,
+    planned: list[PlannedLayer],
+    rank: int,
+    training: Training,
+    vram_bytes: int | None,
+    error: float | None,
+) -> schema.RankCost:
+    from loftq_cli.models.costs import memory, trainable_parameters
+    from loftq_cli.schema import RankCost
+
+    adapted = [each.layer for each in planned if each.adapted]
+    base = found.outline.parameters
+    trainable = trainable_parameters(adapted, rank)
+    needed = memory(found.outline, adapted, rank, training)
+    return RankCost(
+        rank=rank,
+        trainable_parameters=trainable,
+        total_parameters=base + trainable,
+        trainable_percent=round(100 * trainable / (base + trainable), 4),
+        reduction_factor=round(base / trainable, 2),
+        adapter_bytes=needed.adapter,
+        memory=_memory_estimate(needed),
+        fits=None if vram_bytes is None else needed.total <= vram_bytes,
+        fits_with_checkpointing=None
+        if vram_bytes is None
+        else needed.total_checkpointed <= vram_bytes,
+        weight_error_relative=error,
+    )
+
+
+def _memory_estimate(needed: Memory) -> schema.MemoryEstimate:
+    from loftq_cli.schema import MemoryEstimate
+
+    return MemoryEstimate(
+        weights_bytes=needed.weights,
+        absmax_bytes=needed.absmax,
+        unquantized_bytes=needed.unquantized,
+        adapter_bytes=needed.adapter,
+        gradients_bytes=needed.gradients,
+        optimizer_bytes=needed.optimizer,
+        activations_bytes=needed.activations,
+        activations_with_checkpointing_bytes=needed.activations_checkpointed,
+        logits_bytes=needed.logits,
+        workspace_bytes=needed.workspace,
+        context_bytes=needed.context,
+        total_bytes=needed.total,
+        total_with_checkpointing_bytes=needed.total_checkpointed,
+    )

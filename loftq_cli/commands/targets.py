@@ -1,0 +1,114 @@
+"""`loftq targets`: which layers a model has, what adapting them would cost, and what is skipped."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from loftq_cli.commands.options import Model, Rank
+from loftq_cli.commands.run import Run, command
+
+if TYPE_CHECKING:
+    from loftq_cli import schema
+    from loftq_cli.models.kinds import Kind, SkippedKind
+    from loftq_cli.models.presets import Preset
+
+
+@command("targets")
+def targets(run: Run, model: Model = "demo", rank: Rank = 16) -> None:
+    """
+    \b
+    loftq targets --model gpt2
+    loftq targets --model gpt2 | cut -f1      (names for --target-modules)
+    loftq targets --model gpt2 --rank 8 --json | jq .results.presets
+
+    Lists every kind of linear layer, the target presets in this model's own names with what they
+    would train, and what is skipped with the reason. Only configs and headers are read, and
+    well-known models need no files at all.
+    """
+    from loftq_cli.models import presets
+    from loftq_cli.models.kinds import kinds, skipped_kinds
+    from loftq_cli.models.lookup import find_model
+    from loftq_cli.schema import ModelIdentity, TargetsResults
+
+    run.quiet_libraries()
+    with run.timing("resolve"):
+        found = find_model(model, run.note)
+    run.resolved("model", found.source, found.reason)
+    outline = found.outline
+    groups = sorted(kinds(outline.layers), key=_place)
+    results = TargetsResults(
+        architecture=outline.architecture,
+        base_parameters=outline.parameters,
+        rank=rank,
+        layers=[_layer_kind(kind, rank, outline.parameters) for kind in groups],
+        presets=[
+            _preset(preset, rank, outline.parameters) for preset in presets.presets(outline.layers)
+        ],
+        skipped=[_skipped(kind, outline.parameters) for kind in skipped_kinds(outline)],
+        guessed=[
+            kind.name
+            for kind in groups
+            if any(presets.is_guessed(layer.module) for layer in kind.layers)
+        ],
+        without_role=[kind.name for kind in groups if not _roles(kind)],
+    )
+    identity = ModelIdentity(id=found.id, revision=found.revision, source=found.source)
+    run.finish(results, model=identity)
+
+
+def _roles(kind: Kind) -> list[str]:
+    from loftq_cli.models.presets import role_of
+
+    return sorted({role for layer in kind.layers if (role := role_of(layer.module)) is not None})
+
+
+def _place(kind: Kind) -> tuple[bool, list[str]]:
+    """Attention before the feed-forward part, in before out, and last what has no role."""
+    roles = _roles(kind)
+    return not roles, roles
+
+
+def _layer_kind(kind: Kind, rank: int, base: int) -> schema.LayerKind:
+    from loftq_cli.models.costs import trainable_parameters
+    from loftq_cli.schema import LayerKind
+
+    return LayerKind(
+        name=kind.name,
+        count=len(kind.layers),
+        in_features=kind.in_features,
+        out_features=kind.out_features,
+        parameters=kind.parameters,
+        share_of_parameters=kind.parameters / base,
+        trainable_parameters=trainable_parameters(kind.layers, rank),
+        role=", ".join(_roles(kind)) or None,
+        also_selects=list(kind.also_selects),
+    )
+
+
+def _preset(preset: Preset, rank: int, base: int) -> schema.TargetPreset:
+    from loftq_cli.models.costs import ADAPTER_ITEM_BYTES, trainable_parameters
+    from loftq_cli.schema import TargetPreset
+
+    trainable = trainable_parameters(preset.layers, rank)
+    return TargetPreset(
+        name=preset.name,
+        target_modules=preset.target_modules,
+        modules=len(preset.layers),
+        parameters=sum(layer.parameters for layer in preset.layers),
+        trainable_parameters=trainable,
+        trainable_percent=round(100 * trainable / (base + trainable), 4),
+        adapter_bytes=ADAPTER_ITEM_BYTES * trainable,
+    )
+
+
+def _skipped(kind: SkippedKind, base: int) -> schema.SkippedModule:
+    from loftq_cli.schema import SkippedModule
+
+    return SkippedModule(
+        name=kind.name,
+        reason=kind.reason,
+        count=kind.count,
+        shape=None if kind.shape is None else list(kind.shape),
+        parameters=kind.parameters,
+        share_of_parameters=kind.parameters / base,
+    )

@@ -1,0 +1,155 @@
+"""From the report in a written directory to what is checked, and from there to a certificate."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from loftq_cli import schema
+from loftq_cli.checkpoint.index import parse_json
+from loftq_cli.checkpoint.safetensors import read_file
+from loftq_cli.commands.quantize_result import Report
+from loftq_cli.engines.plan import BLOCK_SIZES
+from loftq_cli.engines.verification.written import ClaimedFile, ClaimedLayer, Claims
+from loftq_cli.errors import CorruptCheckpoint, LoftqError, ModelNotFound
+from loftq_cli.models.source import REPORT_FILE
+from loftq_cli.report.quantize import auto_class
+
+if TYPE_CHECKING:
+    from loftq_cli.engines.checks.battery import Outcome
+    from loftq_cli.engines.verification.residuals import Measured, Residuals
+
+# A model of a thousand layers has a report of about a megabyte.
+_MAX_REPORT_BYTES = 200_000_000
+_NOT_OURS = "give the directory that `loftq quantize --output` wrote"
+
+
+def read_report(directory: Path) -> Report:
+    """The report in ``directory``.
+
+    Raises:
+        ModelNotFound: there is none, so this is nothing that loftq wrote.
+        LoftqError: there is one, and it cannot be read as such.
+    """
+    path = directory / REPORT_FILE
+    if not path.is_file():
+        why = f"it has no {REPORT_FILE}" if directory.is_dir() else "there is no such directory"
+        raise ModelNotFound(f"{directory} is no output of loftq", cause=why, hint=_NOT_OURS)
+    raw = read_file(path, _MAX_REPORT_BYTES)
+    parse_json(raw, path)
+    try:
+        document = schema.load_document(raw.decode())
+    except LoftqError as error:
+        raise error.within(str(path)) from None
+    if not isinstance(document.results, schema.QuantizeResults) or document.results.dry_run:
+        raise ModelNotFound(
+            f"{directory} is no output of loftq",
+            cause=f"its {REPORT_FILE} is no report of a finished quantize run",
+            hint=_NOT_OURS,
+        )
+    return document
+
+
+def claims_of(report: Report) -> Claims:
+    """What the report says, in the form that the checks want.
+
+    Raises:
+        CorruptCheckpoint: it names a format that loftq never wrote.
+    """
+    results = report.results
+    settings = results.settings
+    known = settings.bits == 8 or (
+        settings.bits == 4
+        and settings.quant_type in ("nf4", "fp4")
+        and settings.block_size in BLOCK_SIZES
+    )
+    if not known or settings.rank < 1 or not settings.lora_alpha > 0:
+        raise CorruptCheckpoint(
+            f"{REPORT_FILE} cannot be used",
+            cause="its settings are none that loftq writes: "
+            f"{settings.bits} bits, {settings.quant_type!r:.40}, block size {settings.block_size}, "
+            f"rank {settings.rank}, lora_alpha {settings.lora_alpha}",
+            hint=_NOT_OURS,
+        )
+    adapted = [
+        ClaimedLayer(layer.name, layer.shape, True, layer.weight_error_relative)
+        for layer in results.layers
+    ]
+    plain = [
+        ClaimedLayer(layer.name, layer.shape, False, layer.quantized_only_error_relative)
+        for layer in results.without_adapter
+    ]
+    return Claims(
+        source=_source_name(report),
+        bits=settings.bits,
+        quant_type=settings.quant_type,
+        block_size=settings.block_size,
+        double_quant=settings.double_quant,
+        rank=settings.rank,
+        lora_alpha=settings.lora_alpha,
+        use_rslora=settings.rslora,
+        task_type=results.task_type,
+        auto_class=auto_class(results),
+        layers=[*adapted, *plain],
+        files=[ClaimedFile(file.name, file.bytes, file.sha256) for file in results.files],
+        source_files=frozenset(
+            (file.name, file.bytes, file.header_sha256) for file in results.source_files
+        ),
+    )
+
+
+def results_of(
+    directory: Path, claims: Claims, outcomes: Sequence[Outcome], residuals: Residuals
+) -> schema.VerifyResults:
+    """The certificate."""
+    tests = [
+        schema.CheckTest(
+            name=each.check.name,
+            group=each.check.group,
+            status=each.status,
+            seconds=each.seconds,
+            verified=each.check.verifies,
+            detail=each.finding.detail,
+            figures=each.finding.figures,
+            cause=each.cause,
+            hint=each.hint,
+        )
+        for each in outcomes
+    ]
+    passed, failed, skipped = (
+        sum(test.status == status for test in tests) for status in ("passed", "failed", "skipped")
+    )
+    return schema.VerifyResults(
+        directory=str(directory),
+        source=None if residuals.source is None else residuals.source.id,
+        quantized_layers=len(claims.layers),
+        measured_layers=len(residuals.measured),
+        tests=tests,
+        layers=[_layer(each) for each in residuals.measured],
+        summary=schema.CheckSummary(
+            total=len(tests),
+            passed=passed,
+            failed=failed,
+            skipped=skipped,
+            seconds=math.fsum(test.seconds for test in tests),
+        ),
+    )
+
+
+def _layer(measured: Measured) -> schema.VerifiedLayer:
+    return schema.VerifiedLayer(
+        name=measured.name,
+        shape=measured.shape,
+        weight_error_relative=measured.error if math.isfinite(measured.error) else None,
+        reported_weight_error_relative=measured.reported,
+        agrees=measured.agrees,
+    )
+
+
+def _source_name(report: Report) -> str:
+    model = report.model
+    if model is None:
+        return "a model that the report does not name"
+    return model.id if model.revision is None else f"{model.id}@{model.revision}"

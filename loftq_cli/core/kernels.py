@@ -1,0 +1,307 @@
+"""The compiled hot loops of blockwise quantization, held to ``blockwise.py`` bit for bit.
+
+Each function takes a flat run of whole blocks (the very last may be ragged) and keeps to one
+thread, outside Python's lock: what runs beside it is its caller's business. They are compiled on
+first use and cached on disk.
+
+The loops are written for the vectorizer: no branches, no gathers. A value finds its place among
+fifteen borders by fifteen selects, for its level and its code alike; the largest magnitude is the
+largest of the bits; and as numpy has no bfloat16, that and float16 are arithmetic on the bits of a
+float32.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from llvmlite import ir  # type: ignore[import-untyped]
+from numba import njit, types
+from numba.extending import intrinsic
+
+# How a dequantized value is rounded.
+FLOAT32, BFLOAT16, FLOAT16 = 0, 1, 2
+
+# Values that are worked on at a time: a few arrays of them stay in the first cache.
+_SEGMENT = 8192
+
+
+def _jit(**options: Any) -> Callable[[Any], Any]:
+    def decorate(function: Any) -> Any:
+        options.update(nogil=True, error_model="numpy")
+        try:
+            return njit(cache=True, **options)(function)
+        except RuntimeError:  # neither the package nor the home directory can be written to
+            return njit(**options)(function)
+
+    return decorate
+
+
+_compiled = _jit()
+_inlined = _jit(inline="always")
+
+
+@intrinsic
+def _bits(typing_context: Any, value: Any) -> Any:
+    """The bits of a float32, as uint32."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(arguments[0], ir.IntType(32))
+
+    return types.uint32(types.float32), generate
+
+
+@intrinsic
+def _float(typing_context: Any, bits: Any) -> Any:
+    """The float32 with these bits."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(arguments[0], ir.FloatType())
+
+    return types.float32(types.uint32), generate
+
+
+@_inlined
+def _to_bfloat16(value: Any) -> Any:
+    """The value's bfloat16 in the upper half of a float32's bits: to nearest, ties to even."""
+    u = _bits(value)
+    return (u + np.uint32(0x7FFF) + ((u >> np.uint32(16)) & np.uint32(1))) & np.uint32(0xFFFF0000)
+
+
+@_inlined
+def _to_float16(value: Any) -> Any:
+    """The float32 bits of the value's float16: to nearest, ties to even."""
+    u = _bits(value)
+    sign = u & np.uint32(0x80000000)
+    u = u ^ sign
+    rounded = (u + np.uint32(0xFFF) + ((u >> np.uint32(13)) & np.uint32(1))) & np.uint32(0xFFFFE000)
+    rounded = np.uint32(0x7F800000) if rounded >= np.uint32(0x47800000) else rounded
+    # Below 2^-14 float16 has steps of 2^-24, and so has float32 between a half and one.
+    half = np.float32(0.5)
+    small = _bits((_float(u) + half) - half)
+    return (small if u < np.uint32(0x38800000) else rounded) | sign
+
+
+@_inlined
+def _round(values: Any, rounding: Any) -> None:
+    if rounding == BFLOAT16:
+        for j in range(values.size):
+            values[j] = _float(_to_bfloat16(values[j]))
+    elif rounding == FLOAT16:
+        for j in range(values.size):
+            values[j] = _float(_to_float16(values[j]))
+
+
+@_jit(fastmath={"reassoc"})
+def sum_of_squares(values: Any) -> Any:
+    """In float64, in an order that is fast and always the same."""
+    total = 0.0
+    for j in range(values.size):
+        value = np.float64(values[j])
+        total += value * value
+    return total
+
+
+@_inlined
+def _subtract(left: Any, right: Any, out: Any) -> None:
+    for j in range(out.size):
+        out[j] = left[j] - right[j]
+
+
+@_inlined
+def _store(values: Any, out: Any) -> None:
+    if out.itemsize == 4:
+        for j in range(values.size):
+            out[j] = values[j]
+    else:
+        for j in range(values.size):
+            out[j] = _to_bfloat16(values[j]) >> np.uint32(16)
+
+
+@_inlined
+def _form(W: Any, product: Any, target: Any) -> Any:
+    """target = W − product, or W if that is empty; the largest magnitude of it."""
+    top = np.uint32(0)
+    if product.size == 0:
+        for j in range(W.size):
+            target[j] = W[j]
+            magnitude = _bits(W[j]) & np.uint32(0x7FFFFFFF)
+            top = magnitude if magnitude > top else top
+    elif product.itemsize == 4:
+        for j in range(W.size):
+            value = W[j] - np.float32(product[j])
+            target[j] = value
+            magnitude = _bits(value) & np.uint32(0x7FFFFFFF)
+            top = magnitude if magnitude > top else top
+    else:
+        for j in range(W.size):
+            value = W[j] - _float(np.uint32(product[j]) << np.uint32(16))
+            target[j] = value
+            magnitude = _bits(value) & np.uint32(0x7FFFFFFF)
+            top = magnitude if magnitude > top else top
+    return _float(top)
+
+
+@_inlined
+def _encode(
+    W: Any,
+    product: Any,
+    size: Any,
+    borders: Any,
+    levels: Any,
+    codes: Any,
+    rounding: Any,
+    packed: Any,
+    absmax: Any,
+    residual: Any,
+) -> None:
+    """Codes of W − product, two a byte, an absmax a block, and the float32 residual W − Q.
+
+    ``borders`` are 15 ascending float32, ``levels`` and ``codes`` the 16 choices they separate.
+    """
+    b0, b1, b2, b3, b4, b5, b6, b7, b8, b9, b10, b11, b12, b13, b14 = borders
+    l0, l1, l2, l3, l4, l5, l6, l7, l8, l9, l10, l11, l12, l13, l14, l15 = levels
+    c0, c1, c2, c3, c4, c5, c6, c7, c8, c9, c10, c11, c12, c13, c14, c15 = codes
+    scaled = np.empty(size, np.float32)
+    chosen = np.empty(size + 1, np.uint8)
+    smallest = np.float32(1e-38)
+    for block in range(absmax.size):
+        start = block * size
+        w = W[start : start + size]
+        rest = residual[start : start + size]
+        target = scaled[: w.size]
+        peak = _form(w, product[start : start + size], target)
+        scale = np.float32(1.0) / max(peak, smallest)
+        if target.size < size:
+            # The ragged block is divided, and its peak is stored as it was used.
+            peak = max(peak, smallest)
+            scale = np.float32(1.0)
+            for j in range(target.size):
+                target[j] /= peak
+        absmax[block] = peak
+        for j in range(target.size):
+            s = target[j] * scale
+            level, code = l0, c0
+            level = l1 if s > b0 else level
+            code = c1 if s > b0 else code
+            level = l2 if s > b1 else level
+            code = c2 if s > b1 else code
+            level = l3 if s > b2 else level
+            code = c3 if s > b2 else code
+            level = l4 if s > b3 else level
+            code = c4 if s > b3 else code
+            level = l5 if s > b4 else level
+            code = c5 if s > b4 else code
+            level = l6 if s > b5 else level
+            code = c6 if s > b5 else code
+            level = l7 if s > b6 else level
+            code = c7 if s > b6 else code
+            level = l8 if s > b7 else level
+            code = c8 if s > b7 else code
+            level = l9 if s > b8 else level
+            code = c9 if s > b8 else code
+            level = l10 if s > b9 else level
+            code = c10 if s > b9 else code
+            level = l11 if s > b10 else level
+            code = c11 if s > b10 else code
+            level = l12 if s > b11 else level
+            code = c12 if s > b11 else code
+            level = l13 if s > b12 else level
+            code = c13 if s > b12 else code
+            level = l14 if s > b13 else level
+            code = c14 if s > b13 else code
+            level = l15 if s > b14 else level
+            code = c15 if s > b14 else code
+            chosen[j] = code
+            target[j] = level * peak
+        if target.size % 2:
+            chosen[target.size] = c7
+        pairs = packed[start // 2 : (start + target.size + 1) // 2]
+        for j in range(pairs.size):
+            pairs[j] = (chosen[2 * j] << np.uint8(4)) | chosen[2 * j + 1]
+        _round(target, rounding)
+        _subtract(w, target, rest)
+
+
+@_inlined
+def _decode(packed: Any, absmax: Any, size: Any, table: Any, dequantized: Any) -> None:
+    """The unrounded values of codes; ``table`` holds the level of each."""
+    for block in range(absmax.size):
+        start = block * size
+        values = dequantized[start : start + size]
+        pairs = packed[start // 2 : (start + size) // 2]
+        scale = absmax[block]
+        for j in range(values.size // 2):
+            values[2 * j] = table[pairs[j] >> np.uint8(4)] * scale
+            values[2 * j + 1] = table[pairs[j] & np.uint8(15)] * scale
+        if values.size % 2:
+            values[values.size - 1] = table[pairs[values.size // 2] >> np.uint8(4)] * scale
+
+
+@_compiled
+def quantize(
+    W: Any,
+    product: Any,
+    size: Any,
+    borders: Any,
+    levels: Any,
+    codes: Any,
+    rounding: Any,
+    packed: Any,
+    absmax: Any,
+    residual: Any,
+) -> Any:
+    """Quantize W − product, leave W − Q in ``residual`` and return ‖W − Q‖².
+
+    An empty ``product`` is none, an empty ``residual`` is not wanted. Both are float32, or bfloat16
+    bits in uint16.
+    """
+    segment = max(size, _SEGMENT)
+    rest = np.empty(segment, np.float32)
+    total = 0.0
+    for start in range(0, W.size, segment):
+        stop = min(start + segment, W.size)
+        r = rest[: stop - start]
+        _encode(
+            W[start:stop],
+            product[start:stop],
+            size,
+            borders,
+            levels,
+            codes,
+            rounding,
+            packed[start // 2 : (stop + 1) // 2],
+            absmax[start // size : (stop + size - 1) // size],
+            r,
+        )
+        if residual.size:
+            _store(r, residual[start:stop])
+            total += sum_of_squares(r)
+    return total
+
+
+@_compiled
+def leave(
+    W: Any, packed: Any, absmax: Any, size: Any, table: Any, rounding: Any, residual: Any
+) -> Any:
+    """W − Q into ``residual``, from stored codes and absmax, and ‖W − Q‖²."""
+    segment = max(size, _SEGMENT)
+    difference = np.empty(segment, np.float32)
+    dequantized = np.empty(segment, np.float32)
+    total = 0.0
+    for start in range(0, W.size, segment):
+        w = W[start : start + segment]
+        n = w.size
+        q, t = dequantized[:n], difference[:n]
+        first = start // size
+        _decode(
+            packed[start // 2 : (start + n + 1) // 2],
+            absmax[first : first + (n + size - 1) // size],
+            size,
+            table,
+            q,
+        )
+        _round(q, rounding)
+        _subtract(w, q, t)
+        _store(t, residual[start : start + n])
+        total += sum_of_squares(t)
+    return total

@@ -1,0 +1,151 @@
+"""The adapter directory: its config, its tensors, and what PEFT makes of the two.
+
+PEFT is given the model class on the meta device, so that this takes no memory: the modules, shapes
+and scalings are those that it will have, and the values are looked at one tensor at a time.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Any
+
+from loftq_cli.checkpoint.adapter import (
+    ADAPTER_CONFIG,
+    ADAPTER_DIRECTORY,
+    ADAPTER_NAME,
+    adapter_config,
+    lora_names,
+)
+from loftq_cli.checkpoint.index import load_json
+from loftq_cli.checkpoint.safetensors import Header, read_header, shown
+from loftq_cli.checkpoint.tensors import load_tensor
+from loftq_cli.engines.checks.battery import Finding
+from loftq_cli.engines.verification.written import WRITE_AGAIN, Written
+from loftq_cli.errors import CheckFailed, first_line
+
+_CONFIG_NAME = f"{ADAPTER_DIRECTORY}/{ADAPTER_CONFIG}"
+_PREFIX = "base_model.model."
+
+
+def adapter(written: Written) -> Finding:
+    """Config against report, tensors against config, PEFT against both, and finite values."""
+    _require_config(written)
+    header = read_header(written.directory / ADAPTER_NAME)
+    _require_tensors(written, header)
+    _require_as_peft(written, header)
+    _require_finite(written, header)
+    claims = written.claims
+    parameters = sum(info.elements for info in header.tensors.values())
+    heads = len(header.tensors) - 2 * len(claims.adapted)
+    return Finding(
+        f"rank {claims.rank} on {len(claims.adapted)} layers, {parameters:,} finite values; PEFT "
+        "puts them on the same layers with the same scaling"
+        + (f"; {heads} tensors of the trained head" if heads else ""),
+        {"layers": len(claims.adapted), "parameters": parameters, "scaling": claims.scaling},
+    )
+
+
+def _require_config(written: Written) -> None:
+    claims = written.claims
+    found = load_json(written.directory / ADAPTER_DIRECTORY / ADAPTER_CONFIG)
+    expected = adapter_config(
+        base_model="",
+        task_type=claims.task_type,
+        rank=claims.rank,
+        lora_alpha=claims.lora_alpha,
+        use_rslora=claims.use_rslora,
+        target_modules=[],
+    )
+    # A copy may be called anything, and what the targets match is for PEFT to say.
+    for key in sorted(expected.keys() - {"base_model_name_or_path", "target_modules"}):
+        if found.get(key) != expected[key]:
+            raise CheckFailed(
+                f"{_CONFIG_NAME} is not the config of this adapter",
+                cause=f"{key} is {found.get(key)!r:.80}, and by the report {expected[key]!r}",
+                hint=WRITE_AGAIN,
+            )
+
+
+def _require_tensors(written: Written, header: Header) -> None:
+    """A and B of each adapted layer, in the shapes that rank and layer give them."""
+    rank = written.claims.rank
+    for layer in written.claims.adapted:
+        out_features, in_features = layer.shape
+        shapes = ((rank, in_features), (out_features, rank))
+        for name, shape in zip(lora_names(layer.name), shapes, strict=True):
+            if name not in header.tensors:
+                raise _damaged(layer.name, f"{ADAPTER_NAME} has no {shown(name)}")
+            info = header.tensors[name]
+            if (info.dtype, info.shape) != ("F32", shape):
+                raise _damaged(
+                    layer.name,
+                    f"{shown(name)} is {info.dtype} {list(info.shape)}, and should be "
+                    f"F32 {list(shape)}",
+                )
+
+
+def _require_as_peft(written: Written, header: Header) -> None:
+    """What PEFT expects to find for this config, on the layers that the report names."""
+    model = _on_meta(written)
+    from peft import get_peft_model_state_dict
+
+    adapted = {
+        name.removeprefix(_PREFIX): module
+        for name, module in model.named_modules()
+        if hasattr(module, "lora_A")
+    }
+    claimed = {layer.name for layer in written.claims.adapted}
+    for name in sorted(adapted.keys() ^ claimed):
+        whose = "only the report has" if name in claimed else "the report does not have"
+        raise _damaged(name, f"target_modules in {_CONFIG_NAME} choose layers of which {whose} it")
+    scaling = written.claims.scaling
+    for name, module in adapted.items():
+        (found,) = module.scaling.values()
+        if not math.isclose(found, scaling, rel_tol=1e-6):
+            raise _damaged(name, f"PEFT scales it by {found:.6g}, the report by {scaling:.6g}")
+    state = get_peft_model_state_dict(model, save_embedding_layers=False)
+    wanted = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    held = {name: info.shape for name, info in header.tensors.items()}
+    for name in sorted(wanted.keys() | held.keys()):
+        if wanted.get(name) != held.get(name):
+            raise CheckFailed(
+                f"{ADAPTER_NAME} is not what PEFT loads",
+                cause=f"{shown(name)} has shape {_shape(held.get(name))} in the file, and "
+                f"{_shape(wanted.get(name))} for PEFT",
+                hint=WRITE_AGAIN,
+            )
+
+
+def _on_meta(written: Written) -> Any:
+    """PEFT's model for the adapter's config, without memory."""
+    from peft import LoraConfig, get_peft_model
+
+    directory = written.directory / ADAPTER_DIRECTORY
+    model = written.on_meta().model
+    try:
+        with warnings.catch_warnings():
+            # It says that it transposes for Conv1D, whose 4-bit replacement needs no such thing.
+            warnings.simplefilter("ignore")
+            config = LoraConfig.from_pretrained(str(directory))
+            return get_peft_model(model, config, low_cpu_mem_usage=True)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise CheckFailed(
+            f"PEFT cannot use {_CONFIG_NAME}", cause=first_line(error), hint=WRITE_AGAIN
+        ) from error
+
+
+def _require_finite(written: Written, header: Header) -> None:
+    import torch
+
+    for name, info in header.tensors.items():
+        if not bool(torch.isfinite(load_tensor(header, info)).all()):
+            raise _damaged(name.removeprefix(_PREFIX), f"{ADAPTER_NAME} has NaN or infinity there")
+
+
+def _shape(shape: tuple[int, ...] | None) -> str:
+    return "none" if shape is None else str(list(shape))
+
+
+def _damaged(layer: str, cause: str) -> CheckFailed:
+    return CheckFailed(f"the adapter of {layer} is not right", cause=cause, hint=WRITE_AGAIN)

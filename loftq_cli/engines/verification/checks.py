@@ -1,0 +1,59 @@
+"""The five checks of a written directory, in the order in which a reader would lose trust."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from loftq_cli.engines.checks.battery import Check
+from loftq_cli.engines.verification.adapter import adapter
+from loftq_cli.engines.verification.container import container
+from loftq_cli.engines.verification.files import files
+from loftq_cli.engines.verification.forward import forward
+from loftq_cli.engines.verification.residuals import Residuals
+from loftq_cli.engines.verification.written import Claims, Written
+
+_GROUP = "directory"
+
+
+def all_checks(written: Written, residuals: Residuals, memory_bytes: int | None) -> list[Check]:
+    """Wrong files do not keep the others from running: they say what is wrong with them."""
+    return [
+        Check(
+            "files",
+            _GROUP,
+            "every file is there with the size and hash of the report, and no other is",
+            partial(files, written),
+        ),
+        Check(
+            "container",
+            _GROUP,
+            "bitsandbytes opens every quantized layer and dequantizes it as the reference does; "
+            "the config names its format and every layer that is left out",
+            partial(container, written),
+        ),
+        Check(
+            "adapter",
+            _GROUP,
+            "PEFT puts it on the reported layers in rank, shape and scaling, and it is finite",
+            partial(adapter, written),
+        ),
+        Check(
+            "residuals",
+            _GROUP,
+            "weight, backbone and adapter leave what the report says, measured again in float64",
+            residuals.check,
+            needs=("container", "adapter"),
+        ),
+        Check(
+            "forward",
+            _GROUP,
+            "transformers and PEFT load it as its README says, and its outputs are finite",
+            partial(forward, written, memory_bytes),
+            needs=("container", "adapter"),
+        ),
+    ]
+
+
+def count_steps(claims: Claims, measured_layers: int) -> int:
+    """How often the checks tell their progress if none fails, their own ends included."""
+    return len(claims.files) + len(claims.layers) + measured_layers + 5

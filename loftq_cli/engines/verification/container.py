@@ -1,0 +1,142 @@
+"""The quantized weights as bitsandbytes opens them, and the config that tells transformers so."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from loftq_cli.checkpoint.safetensors import shown
+from loftq_cli.engines.checks.battery import Finding
+from loftq_cli.engines.verification.stored import StoredWeight
+from loftq_cli.engines.verification.written import WRITE_AGAIN, ClaimedLayer, Written
+from loftq_cli.errors import CheckFailed
+from loftq_cli.models.source import CONFIG_FILE
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# With AVX512-BF16, bitsandbytes turns what is smaller than any normal bfloat16 into zero.
+_SMALLEST_NORMAL = 2.0**-126
+
+
+def container(written: Written) -> Finding:
+    """Config, skip list, and every quantized layer of the report."""
+    claims = written.claims
+    skipped = _quantization_config(written)
+    _require_same_layers(written)
+    _require_skipped(written, skipped)
+    values = 0
+    for layer in claims.layers:
+        written.progress.start(layer.name)
+        values += _layer(written, layer)
+        written.progress.advance(layer.name)
+    form = "int8" if claims.bits == 8 else f"{claims.quant_type}, blocks of {claims.block_size}"
+    return Finding(
+        f"{len(claims.layers)} layers in {form}: bitsandbytes and the reference dequantize "
+        f"{values:,} weights to the same bits",
+        {
+            "layers": len(claims.layers),
+            "values_compared": values,
+            "modules_in_skip_list": len(skipped),
+        },
+    )
+
+
+def _quantization_config(written: Written) -> list[str]:
+    """The skip list, once everything else in `quantization_config` has been seen to be right."""
+    claims = written.claims
+    config = written.config.get("quantization_config")
+    if not isinstance(config, dict):
+        raise _wrong_config("it has no quantization_config")
+    expected: dict[str, Any] = {
+        "quant_method": "bitsandbytes",
+        "load_in_4bit": claims.bits == 4,
+        "load_in_8bit": claims.bits == 8,
+    }
+    if claims.bits == 4:
+        expected |= {
+            "bnb_4bit_quant_type": claims.quant_type,
+            "bnb_4bit_use_double_quant": claims.double_quant,
+            "bnb_4bit_quant_storage": "uint8",
+        }
+    else:
+        expected |= {"llm_int8_threshold": 0.0, "llm_int8_has_fp16_weight": False}
+    for key, value in expected.items():
+        if config.get(key) != value:
+            raise _wrong_config(f"{key} is {config.get(key)!r:.80}, and by the report {value!r}")
+    skipped = config.get("llm_int8_skip_modules")
+    if not isinstance(skipped, list) or not all(isinstance(name, str) for name in skipped):
+        # Without a list transformers makes one up, which misses heads that have a bias.
+        raise _wrong_config("its llm_int8_skip_modules is no list of names")
+    return skipped
+
+
+def _require_skipped(written: Written, skipped: list[str]) -> None:
+    """transformers must replace exactly the layers that have codes to load."""
+    quantized = {layer.name for layer in written.claims.layers}
+    replaced = written.architecture.replaced_modules(skipped)
+    for module in sorted(replaced ^ quantized):
+        if module in replaced:
+            raise _wrong_config(
+                f"llm_int8_skip_modules lacks {module}, which has no codes: transformers would "
+                "load its weight as if they were"
+            )
+        raise _wrong_config(f"llm_int8_skip_modules leaves out {module}, which is quantized")
+
+
+def _require_same_layers(written: Written) -> None:
+    claimed = {layer.name for layer in written.claims.layers}
+    if not claimed:
+        raise CheckFailed("the report names no quantized layer", hint=WRITE_AGAIN)
+    for layer in written.claims.layers:
+        written.weight_of(layer)
+    for module in sorted(set(written.weights) - claimed):
+        raise CheckFailed(
+            f"{module} is stored quantized, and the report does not name it",
+            cause=f"there are scales for {shown(written.weights[module])}",
+            hint=WRITE_AGAIN,
+        )
+
+
+def _layer(written: Written, layer: ClaimedLayer) -> int:
+    """Compares one layer; gives the number of its weights."""
+    stored = StoredWeight(written, layer)
+    stored.require_levels()
+    expected = stored.reference()
+    if not bool(expected.isfinite().all()):
+        raise CheckFailed(
+            f"{layer.name} dequantizes to NaN or infinity",
+            cause="a scale among its stored tensors is damaged",
+            hint=WRITE_AGAIN,
+        )
+    found = stored.runtime()
+    if tuple(found.shape) != layer.shape or found.dtype != expected.dtype:
+        raise CheckFailed(
+            f"{layer.name} is opened by bitsandbytes as {found.dtype} {list(found.shape)}",
+            cause=f"it should be {expected.dtype} {list(layer.shape)}",
+            hint="pip install -U bitsandbytes",
+        )
+    at = _first_difference(found, expected)
+    if at is not None:
+        row, column = divmod(at, layer.shape[1])
+        raise CheckFailed(
+            f"{layer.name} is dequantized by bitsandbytes to other values than the reference's",
+            cause=f"in row {row}, column {column} it has {float(found[row, column]):.9g}, the "
+            f"reference {float(expected[row, column]):.9g}",
+            hint="`loftq check` tests the kernels of this box",
+        )
+    return layer.shape[0] * layer.shape[1]
+
+
+def _first_difference(found: Tensor, expected: Tensor) -> int | None:
+    import torch
+
+    if torch.equal(found, expected):
+        return None
+    differs = (found != expected) & ~((found == 0) & (expected.abs() < _SMALLEST_NORMAL))
+    return int(differs.view(-1).int().argmax()) if bool(differs.any()) else None
+
+
+def _wrong_config(cause: str) -> CheckFailed:
+    return CheckFailed(
+        f"{CONFIG_FILE} does not describe what is stored", cause=cause, hint=WRITE_AGAIN
+    )

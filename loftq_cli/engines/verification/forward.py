@@ -1,0 +1,178 @@
+"""The directory as its README says to load it, and one pass through it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from loftq_cli.checkpoint.adapter import ADAPTER_DIRECTORY, ADAPTER_NAME
+from loftq_cli.checkpoint.safetensors import read_header
+from loftq_cli.engines.checks.battery import Finding, NothingToCheck
+from loftq_cli.engines.verification.written import WRITE_AGAIN, Written
+from loftq_cli.errors import CheckFailed
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_TOKENS = 8
+# Beside the weights: the libraries, what is read while it is unpacked, the activations.
+_ROOM = 1.25
+
+
+def forward(written: Written, memory_bytes: int | None) -> Finding:
+    """Loads backbone and adapter, looks at their layers, and runs a few inputs through them."""
+    import torch
+
+    inputs = _inputs(written.architecture.model, written.claims.task_type)
+    _require_room(written, memory_bytes)
+    model = _load(written)
+    dtype = model.get_base_model().dtype
+    with torch.no_grad():
+        outputs = model(
+            **{
+                name: each.to(written.device, dtype if each.is_floating_point() else None)
+                for name, each in inputs.items()
+            }
+        )
+    values = 0
+    for name, output in _floats(outputs):
+        values += output.numel()
+        if not bool(output.isfinite().all()):
+            raise CheckFailed(
+                f"the model's {name} are NaN or infinite",
+                cause=f"{int((~output.isfinite()).sum()):,} of {output.numel():,} values, for an "
+                "input that any model of this class takes",
+                hint="run the original model on the same dtype: if it does this too, it is not "
+                "the quantization",
+            )
+    given = ", ".join(
+        f"{name} {list(each.shape)}" for name, each in inputs.items() if name != "attention_mask"
+    )
+    kind = "Linear8bitLt" if written.claims.bits == 8 else "Linear4bit"
+    return Finding(
+        f"{written.claims.auto_class} and PEFT load it: {len(written.claims.layers)} {kind}, "
+        f"{len(written.claims.adapted)} with an adapter; {given} give {values:,} finite values",
+        {"output_values": values},
+    )
+
+
+def _load(written: Written) -> Any:
+    """The two lines of the README, and what they made of the layers."""
+    import transformers
+    from peft import PeftModel
+
+    auto = getattr(transformers, written.claims.auto_class, transformers.AutoModelForCausalLM)
+    options = {"trust_remote_code": True} if written.trust_remote_code else {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what they would warn about is looked at below
+        model, info = auto.from_pretrained(
+            written.directory,
+            device_map={"": written.device},
+            output_loading_info=True,
+            **options,
+        )
+        for what in ("missing", "mismatched"):
+            keys = sorted(map(str, info[f"{what}_keys"]))
+            if keys:
+                raise CheckFailed(
+                    f"transformers finds {what} weights: {keys[0]}",
+                    cause=f"{len(keys)} in all; it would go on, with random numbers for what is "
+                    "missing",
+                    hint=WRITE_AGAIN,
+                )
+        _require_layers(written, "quantized", _quantized(model, written.claims.bits))
+        model = PeftModel.from_pretrained(
+            model, written.directory, subfolder=ADAPTER_DIRECTORY, is_trainable=True
+        )
+    base = model.get_base_model()
+    _require_layers(
+        written,
+        "adapted",
+        {name for name, module in base.named_modules() if hasattr(module, "lora_A")},
+    )
+    return model.eval()
+
+
+def _quantized(model: Any, bits: int) -> set[str]:
+    from bitsandbytes.nn import Linear4bit, Linear8bitLt
+
+    kind = Linear8bitLt if bits == 8 else Linear4bit
+    return {name for name, module in model.named_modules() if isinstance(module, kind)}
+
+
+def _require_layers(written: Written, how: str, found: set[str]) -> None:
+    claims = written.claims
+    claimed = {layer.name for layer in (claims.adapted if how == "adapted" else claims.layers)}
+    for name in sorted(found ^ claimed):
+        is_not = "is not" if name in claimed else "is"
+        says = "is" if name in claimed else "is not"
+        raise CheckFailed(
+            f"{name} {is_not} {how} in the loaded model",
+            cause=f"by the report it {says}",
+            hint=WRITE_AGAIN,
+        )
+
+
+def _require_room(written: Written, memory_bytes: int | None) -> None:
+    adapter = read_header(written.directory / ADAPTER_NAME).file_bytes
+    needed = int(_ROOM * (written.checkpoint.total_bytes + adapter))
+    room, place = memory_bytes, "this box"
+    if written.device.startswith("cuda"):
+        import torch
+
+        room, place = torch.cuda.mem_get_info(written.device)[0], written.device
+    if room is not None and needed > room:
+        raise NothingToCheck(
+            f"the loaded model takes about {needed / 1e9:.3g} GB, and {place} has {room / 1e9:.3g}"
+        )
+
+
+def _inputs(model: Any, task_type: str | None) -> dict[str, Tensor]:
+    """A few tokens, or an image of noise.
+
+    Raises:
+        NothingToCheck: the class takes something else, or more.
+    """
+    config, main = model.config, model.main_input_name
+    several = any(hasattr(config, f"{each}_config") for each in ("vision", "audio"))
+    if main == "pixel_values" and not several:
+        return _image(config, type(model).__name__)
+    if main != "input_ids" or (several and task_type is None):
+        raise NothingToCheck(f"nothing is known about the inputs of {type(model).__name__}")
+    return _tokens(config, task_type)
+
+
+def _tokens(config: Any, task_type: str | None) -> dict[str, Tensor]:
+    import torch
+
+    text = config.get_text_config()
+    tokens = torch.arange(_TOKENS).mul(7).add(3).remainder(text.vocab_size).view(1, -1)
+    end = getattr(text, "eos_token_id", None)
+    if isinstance(end, int) and 0 <= end < text.vocab_size:
+        tokens[0, -1] = end  # where BART's classifiers look
+    inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+    if task_type == "SEQ_2_SEQ_LM":
+        inputs["decoder_input_ids"] = tokens[:, : _TOKENS // 2]
+    return inputs
+
+
+def _image(config: Any, name: str) -> dict[str, Tensor]:
+    import torch
+
+    size, channels = getattr(config, "image_size", None), getattr(config, "num_channels", None)
+    height, width = size if isinstance(size, list | tuple) else (size, size)
+    if not all(isinstance(each, int) for each in (height, width, channels)):
+        raise NothingToCheck(f"the config of {name} does not say how large its images are")
+    generator = torch.Generator().manual_seed(0)
+    return {"pixel_values": torch.randn(1, channels, height, width, generator=generator)}
+
+
+def _floats(outputs: Any) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of numbers among a model's outputs, by name."""
+    import torch
+
+    named = outputs.items() if hasattr(outputs, "items") else enumerate(outputs)
+    for name, output in named:
+        if isinstance(output, torch.Tensor) and output.is_floating_point():
+            yield str(name), output

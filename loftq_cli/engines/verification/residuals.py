@@ -1,0 +1,214 @@
+"""What every layer leaves of its original weight, measured again from the files.
+
+Q is what bitsandbytes dequantizes, A and B are read from the adapter, W from the source; sums and
+products are float64. One layer is held at a time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+from loftq_cli.checkpoint.adapter import ADAPTER_NAME, lora_names
+from loftq_cli.checkpoint.index import Checkpoint, open_checkpoint
+from loftq_cli.checkpoint.safetensors import Header, read_header
+from loftq_cli.checkpoint.tensors import load_tensor
+from loftq_cli.engines.checks.battery import Finding, NothingToCheck
+from loftq_cli.engines.verification.stored import StoredWeight
+from loftq_cli.engines.verification.written import WRITE_AGAIN, ClaimedLayer, Written
+from loftq_cli.errors import CheckFailed
+from loftq_cli.models.layers import LinearLayer
+from loftq_cli.models.spec import ResolvedModel
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# The report's figures were summed from float32 differences, perhaps on another device.
+TOLERANCE = 1e-5
+# So many layers, spread over the model, come first. If none of them agrees, it is the source that
+# is another, and there is no need to measure a thousand more.
+_PROBES = 5
+_ROWS = 256
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One layer's ‖W − Q − s·B·A‖ / ‖W‖: ``error`` by the files, ``reported`` by the report."""
+
+    name: str
+    shape: tuple[int, int]
+    error: float
+    reported: float | None
+
+    @property
+    def agrees(self) -> bool:
+        return self.reported is not None and abs(self.error - self.reported) <= TOLERANCE
+
+
+@dataclass
+class Residuals:
+    """The check; ``measured`` has the layers that it came to, whatever the outcome.
+
+    ``source`` is None where the weights are not at hand.
+    """
+
+    written: Written
+    source: ResolvedModel | None
+    layers: Sequence[ClaimedLayer]
+    measured: list[Measured] = field(default_factory=list, init=False)
+
+    def check(self) -> Finding:
+        if self.source is None:
+            raise NothingToCheck(
+                f"the source, {self.written.claims.source}, is not on this disk, and nothing is "
+                "downloaded for this; name a directory or a cached model with --source MODEL"
+            )
+        checkpoint = open_checkpoint(self.source.directory)
+        same_files = self._has_reported_files(checkpoint)
+        inventory = self.written.architecture.inventory(
+            info for _, info in checkpoint.tensors.values()
+        )
+        originals = {layer.module: layer for layer in inventory.layers}
+        for layer in self.layers:
+            self._require_in_source(layer, originals.get(layer.name))
+        adapter = read_header(self.written.directory / ADAPTER_NAME)
+        probes = spread(self.layers, _PROBES)
+        rest = [layer for layer in self.layers if layer not in probes]
+        for layers in (probes, rest):
+            for layer in layers:
+                self.written.progress.start(layer.name)
+                found = self._measure(layer, originals[layer.name], checkpoint, adapter)
+                self.measured.append(found)
+                self.written.progress.advance(layer.name)
+            self._require_some_agreement(same_files)
+        order = {layer.name: place for place, layer in enumerate(self.layers)}
+        self.measured.sort(key=lambda each: order[each.name])
+        self._require_agreement()
+        return self._finding(same_files)
+
+    def _has_reported_files(self, checkpoint: Checkpoint) -> bool | None:
+        """Whether these are the weight files that were quantized; None if nobody noted which."""
+        reported = self.written.claims.source_files
+        headers = checkpoint.headers.items()
+        found = {(name, header.file_bytes, header.sha256) for name, header in headers}
+        return found == reported if reported else None
+
+    def _require_in_source(self, layer: ClaimedLayer, original: LinearLayer | None) -> None:
+        if original is None:
+            raise self._another_source(f"it has no weight for {layer.name}")
+        shape = (original.out_features, original.in_features)
+        if shape != layer.shape:
+            raise self._another_source(
+                f"its {layer.name} is {shape[0]}×{shape[1]}, and "
+                f"{layer.shape[0]}×{layer.shape[1]} was quantized"
+            )
+
+    def _measure(
+        self, layer: ClaimedLayer, original: LinearLayer, checkpoint: Checkpoint, adapter: Header
+    ) -> Measured:
+        device = self.written.device
+        W = load_tensor(*checkpoint.tensors[original.tensor]).to(device)
+        if original.transposed:
+            W = W.T
+        Q = StoredWeight(self.written, layer).runtime()
+        correction = None
+        if layer.adapted:
+            A, B = (
+                load_tensor(adapter, adapter.tensors[name]).to(device).double()
+                for name in lora_names(layer.name)
+            )
+            correction = (B * self.written.claims.scaling, A)
+        return Measured(layer.name, layer.shape, _residual(W, Q, correction), layer.error)
+
+    def _require_some_agreement(self, same_files: bool | None) -> None:
+        """A fine-tuned twin has the same names and shapes, and agrees nowhere."""
+        if any(each.agrees for each in self.measured):
+            return
+        first = _told(self.measured[0])
+        if same_files is False:
+            raise self._another_source(
+                f"its weight files are not those that the report names, and {first}"
+            )
+        if len(self.measured) > 1:
+            raise self._another_source(
+                f"not one of {len(self.measured)} layers all over the model leaves with it what "
+                f"was reported: {first}; unless all of the directory was changed, it has other "
+                "weights"
+            )
+
+    def _require_agreement(self) -> None:
+        wrong = [each for each in self.measured if not each.agrees]
+        if not wrong:
+            return
+        more = f"; {len(wrong)} of {len(self.measured)} layers differ" if len(wrong) > 1 else ""
+        raise CheckFailed(
+            f"{wrong[0].name} does not leave the residual that was reported",
+            cause=f"{_told(wrong[0])}{more}: its codes, scales or adapter, or the report, were "
+            "changed",
+            hint=WRITE_AGAIN,
+        )
+
+    def _finding(self, same_files: bool | None) -> Finding:
+        assert self.source is not None
+        largest = max(abs(each.error - (each.reported or 0.0)) for each in self.measured)
+        count, total = len(self.measured), len(self.written.claims.layers)
+        which = f"all {total} layers" if count == total else f"{count} of {total} layers"
+        note = {
+            True: "",
+            False: "; its files are not those that were quantized, but these weights are the same",
+            None: "",
+        }[same_files]
+        return Finding(
+            f"{which} measured against {self.source.id}: as reported, to {largest:.0e}{note}",
+            {"layers": count, "largest_difference": largest},
+        )
+
+    def _another_source(self, cause: str) -> CheckFailed:
+        assert self.source is not None
+        return CheckFailed(
+            f"{self.source.id} is not what was quantized",
+            cause=cause,
+            hint=f"--source MODEL with what it was made from: {self.written.claims.source}",
+        )
+
+
+def spread(layers: Sequence[ClaimedLayer], count: int | None) -> list[ClaimedLayer]:
+    """``count`` layers, the same ones each time: one from each of so many stretches of the model.
+
+    Which one of a stretch is left to a hash of its name. Every n-th layer could always be the same
+    kind of layer, since blocks repeat.
+    """
+    if count is None or count >= len(layers):
+        return list(layers)
+    borders = [len(layers) * part // count for part in range(count + 1)]
+    return [
+        min(
+            layers[first:last],
+            key=lambda layer: hashlib.sha256(layer.name.encode("utf-8", "replace")).digest(),
+        )
+        for first, last in pairwise(borders)
+    ]
+
+
+def _residual(W: Tensor, Q: Tensor, correction: tuple[Tensor, Tensor] | None) -> float:
+    """‖W − Q − B·A‖ / ‖W‖ for a correction (B, A) in float64, some rows at a time."""
+    left = norm = 0.0
+    for start in range(0, W.shape[0], _ROWS):
+        rows = slice(start, start + _ROWS)
+        part = W[rows].double()
+        norm += float(part.square().sum())
+        part -= Q[rows]
+        if correction is not None:
+            B, A = correction
+            part.addmm_(B[rows], A, alpha=-1)
+        left += float(part.square().sum())
+    return math.sqrt(left) / (math.sqrt(norm) or 1.0)
+
+
+def _told(measured: Measured) -> str:
+    reported = "nothing" if measured.reported is None else f"{measured.reported:.6f}"
+    return f"{measured.name} leaves {measured.error:.6f}, reported was {reported}"

@@ -1,0 +1,107 @@
+"""From what a person types after ``--model`` to an outline, without reading a weight.
+
+The first of these that has the model answers:
+
+1. the built-in model, or a local directory
+2. the hub's cache, where the model's files are all there
+3. the shipped table: at once and without a network, so it comes before the hub
+4. the hub, which is asked for config.json and the headers of the weight files
+
+A revision is always looked for among files: the table describes what is published, not a commit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from loftq_cli.checkpoint.index import Checkpoint, open_checkpoint
+from loftq_cli.errors import ModelNotFound
+from loftq_cli.models.hub_cache import cached_snapshot, is_offline
+from loftq_cli.models.known import known_model, similar_names
+from loftq_cli.models.outline import Outline, outline_of
+from loftq_cli.models.source import read_config, refuse_quantized
+from loftq_cli.models.spec import ResolvedModel, hub_id, local_model, resolve_model
+
+
+@dataclass(frozen=True)
+class FoundModel:
+    """An outline and where it came from. ``checkpoint`` is there if the files are on this disk."""
+
+    id: str
+    revision: str | None
+    source: Literal["demo", "directory", "hub", "known"]
+    reason: str
+    outline: Outline
+    checkpoint: Checkpoint | None = None
+
+
+def find_model(spec: str, note: Callable[[str], None]) -> FoundModel:
+    """The outline of ``spec``; ``note`` is told before the network is used.
+
+    Raises:
+        ModelNotFound: nobody knows this model, or nobody who can be reached.
+        AlreadyQuantized: its weights are no longer those of the original.
+        UsageError, UnsafeCheckpoint, CorruptCheckpoint: see `spec` and `remote`.
+    """
+    here = local_model(spec)
+    if here is not None:
+        reason = "the built-in model" if here.source == "demo" else "a directory on this disk"
+        return _from_files(here, reason)
+    repository, revision = hub_id(spec)
+    snapshot = cached_snapshot(repository, revision)
+    if snapshot is not None:
+        cached = ResolvedModel(repository, snapshot.name, "hub", snapshot)
+        return _from_files(cached, "the files are in the hub's cache")
+    known = known_model(repository) if revision is None else None
+    if known is not None:
+        what, outline = known
+        return FoundModel(repository, None, "known", f"{what}, from the shipped table", outline)
+    if is_offline():
+        raise _unknown(spec)
+    note(f"asking the hub about {spec}: config and headers only")
+    from loftq_cli.models.remote import read_remote
+
+    remote = read_remote(repository, revision)
+    outline = outline_of(remote.tensors, remote.config)
+    reason = "config and headers from the hub, by range requests"
+    return FoundModel(repository, remote.commit or revision, "hub", reason, outline)
+
+
+def fetch_model(spec: str) -> FoundModel:
+    """The same with the weights at hand, downloaded if they have to be.
+
+    Raises:
+        ModelNotFound: as above; for a model of the table, saying what can be had without weights.
+    """
+    try:
+        return _from_files(resolve_model(spec), "its weights are read")
+    except ModelNotFound as error:
+        if known_model(spec) is None:
+            raise
+        raise ModelNotFound(
+            f"there are no weights of '{spec}' here to measure",
+            cause=error.cause,
+            hint="leave --error out: parameters and memory need no weights; or download the model "
+            f"first (hf download {spec}), or measure --model demo",
+        ) from error
+
+
+def _from_files(found: ResolvedModel, reason: str) -> FoundModel:
+    config = read_config(found.directory)
+    refuse_quantized(found.directory, config)
+    checkpoint = open_checkpoint(found.directory)
+    outline = outline_of([info for _, info in checkpoint.tensors.values()], config)
+    return FoundModel(found.id, found.revision, found.source, reason, outline, checkpoint)
+
+
+def _unknown(spec: str) -> ModelNotFound:
+    near = similar_names(spec)
+    choices = f"--model {near[0]}" if near else "--model demo, gpt2 or llama"
+    return ModelNotFound(
+        f"'{spec}' is not known without its files",
+        cause="it is neither in the hub's cache nor in the shipped table, and HF_HUB_OFFLINE or "
+        "TRANSFORMERS_OFFLINE forbids the network",
+        hint=f"{choices}, a local directory, or unset the variable to ask the hub",
+    )

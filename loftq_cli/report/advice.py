@@ -1,0 +1,202 @@
+"""What to do next, where the numbers of a box or a model call for something."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from loftq_cli.report import units
+from loftq_cli.report.remarks import figures, remark
+from loftq_cli.schema import (
+    CheckResults,
+    Document,
+    LoadResults,
+    QuantizeResults,
+    Remark,
+    SweepRanksResults,
+    TargetsResults,
+)
+
+# Speed-ups and savings below these are not worth a change.
+_WORTH_A_DTYPE = 1.5
+_WORTH_THREADS = 1.2
+_WORTH_BYTES = 0.03
+# An adapter that removes less than this share of the error hardly corrects anything.
+_LITTLE = 0.2
+# The last iteration took this much of the error away: another may do the same.
+_STILL_FALLING = 0.01
+
+
+def recommendations(documents: Sequence[Document[Any]]) -> list[Remark]:
+    """Each once, in the order of the documents."""
+    found: dict[str, Remark] = {}
+    for document in documents:
+        advise = _ADVICE.get(document.command)
+        for text in advise(document) if advise else ():
+            found.setdefault(text, remark(document, text))
+    return list(found.values())
+
+
+def _mend(document: Document[Any]) -> Iterator[str]:
+    """The hints of what failed, of `check` and `verify` alike."""
+    for test in document.results.tests:
+        if test.status == "failed" and test.hint:
+            yield f"for {test.name}: {test.hint}"
+
+
+def _check(document: Document[CheckResults]) -> Iterator[str]:
+    yield from _mend(document)
+    rates = figures(document, "matrix products")
+    whole = rates.get("flops_per_second_float32")
+    alone = rates.get("flops_per_second_float32_one_thread")
+    if whole and alone and alone > _WORTH_THREADS * whole:
+        yield (
+            f"set OMP_NUM_THREADS=1 while this box is this busy: one thread is "
+            f"{units.significant(alone / whole)} times as fast as {rates['threads']}"
+        )
+    yield from _dtype(document, rates)
+    yield from _memory(document)
+
+
+def _dtype(document: Document[CheckResults], rates: Mapping[str, Any]) -> Iterator[str]:
+    """Another dtype, where the one in use is much slower than one that is as exact or nearly so."""
+    resolved = document.resolved.get("dtype")
+    used = None if resolved is None else str(resolved.value)
+    speed = {
+        dtype: rates[f"flops_per_second_{dtype}"]
+        for dtype in ("float32", "bfloat16")
+        if f"flops_per_second_{dtype}" in rates
+    }
+    mine = rates.get(f"flops_per_second_{used}")
+    if not speed or not mine:
+        return
+    best = max(speed, key=lambda dtype: speed[dtype])
+    if speed[best] > _WORTH_A_DTYPE * mine:
+        yield (
+            f"compute with --dtype {best} on this box: its products are "
+            f"{units.significant(speed[best] / mine)} times as fast as {used}'s"
+        )
+
+
+def _memory(document: Document[CheckResults]) -> Iterator[str]:
+    """The largest rank whose fine-tuning fits into the GPU, or into memory where there is none."""
+    environment = document.environment
+    rows = [row for test in document.results.tests for row in test.rows if "memory_bytes" in row]
+    if environment.accelerators:
+        room, place = environment.accelerators[0].memory_bytes, environment.accelerators[0].name
+    elif environment.memory_bytes:
+        room, place = environment.memory_bytes, "this box's memory (it has no GPU)"
+    else:
+        return
+    if not rows:
+        return
+    fitting = [row for row in rows if int(row["memory_bytes"] or 0) <= room]
+    if not fitting:
+        least = units.size(int(rows[0]["memory_bytes"] or 0))
+        yield (
+            f"fine-tune on a larger box: rank {rows[0]['rank']} needs {least}, and {place} has "
+            f"{units.size(room)}"
+        )
+        return
+    largest = fitting[-1]
+    need = units.size(int(largest["memory_bytes"] or 0))
+    every = "any rank" if len(fitting) == len(rows) else "ranks"
+    yield (
+        f"choose {every} up to {largest['rank']} for 4-bit fine-tuning: {need} of the "
+        f"{units.size(room)} of {place}, by the estimate for one sequence of 512 tokens"
+    )
+
+
+def _load(document: Document[LoadResults]) -> Iterator[str]:
+    results, environment = document.results, document.environment
+    if results.quantization is not None or results.random_weights:
+        return
+    size, room = results.parameter_bytes, environment.memory_bytes
+    gpu = environment.accelerators[0].memory_bytes if environment.accelerators else None
+    model = "MODEL" if document.model is None else document.model.id
+    limit, place = (gpu, "the GPU's") if gpu is not None else (room, "this box's")
+    if limit and size > limit / 4:
+        yield (
+            f"quantize before fine-tuning: the weights alone are {units.percent(size / limit)} of "
+            f"{place} {units.size(limit)} (loftq quantize --model {model} --output OUT)"
+        )
+
+
+def _quantize(document: Document[QuantizeResults]) -> Iterator[str]:
+    results, totals, settings = document.results, document.results.totals, document.results.settings
+    before, after = totals.quantized_only_error_relative, totals.weight_error_relative
+    model = "MODEL" if document.model is None else document.model.id
+    if before and after is not None and settings.init != "qlora" and settings.bits < 8:
+        removed = 1 - after / before
+        if removed < _LITTLE:
+            yield (
+                f"see what a higher rank would buy: rank {settings.rank} takes away only "
+                f"{units.percent(removed)} of the error (loftq sweep-ranks --model {model} --error)"
+            )
+    yield from _iterations(results)
+    # One float32 scale a block, or one byte and a float32 for every 256 blocks.
+    if settings.block_size and not settings.double_quant:
+        shapes = [
+            *(layer.shape for layer in results.layers),
+            *(layer.shape for layer in results.without_adapter),
+        ]
+        quantized = sum(out_features * in_features for out_features, in_features in shapes)
+        saved = round(quantized / settings.block_size * (4 - 1 - 4 / 256))
+        if saved > _WORTH_BYTES * totals.output_bytes:
+            yield (
+                f"add --double-quant to save {units.size(saved)}, "
+                f"{units.percent(saved / totals.output_bytes)} of the backbone"
+            )
+
+
+def _iterations(results: QuantizeResults) -> Iterator[str]:
+    curves = [layer for layer in results.layers if len(layer.error_curve) > 1]
+    if not curves:
+        return
+    asked = results.settings.iterations
+    needed = max(layer.best_iteration or 1 for layer in curves)
+    if needed < asked:
+        yield (
+            f"--iterations {needed} gives the same result in about "
+            f"{units.percent(needed / asked)} of the time: no layer's best iterate comes later"
+        )
+        return
+    gains = [1 - layer.error_curve[-1] / layer.error_curve[-2] for layer in curves]
+    mean = sum(gains) / len(gains)
+    if mean > _STILL_FALLING:
+        yield (
+            f"try --iterations {2 * asked}: the last one still took {units.percent(mean)} of the "
+            "error away"
+        )
+
+
+def _sweep_ranks(document: Document[SweepRanksResults]) -> Iterator[str]:
+    results = document.results
+    rank = results.verdict.recommended_rank
+    model = "MODEL" if document.model is None else document.model.id
+    if rank is not None:
+        yield f"loftq quantize --model {model} --rank {rank} --output OUT"
+        return
+    smallest = results.ranks[0]
+    if results.settings.bits > 4:
+        yield f"hold the backbone in 4 bits: at {results.settings.bits} no rank fits"
+    elif smallest.fits_with_checkpointing:
+        need = units.size(smallest.memory.total_with_checkpointing_bytes)
+        yield f"train with gradient checkpointing: rank {smallest.rank} then needs {need}"
+
+
+def _targets(document: Document[TargetsResults]) -> Iterator[str]:
+    results = document.results
+    if results.guessed:
+        names = ", ".join(results.guessed)
+        yield f"look at {names} before using a preset: only their place says what they are for"
+
+
+_ADVICE: Mapping[str, Callable[[Document[Any]], Iterator[str]]] = {
+    "check": _check,
+    "verify": _mend,
+    "load": _load,
+    "quantize": _quantize,
+    "sweep-ranks": _sweep_ranks,
+    "targets": _targets,
+}

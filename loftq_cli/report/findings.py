@@ -1,0 +1,213 @@
+"""What the numbers of result documents say. Every sentence stands on figures that it names."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from loftq_cli.report import units
+from loftq_cli.report.box import FASTER, check_findings, verify_findings
+from loftq_cli.report.remarks import remark
+from loftq_cli.schema import (
+    Document,
+    GenerateResults,
+    LoadResults,
+    QuantizeResults,
+    Remark,
+    SweepRanksResults,
+    TargetsResults,
+)
+
+
+def findings(documents: Sequence[Document[Any]]) -> list[Remark]:
+    """Every document's findings in turn, then those that take two documents."""
+    found = [
+        remark(document, text)
+        for document in documents
+        for text in _FINDINGS.get(document.command, _nothing)(document)
+    ]
+    return [*found, *_adapter_costs(documents)]
+
+
+def _nothing(document: Document[Any]) -> Iterator[str]:
+    return iter(())
+
+
+def _load(document: Document[LoadResults]) -> Iterator[str]:
+    results = document.results
+    read = document.timings_seconds.get("read")
+    if read:
+        rate = units.size(round(results.parameter_bytes / read))
+        share = units.percent(read / results.load_seconds) if results.load_seconds else "all"
+        yield f"reading the weights is {share} of loading, at {rate} a second"
+    memory = document.environment.memory_bytes
+    if memory:
+        yield (
+            f"loading takes {units.percent(results.peak_memory_bytes / memory)} of this box's "
+            f"{units.size(memory)} of memory at its peak"
+        )
+    if results.quantized_layers:
+        share = units.percent(results.parameter_bytes / (2 * results.parameters))
+        yield (
+            f"{units.plural(results.quantized_layers, 'quantized layer')} bring "
+            f"{units.number(results.parameters)} parameters into "
+            f"{units.size(results.parameter_bytes)}, {share} of their size in 16 bits, "
+            "adapter included"
+        )
+
+
+def _generate(document: Document[GenerateResults]) -> Iterator[str]:
+    results = document.results
+    rates = sorted(results.generations, key=lambda each: each.tokens_per_second)
+    slowest, fastest = rates[0], rates[-1]
+    if slowest.tokens_per_second * FASTER < fastest.tokens_per_second:
+        yield (
+            f"the slowest of {len(rates)} prompts ({_short(slowest.prompt)}) runs at "
+            f"{units.significant(slowest.tokens_per_second)} tokens/s, the fastest "
+            f"({_short(fastest.prompt)}) at {units.significant(fastest.tokens_per_second)}"
+        )
+    ended = [each for each in results.generations if each.new_tokens < results.max_new_tokens]
+    if ended:
+        yield (
+            f"{len(ended)} of {units.plural(len(rates), 'text')} ended before the "
+            f"{results.max_new_tokens} tokens that were asked for"
+        )
+
+
+def _quantize(document: Document[QuantizeResults]) -> Iterator[str]:
+    results, totals = document.results, document.results.totals
+    before, after = totals.quantized_only_error_relative, totals.weight_error_relative
+    if before and after is not None:
+        yield (
+            f"the adapter takes away {units.percent(1 - after / before)} of the quantization "
+            f"error: {units.percent(before)} of the weights becomes {units.percent(after)}"
+        )
+    layers = results.layers
+    known = [layer for layer in layers if layer.weight_error_relative is not None]
+    if len(known) > 1:
+        worst = max(known, key=lambda layer: layer.weight_error_relative or 0.0)
+        error = units.percent(worst.weight_error_relative or 0.0)
+        yield f"the most error is left in {worst.name}: {error}"
+    timed = [layer for layer in layers if layer.seconds]
+    if len(timed) > 1:
+        slowest = max(timed, key=lambda layer: layer.seconds or 0.0)
+        spent, whole = slowest.seconds or 0.0, sum(layer.seconds or 0.0 for layer in timed)
+        yield (
+            f"the slowest of {len(timed)} layers is {slowest.name}: {units.seconds(spent)}, "
+            f"{units.percent(spent / whole)} of the time of all"
+        )
+    yield from _best_iterates(results)
+    if results.untouched:
+        share = sum(tensor.share_of_bytes for tensor in results.untouched)
+        largest = max(results.untouched, key=lambda tensor: tensor.bytes)
+        yield (
+            f"{units.percent(share)} of the bytes stay as they were, the most of it "
+            f"{largest.name} ({units.percent(largest.share_of_bytes)}: {largest.reason})"
+        )
+    bits = 8 * totals.output_bytes / totals.parameters
+    yield (
+        f"the backbone has {units.significant(bits)} bits a parameter, all tensors counted; "
+        f"the adapter adds {units.percent(totals.adapter_bytes / totals.output_bytes)} to its size"
+    )
+
+
+def _best_iterates(results: QuantizeResults) -> Iterator[str]:
+    iterated = [layer for layer in results.layers if len(layer.error_curve) > 1]
+    early = [layer for layer in iterated if (layer.best_iteration or 0) < len(layer.error_curve)]
+    if early:
+        often = Counter(layer.best_iteration for layer in early).most_common(1)[0][0]
+        names = ", ".join(layer.name for layer in early[:3])
+        more = f" and {len(early) - 3} more" if len(early) > 3 else ""
+        yield (
+            f"in {len(early)} of {units.plural(len(iterated), 'layer')} an iterate before the last "
+            f"is the best, most often number {often}: {names}{more}"
+        )
+    elif iterated:
+        yield f"the last iterate is the best one in all {len(iterated)} layers"
+
+
+def _sweep_ranks(document: Document[SweepRanksResults]) -> Iterator[str]:
+    results = document.results
+    yield results.verdict.sentence
+    fits = [each.rank for each in results.ranks if each.fits]
+    vram = results.settings.vram_bytes
+    if vram is not None:
+        ranks = ", ".join(map(str, fits)) or "none"
+        yield f"ranks that fit into {units.size(vram)} of GPU memory, all activations kept: {ranks}"
+    least, most = results.ranks[0], results.ranks[-1]
+    if len(results.ranks) > 1:
+        more = most.memory.total_bytes / least.memory.total_bytes - 1
+        yield (
+            f"going from rank {least.rank} to {most.rank} multiplies the adapter by "
+            f"{units.significant(most.adapter_bytes / least.adapter_bytes)} and the memory to "
+            f"fine-tune by {units.significant(1 + more)}"
+        )
+
+
+def _targets(document: Document[TargetsResults]) -> Iterator[str]:
+    results = document.results
+    if results.layers:
+        largest = max(results.layers, key=lambda kind: kind.parameters)
+        yield (
+            f"{largest.name} holds the most of the model: "
+            f"{units.percent(largest.share_of_parameters)} of its parameters in "
+            f"{units.plural(largest.count, 'layer')}"
+        )
+    cheapest = min(
+        (preset for preset in results.presets if preset.modules),
+        key=lambda preset: preset.trainable_parameters,
+        default=None,
+    )
+    dearest = max(results.presets, key=lambda preset: preset.trainable_parameters, default=None)
+    if cheapest and dearest and cheapest.trainable_parameters < dearest.trainable_parameters:
+        share = cheapest.trainable_parameters / dearest.trainable_parameters
+        yield (
+            f"of the presets, {cheapest.name} is the smallest: {units.percent(share)} of the "
+            f"parameters that {dearest.name} trains"
+        )
+    skipped = sum(each.share_of_parameters for each in results.skipped)
+    if results.skipped:
+        most = max(results.skipped, key=lambda each: each.parameters)
+        yield (
+            f"{units.percent(skipped)} of the parameters get no adapter, the most of them "
+            f"{most.name} ({most.reason})"
+        )
+
+
+def _adapter_costs(documents: Sequence[Document[Any]]) -> Iterator[Remark]:
+    """Generation of one model on one device, with and without an adapter."""
+    runs = [document for document in documents if document.command == "generate"]
+    plain = {_place(run): run for run in runs if run.results.adapter is None}
+    for run in runs:
+        alone = plain.get(_place(run))
+        if run.results.adapter is None or alone is None:
+            continue
+        before = alone.results.average_tokens_per_second
+        after = run.results.average_tokens_per_second
+        text = (
+            f"with the adapter {run.results.adapter} generation runs at "
+            f"{units.significant(after)} tokens/s, without one at {units.significant(before)}"
+        )
+        yield remark(run, text)
+
+
+def _place(document: Document[GenerateResults]) -> tuple[str | None, str, str]:
+    model = document.model
+    results = document.results
+    return (None if model is None else model.id, results.device, results.dtype)
+
+
+def _short(prompt: str) -> str:
+    return repr(prompt if len(prompt) <= 30 else f"{prompt[:27]}...")
+
+
+_FINDINGS: Mapping[str, Callable[[Document[Any]], Iterator[str]]] = {
+    "check": check_findings,
+    "verify": verify_findings,
+    "load": _load,
+    "generate": _generate,
+    "quantize": _quantize,
+    "sweep-ranks": _sweep_ranks,
+    "targets": _targets,
+}

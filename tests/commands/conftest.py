@@ -1,0 +1,105 @@
+"""What the tests of commands share: threads kept apart, and models made once."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from loftq_cli.models.spec import DEMO_DIRECTORY
+from tests.conftest import Outcome
+
+Loftq = Callable[..., Outcome]
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread() -> Iterator[None]:
+    """Matrices this small gain nothing from threads, which spin against a busy machine's work."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_bars() -> None:
+    """What `loftq` asks for by environment variables before it imports transformers."""
+    transformers.utils.logging.disable_progress_bar()
+
+
+@pytest.fixture(scope="session")
+def quantized(loftq: Loftq, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The built-in model with a rank-8 adapter, as `quantize` writes it. Not to be changed."""
+    out = tmp_path_factory.mktemp("quantized") / "out"
+    done = loftq("quantize", "--output", out, "--rank", 8, "--iterations", 1, "--quiet")
+    assert done.code == 0, done.err
+    return out
+
+
+@pytest.fixture
+def demo(tmp_path: Path) -> Path:
+    """A copy of the built-in model, to be changed."""
+    shutil.copytree(DEMO_DIRECTORY, tmp_path / "demo")
+    return tmp_path / "demo"
+
+
+@pytest.fixture
+def document(loftq: Loftq) -> Callable[..., dict[str, Any]]:
+    """Runs a line with --json that must succeed; gives the document."""
+
+    def run(*argv: object) -> dict[str, Any]:
+        done = loftq(*argv, "--json")
+        assert done.code == 0, done.err
+        data: dict[str, Any] = json.loads(done.out)
+        return data
+
+    return run
+
+
+@pytest.fixture
+def refused(loftq: Loftq) -> Callable[..., str]:
+    """Runs a line that must fail without a result; gives what it says on stderr."""
+
+    def run(*argv: object, code: int = 1) -> str:
+        done = loftq(*argv)
+        assert (done.code, done.out) == (code, ""), done.err
+        assert "error: " in done.err
+        assert "Traceback" not in done.err
+        return done.err
+
+    return run
+
+
+@contextmanager
+def piped(content: bytes, tmp_path: Path) -> Iterator[None]:
+    """File descriptor 0 at a file with this content, as after `<`."""
+    file = tmp_path / "stdin"
+    file.write_bytes(content)
+    saved = os.dup(0)
+    opened = os.open(file, os.O_RDONLY)
+    try:
+        os.dup2(opened, 0)
+        yield
+    finally:
+        os.dup2(saved, 0)
+        os.close(saved)
+        os.close(opened)
+
+
+@pytest.fixture(scope="session")
+def checked(loftq: Loftq, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with the two files of a `check` of the built-in model, and its stdout."""
+    directory = tmp_path_factory.mktemp("checked")
+    done = loftq("check", "--json", "--quiet", "--save", directory)
+    assert done.code == 0, done.err
+    assert done.err == ""
+    (directory / "stdout").write_text(done.out)
+    return directory

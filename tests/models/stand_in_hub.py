@@ -1,0 +1,163 @@
+"""A hub on loopback that counts what it serves, and has no weights behind its headers."""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+from urllib.parse import unquote
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@dataclass
+class RemoteFile:
+    """A file of which only the beginning exists; whoever asks for more has asked for weights."""
+
+    beginning: bytes
+    total: int | None = None
+    redirected: bool = False  # as the hub does with large files, to where the bytes are
+
+    @property
+    def size(self) -> int:
+        return len(self.beginning) if self.total is None else self.total
+
+
+@dataclass
+class Request:
+    path: str
+    range: str | None
+    authorization: str | None
+    status: int
+    body_bytes: int
+
+
+@dataclass
+class StandInHub:
+    """``files`` by "org/name/file"; ``requests`` as they came."""
+
+    files: dict[str, RemoteFile] = field(default_factory=dict)
+    requests: list[Request] = field(default_factory=list)
+    ignores_ranges: bool = False
+    gated: set[str] = field(default_factory=set)
+    endpoint: str = ""
+
+    def add_model(
+        self, repository: str, config: dict[str, Any], shards: dict[str, dict[str, Any]]
+    ) -> int:
+        """A model whose shards have these headers, and no data; returns the headers' bytes."""
+        self.files[f"{repository}/config.json"] = RemoteFile(json.dumps(config).encode())
+        weight_map = {name: shard for shard, header in shards.items() for name in header}
+        if list(shards) != ["model.safetensors"]:
+            index = json.dumps({"metadata": {}, "weight_map": weight_map}).encode()
+            self.files[f"{repository}/model.safetensors.index.json"] = RemoteFile(index)
+        served = 0
+        for shard, header in shards.items():
+            text = json.dumps(header).encode()
+            head = len(text).to_bytes(8, "little") + text
+            data = max(entry["data_offsets"][1] for entry in header.values())
+            self.files[f"{repository}/{shard}"] = RemoteFile(head, len(head) + data, True)
+            served += len(head)
+        return served
+
+    def served(self, suffix: str) -> int:
+        return sum(each.body_bytes for each in self.requests if each.path.endswith(suffix))
+
+
+def header_of(shapes: dict[str, tuple[int, ...]], dtype: str = "BF16") -> dict[str, Any]:
+    """The JSON of a safetensors header for 16-bit tensors of these shapes, one after the other."""
+    header, start = {}, 0
+    for name, shape in shapes.items():
+        end = start + 2
+        for size in shape:
+            end = start + (end - start) * size
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
+        start = end
+    return header
+
+
+@contextmanager
+def running(hub: StandInHub) -> Iterator[StandInHub]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(hub))
+    hub.endpoint = f"http://127.0.0.1:{server.server_address[1]}"
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
+    thread.start()
+    try:
+        yield hub
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+def _handler(hub: StandInHub) -> type[BaseHTTPRequestHandler]:
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self) -> None:
+            path = unquote(self.path)
+            match = re.fullmatch(r"/(.+)/resolve/([^/]+)/([^/]+)", path)
+            if path.startswith("/where-the-bytes-are/"):
+                self.file(hub.files[path.removeprefix("/where-the-bytes-are/")])
+            elif match is None:
+                self.answer(404, {"X-Error-Code": "RepoNotFound"})
+            elif match[1] in hub.gated:
+                self.answer(403, {"X-Error-Code": "GatedRepo"})
+            elif not any(name.startswith(f"{match[1]}/") for name in hub.files):
+                self.answer(404, {"X-Error-Code": "RepoNotFound"})
+            elif match[2] not in ("main", COMMIT):
+                self.answer(404, {"X-Error-Code": "RevisionNotFound"})
+            elif (name := f"{match[1]}/{match[3]}") not in hub.files:
+                self.answer(404, {"X-Error-Code": "EntryNotFound"})
+            elif hub.files[name].redirected:
+                self.answer(
+                    302, {"Location": f"/where-the-bytes-are/{name}", "X-Repo-Commit": COMMIT}
+                )
+            else:
+                self.file(hub.files[name])
+
+        def file(self, file: RemoteFile) -> None:
+            asked = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+            if asked is None or hub.ignores_ranges:
+                self.answer(200, {"X-Repo-Commit": COMMIT}, file.beginning, file.size)
+                return
+            first, last = int(asked[1]), min(int(asked[2]), file.size - 1)
+            assert last < len(file.beginning), "weights were asked for"
+            extent = f"bytes {first}-{last}/{file.size}"
+            body = file.beginning[first : last + 1]
+            self.answer(206, {"Content-Range": extent, "X-Repo-Commit": COMMIT}, body)
+
+        def answer(
+            self,
+            status: int,
+            headers: dict[str, str],
+            body: bytes = b"",
+            length: int | None = None,
+        ) -> None:
+            hub.requests.append(
+                Request(
+                    unquote(self.path),
+                    self.headers.get("Range"),
+                    self.headers.get("Authorization"),
+                    status,
+                    len(body),
+                )
+            )
+            self.send_response(status)
+            for name, value in headers.items():
+                self.send_header(name, value)
+            self.send_header("Content-Length", str(len(body) if length is None else length))
+            if length is not None and length > len(body):
+                self.close_connection = True  # there is nothing behind the header to go on with
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, format: str, *arguments: object) -> None:
+            pass
+
+    return Handler

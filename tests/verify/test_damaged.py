@@ -1,0 +1,332 @@
+"""Every kind of damage is found, with exit 3 and the first layer or file that differs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from loftq_cli.checkpoint.safetensors import read_header
+from tests.battery import BATTERY
+from tests.verify.conftest import (
+    LAYER,
+    Loftq,
+    edit_json,
+    edit_report,
+    overwrite,
+    reseal,
+    run_verify,
+    statuses,
+)
+
+WEIGHTS = "model.safetensors"
+ADAPTER = "loftq_init/adapter_model.safetensors"
+ADAPTER_CONFIG = "loftq_init/adapter_config.json"
+
+
+def flip(piece: bytearray) -> None:
+    piece[7] ^= 0x80
+
+
+def other_scale(piece: bytearray) -> None:
+    (absmax,) = struct.unpack_from("<f", piece)
+    struct.pack_into("<f", piece, 0, 2 * absmax)
+
+
+def flip_a_code(out: Path) -> None:
+    overwrite(out / WEIGHTS, f"{LAYER}.weight", flip)
+
+
+def double_an_absmax(out: Path) -> None:
+    overwrite(out / WEIGHTS, f"{LAYER}.weight.absmax", other_scale)
+
+
+def nan_absmax(out: Path) -> None:
+    def change(piece: bytearray) -> None:
+        struct.pack_into("<f", piece, 8, float("nan"))
+
+    overwrite(out / WEIGHTS, f"{LAYER}.weight.absmax", change)
+
+
+def nan_in_adapter(out: Path) -> None:
+    def change(piece: bytearray) -> None:
+        struct.pack_into("<f", piece, 8, float("inf"))
+
+    overwrite(out / ADAPTER, f"base_model.model.{LAYER}.lora_B.weight", change)
+
+
+def swap_a_and_b(out: Path) -> None:
+    tensors = load_file(out / ADAPTER)
+    a, b = (f"base_model.model.{LAYER}.lora_{which}.weight" for which in "AB")
+    tensors[a], tensors[b] = tensors[b], tensors[a]
+    save_file(tensors, out / ADAPTER, metadata={"format": "pt"})
+
+
+def transpose_a_and_b(out: Path) -> None:
+    """The same swap with shapes that fit: A is Bᵀ and B is Aᵀ."""
+    tensors = load_file(out / ADAPTER)
+    a, b = (f"base_model.model.{LAYER}.lora_{which}.weight" for which in "AB")
+    tensors[a], tensors[b] = tensors[b].T.contiguous(), tensors[a].T.contiguous()
+    save_file(tensors, out / ADAPTER, metadata={"format": "pt"})
+
+
+def drop_an_adapter(out: Path) -> None:
+    tensors = load_file(out / ADAPTER)
+    del tensors[f"base_model.model.{LAYER}.lora_A.weight"]
+    save_file(tensors, out / ADAPTER, metadata={"format": "pt"})
+
+
+def one_adapter_too_many(out: Path) -> None:
+    tensors = load_file(out / ADAPTER)
+    tensors["base_model.model.lm_head.lora_A.weight"] = torch.zeros(8, 64)
+    save_file(tensors, out / ADAPTER, metadata={"format": "pt"})
+
+
+def change_alpha(out: Path) -> None:
+    edit_json(out / ADAPTER_CONFIG, lambda config: config.update(lora_alpha=16))
+
+
+def alpha_for_one_layer(out: Path) -> None:
+    edit_json(out / ADAPTER_CONFIG, lambda config: config.update(alpha_pattern={LAYER: 99}))
+
+
+def other_targets(out: Path) -> None:
+    edit_json(out / ADAPTER_CONFIG, lambda config: config["target_modules"].remove("q_proj"))
+
+
+def empty_skip_list(out: Path) -> None:
+    def change(config: Any) -> None:
+        config["quantization_config"]["llm_int8_skip_modules"].remove("lm_head")
+
+    edit_json(out / "config.json", change)
+
+
+def skip_a_quantized_layer(out: Path) -> None:
+    def change(config: Any) -> None:
+        config["quantization_config"]["llm_int8_skip_modules"].append(LAYER)
+
+    edit_json(out / "config.json", change)
+
+
+def other_quant_type(out: Path) -> None:
+    def change(config: Any) -> None:
+        config["quantization_config"]["bnb_4bit_quant_type"] = "fp4"
+
+    edit_json(out / "config.json", change)
+
+
+def hostile_shape(out: Path) -> None:
+    """bitsandbytes would read far past the codes that are there."""
+
+    def change(piece: bytearray) -> None:
+        piece[:] = piece.replace(b"[64, 64]", b"[9e9,64]")
+
+    overwrite(out / WEIGHTS, f"{LAYER}.weight.quant_state.bitsandbytes__nf4", change)
+
+
+def other_levels(out: Path) -> None:
+    overwrite(out / WEIGHTS, f"{LAYER}.weight.quant_map", other_scale)
+
+
+def drop_from_report(out: Path) -> None:
+    def change(results: Any) -> None:
+        results["layers"] = [layer for layer in results["layers"] if layer["name"] != LAYER]
+
+    edit_report(out, change)
+
+
+def better_figure(out: Path) -> None:
+    def change(results: Any) -> None:
+        layer = next(layer for layer in results["layers"] if layer["name"] == LAYER)
+        layer["weight_error_relative"] -= 0.001
+
+    edit_report(out, change)
+
+
+@pytest.mark.parametrize(
+    ("damage", "check", "named"),
+    [
+        (flip_a_code, "residuals", LAYER),
+        (double_an_absmax, "residuals", LAYER),
+        (nan_absmax, "container", LAYER),
+        (hostile_shape, "container", LAYER),
+        (other_levels, "container", LAYER),
+        (drop_from_report, "container", LAYER),
+        (empty_skip_list, "container", "lm_head"),
+        (skip_a_quantized_layer, "container", LAYER),
+        (other_quant_type, "container", "config.json"),
+        (swap_a_and_b, "adapter", LAYER),
+        (drop_an_adapter, "adapter", LAYER),
+        (one_adapter_too_many, "adapter", "lm_head"),
+        (nan_in_adapter, "adapter", LAYER),
+        (change_alpha, "adapter", "adapter_config.json"),
+        (alpha_for_one_layer, "adapter", LAYER),
+        (other_targets, "adapter", LAYER),
+        (transpose_a_and_b, "residuals", LAYER),
+        (better_figure, "residuals", LAYER),
+    ],
+)
+def test_damage_with_a_report_that_was_made_to_match(
+    damage: Callable[[Path], None], check: str, named: str, written: Path, loftq: Loftq
+) -> None:
+    damage(written)
+    reseal(written)
+    outcome, results = run_verify(loftq, written)
+    assert outcome.code == 3, outcome.err
+    assert named in outcome.err.partition("error: ")[2]
+    failed = next(test for test in results["tests"] if test["status"] == "failed")
+    assert failed["name"] == check
+    assert failed["cause"]
+    assert failed["hint"]
+
+
+@pytest.mark.parametrize(
+    ("damage", "name"),
+    [
+        (flip_a_code, WEIGHTS),
+        (nan_in_adapter, ADAPTER),
+        (change_alpha, ADAPTER_CONFIG),
+        (empty_skip_list, "config.json"),
+        (lambda out: (out / "generation_config.json").unlink(), "generation_config.json"),
+        (lambda out: (out / WEIGHTS).unlink(), WEIGHTS),
+        (lambda out: (out / "pytorch_model.bin").touch(), "pytorch_model.bin"),
+        (lambda out: (out / "loftq_init/more").symlink_to("/etc"), "loftq_init/more"),
+    ],
+)
+def test_a_file_that_is_not_the_written_one(
+    damage: Callable[[Path], None], name: str, written: Path, loftq: Loftq
+) -> None:
+    damage(written)
+    outcome, results = run_verify(loftq, written)
+    assert outcome.code == 3, outcome.err
+    assert statuses(results)["files"] == "failed"
+    assert f"error: {written}: '{name}' is " in outcome.err
+
+
+def test_a_flipped_bit_is_found_by_hash_and_by_residual(written: Path, loftq: Loftq) -> None:
+    flip_a_code(written)
+    outcome, results = run_verify(loftq, written)
+    assert outcome.code == 3
+    status = statuses(results)
+    assert [name for name in status if status[name] == "failed"] == ["files", "residuals"]
+    assert [layer["name"] for layer in results["layers"] if not layer["agrees"]] == [LAYER]
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_wrong_scale_in_every_format(
+    bits: int, source: Path, tmp_path: Path, loftq: Loftq
+) -> None:
+    out = tmp_path / "out"
+    options = ("--bits", bits, *(["--double-quant"] if bits == 4 else []))
+    loftq("quantize", "-m", source, "-o", out, "--rank", 4, "--iterations", 1, *options)
+    scale = f"{LAYER}.weight.nested_absmax" if bits == 4 else f"{LAYER}.SCB"
+    overwrite(out / WEIGHTS, scale, other_scale)
+    reseal(out)
+    outcome, _ = run_verify(loftq, out)
+    assert outcome.code == 3
+    assert f"error: {out}: {LAYER} does not leave the residual" in outcome.err
+
+
+def test_a_damaged_part_is_not_taken_for_another_source(written: Path, loftq: Loftq) -> None:
+    """A hole in the file, as a bad disk leaves it: every layer of the first block is hit."""
+    names = list(read_header(written / WEIGHTS).tensors)
+    hit = [name for name in names if name.startswith("model.layers.0.") and "_proj" in name]
+    for name in (name for name in hit if name.endswith(".weight")):
+        overwrite(written / WEIGHTS, name, flip)
+    reseal(written)
+    outcome, results = run_verify(loftq, written)
+    assert outcome.code == 3
+    assert results["measured_layers"] == 14
+    wrong = [layer["name"] for layer in results["layers"] if not layer["agrees"]]
+    assert len(wrong) == 7
+    assert f"error: {written}: {wrong[0]} does not leave the residual" in outcome.err
+    assert "7 of 14 layers differ" in outcome.err
+
+
+def test_code_of_the_checkpoint_is_not_run(written: Path, loftq: Loftq) -> None:
+    edit_json(
+        written / "config.json",
+        lambda config: config.update(model_type="mine", auto_map={"AutoConfig": "mine.Config"}),
+    )
+    reseal(written)
+    outcome, results = run_verify(loftq, written)
+    assert outcome.code == 3
+    assert statuses(results)["container"] == "failed"
+    assert "--trust-remote-code" in outcome.err
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_another_source_is_called_that(
+    known: bool, written: Path, tmp_path: Path, loftq: Loftq
+) -> None:
+    """A twin with the same files' sizes and headers, and one that lies in other files."""
+    twin = BATTERY["llama"].build(seed=1, dtype=torch.bfloat16)
+    twin.save_pretrained(tmp_path / "twin", max_shard_size="5GB" if known else "50KB")
+    outcome, results = run_verify(loftq, written, "--source", tmp_path / "twin")
+    assert outcome.code == 3
+    assert f"error: {written}: {tmp_path / 'twin'} is not what was quantized" in outcome.err
+    assert results["layers"][0]["name"] in outcome.err, "the first layer that differs"
+    assert results["measured_layers"] == 5, "and no sea of them"
+
+
+def test_a_source_of_another_shape(written: Path, loftq: Loftq) -> None:
+    outcome, _ = run_verify(loftq, written, "--source", "demo")
+    assert outcome.code == 3
+    assert "demo is not what was quantized" in outcome.err
+    assert "it has no weight for model.layers.0." in outcome.err
+
+
+@pytest.mark.parametrize("name", ["../secret", "loftq_init/../../secret", "{absolute}", "./x", ""])
+def test_a_hostile_report_leads_nowhere_else(
+    name: str, written: Path, tmp_path: Path, loftq: Loftq, opened: list[str]
+) -> None:
+    secret = tmp_path / "secret"
+    secret.write_text("mine")
+    name = name.replace("{absolute}", str(secret))
+    entry = {"name": name, "bytes": 4, "sha256": hashlib.sha256(b"mine").hexdigest()}
+    edit_report(written, lambda results: results["files"].insert(0, entry))
+    opened.clear()
+    outcome, results = run_verify(loftq, written)
+    assert outcome.code == 3
+    assert statuses(results)["files"] == "failed"
+    assert f"the report lists {name!r}" in outcome.err
+    assert any(path.endswith("loftq_report.json") for path in opened)
+    assert not any(path.endswith("secret") for path in opened)
+
+
+def test_what_is_no_output_of_loftq(written: Path, source: Path, loftq: Loftq) -> None:
+    report = written / "loftq_report.json"
+    whole = json.loads(report.read_text())
+    for directory in (source, source / "nothing"):
+        outcome = loftq("verify", directory)
+        assert (outcome.code, outcome.out) == (1, "")
+        assert f"{directory} is no output of loftq" in outcome.err
+    settings = whole["results"]["settings"]
+    for text in (
+        "",
+        report.read_text()[:500],
+        "[" * 100_000,
+        json.dumps({**whole, "schema": "loftq/load"}),
+        json.dumps({**whole, "results": {**whole["results"], "dry_run": True}}),
+        json.dumps(
+            {**whole, "results": {**whole["results"], "settings": {**settings, "block_size": 63}}}
+        ),
+    ):
+        report.write_text(text)
+        outcome = loftq("verify", written)
+        assert (outcome.code, outcome.out) == (1, ""), outcome.err
+        assert "error: " in outcome.err
+        assert "cause: " in outcome.err
+
+
+def test_a_source_that_is_not_on_this_disk(written: Path, loftq: Loftq) -> None:
+    outcome = loftq("verify", written, "--source", "no-such-org/no-such-model")
+    assert (outcome.code, outcome.out) == (1, "")
+    assert "hint: hf download no-such-org/no-such-model" in outcome.err

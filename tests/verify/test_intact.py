@@ -1,0 +1,158 @@
+"""What is as it was written passes: every format, several architectures, any way to the source."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from loftq_cli import hardware
+from loftq_cli.engines import plan as plan_module
+from loftq_cli.engines.verification.residuals import spread
+from loftq_cli.engines.verification.written import ClaimedLayer
+from tests.battery import BATTERY
+from tests.verify.conftest import Loftq, edit_json, run_verify, statuses
+
+CHECKS = ["files", "container", "adapter", "residuals", "forward"]
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("llama", ()),
+        ("llama", ("--quant-type", "fp4", "--double-quant", "--block-size", 32)),
+        ("llama", ("--bits", 8, "--lora-alpha", 24, "--rslora")),
+        ("llama", ("--target-modules", "q_proj,v_proj", "--init", "qlora")),
+        ("gpt2", ("--double-quant",)),
+        ("bert", ()),
+        ("t5", ()),
+        ("vit", ()),
+    ],
+    ids=lambda value: value if isinstance(value, str) else " ".join(map(str, value)),
+)
+def test_an_intact_directory(
+    name: str, options: tuple[Any, ...], tmp_path: Path, loftq: Loftq
+) -> None:
+    BATTERY[name].build(dtype=torch.bfloat16).save_pretrained(tmp_path / "source")
+    done = loftq("quantize", "-m", tmp_path / "source", "-o", tmp_path / "out", "--json",
+                 "--rank", 4, "--iterations", 1, *options)  # fmt: skip
+    assert done.code == 0, done.err
+    written = json.loads(done.out)["results"]
+    outcome, results = run_verify(loftq, tmp_path / "out")
+    assert outcome.code == 0, outcome.err
+    assert statuses(results) == dict.fromkeys(CHECKS, "passed")
+    layers = written["layers"] + written["without_adapter"]
+    assert results["quantized_layers"] == results["measured_layers"] == len(layers)
+    assert {layer["name"] for layer in results["layers"]} == {layer["name"] for layer in layers}
+    assert results["summary"]["passed"] == results["summary"]["total"] == 5
+
+
+def test_several_weight_files(
+    source: Path, tmp_path: Path, loftq: Loftq, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan_module, "SHARD_BYTES", 40_000)
+    loftq("quantize", "-m", source, "-o", tmp_path / "out", "--rank", 4, "--iterations", 1)
+    assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 1
+    outcome, results = run_verify(loftq, tmp_path / "out")
+    assert outcome.code == 0, outcome.err
+    assert statuses(results) == dict.fromkeys(CHECKS, "passed")
+
+
+def test_a_sample_is_measured_and_the_document_says_so(written: Path, loftq: Loftq) -> None:
+    outcome, results = run_verify(loftq, written, "--sample", 5)
+    assert outcome.code == 0, outcome.err
+    assert (results["quantized_layers"], results["measured_layers"]) == (14, 5)
+    assert "5 of 14 layers" in results["tests"][3]["detail"]
+    again = run_verify(loftq, written, "--sample", 5)[1]
+    assert again["layers"] == results["layers"]
+
+
+def test_a_sample_is_spread_over_the_model_and_over_kinds() -> None:
+    kinds = ("q", "k", "v", "o", "gate", "up", "down")
+    layers = [
+        ClaimedLayer(f"layers.{block}.{kind}", (1, 1), True, 0.1)
+        for block in range(32)
+        for kind in kinds
+    ]
+    chosen = spread(layers, 32)
+    assert [layer.name.split(".")[1] for layer in chosen] == [str(block) for block in range(32)]
+    assert {layer.name.split(".")[2] for layer in chosen} == set(kinds)
+    assert spread(layers, 500) == spread(layers, None) == layers
+
+
+def test_without_the_source_the_rest_is_verified(written: Path, source: Path, loftq: Loftq) -> None:
+    moved = source.rename(source.with_name("moved"))
+    outcome, results = run_verify(loftq, written)
+    assert outcome.code == 0, outcome.err
+    assert statuses(results) == {**dict.fromkeys(CHECKS, "passed"), "residuals": "skipped"}
+    assert "--source" in results["tests"][3]["cause"]
+    assert (results["source"], results["layers"]) == (None, [])
+
+    outcome, results = run_verify(loftq, written, "--source", moved)
+    assert outcome.code == 0, outcome.err
+    assert (results["source"], results["measured_layers"]) == (str(moved), 14)
+
+
+def test_the_source_from_the_hubs_cache(
+    written: Path, source: Path, tmp_path: Path, loftq: Loftq, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The report's commit is looked for, and a directory that has the model's name is not it."""
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    (tmp_path / "org" / "name").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    identity = {"id": "org/name", "revision": "0123abc", "source": "hub"}
+    edit_json(written / "loftq_report.json", lambda report: report.update(model=identity))
+    outcome, results = run_verify(loftq, written)
+    assert (outcome.code, statuses(results)["residuals"]) == (0, "skipped")
+    assert "org/name@0123abc, is not on this disk" in results["tests"][3]["cause"]
+
+    snapshots = tmp_path / "hub" / "models--org--name" / "snapshots"
+    snapshots.mkdir(parents=True)
+    source.rename(snapshots / "0123abc")
+    for options in ((), ("--source", "org/name@0123abc")):
+        outcome, results = run_verify(loftq, written, *options)
+        assert outcome.code == 0, outcome.err
+        assert (results["source"], statuses(results)["residuals"]) == ("org/name", "passed")
+
+
+def test_the_same_weights_in_other_files_are_the_source(
+    written: Path, tmp_path: Path, loftq: Loftq
+) -> None:
+    model = BATTERY["llama"].build(dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "resharded", max_shard_size="50KB")
+    outcome, results = run_verify(loftq, written, "--source", tmp_path / "resharded")
+    assert outcome.code == 0, outcome.err
+    assert "these weights are the same" in results["tests"][3]["detail"]
+
+
+def test_a_directory_may_be_renamed_and_go_through_git_and_hub(
+    written: Path, tmp_path: Path, loftq: Loftq
+) -> None:
+    blobs = tmp_path / "blobs"
+    snapshot = tmp_path / "cache" / "snapshots" / "abc"
+    shutil.copytree(written, blobs)
+    for file in sorted(path for path in blobs.rglob("*") if path.is_file()):
+        link = snapshot / file.relative_to(blobs)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(file)
+    (snapshot / ".gitattributes").write_text("*.safetensors filter=lfs\n")
+    (snapshot / ".cache" / "huggingface").mkdir(parents=True)
+    (snapshot / ".cache" / "huggingface" / "CACHEDIR.TAG").touch()
+    (blobs / "README.md").write_text("Notes of mine.")
+    outcome, results = run_verify(loftq, snapshot)
+    assert outcome.code == 0, outcome.err
+    assert statuses(results) == dict.fromkeys(CHECKS, "passed")
+
+
+def test_a_model_that_does_not_fit_is_not_run(
+    written: Path, loftq: Loftq, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hardware, "memory_bytes", lambda: 100_000)
+    outcome, results = run_verify(loftq, written)
+    assert outcome.code == 0, outcome.err
+    assert statuses(results)["forward"] == "skipped"
+    assert "this box has 0.0001" in results["tests"][4]["cause"]
