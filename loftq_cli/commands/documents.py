@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,27 +23,33 @@ class Found:
 
     documents: list[tuple[str, Document[Any]]] = field(default_factory=list)
     skipped: list[tuple[str, str]] = field(default_factory=list)
+    _seen: set[str] = field(default_factory=set)
+
+    def add(self, file: str, documents: Iterable[Document[Any]]) -> None:
+        """Takes each document once: a saved report has in it what may lie beside it."""
+        for document in documents:
+            content = document.model_dump_json()
+            if content not in self._seen:
+                self._seen.add(content)
+                self.documents.append((file, document))
 
 
 def find_documents(names: Sequence[str]) -> Found:
     """Every document in these files and directories; `-` is stdin.
 
     What is named has to hold documents; what merely lies in a directory is passed over if it
-    holds none. A file that is met twice counts once.
+    holds none.
 
     Raises:
         NotAResultDocument: a named file holds something else, or nowhere was there a document.
         UsageError: a file is not there or cannot be read.
     """
     found = Found()
-    seen: set[Path] = set()
     for name in names:
-        path = Path(name)
-        if name != "-" and path.is_dir():
-            _search(path, found, seen)
-        elif name == "-" or path.resolve() not in seen:
-            seen.add(path.resolve())
-            found.documents += [(name, document) for document in _read(name)]
+        if name != "-" and Path(name).is_dir():
+            _search(Path(name), found)
+        else:
+            found.add(name, _read(name))
     if not found.documents:
         from loftq_cli.schema import NotAResultDocument
 
@@ -56,28 +62,24 @@ def find_documents(names: Sequence[str]) -> Found:
     return found
 
 
-def _search(directory: Path, found: Found, seen: set[Path]) -> None:
+def _search(directory: Path, found: Found) -> None:
     """The documents that lie in the directory itself."""
     try:
         paths = sorted(directory.iterdir())
     except OSError as error:
         raise UsageError(f"cannot read {directory}", cause=error.strerror) from None
     for path in paths:
-        if path.resolve() in seen or _is_summary(path):
+        if _is_summary(path):
             continue
         if path.suffix != ".json" or not path.is_file():
             kind = "a directory" if path.is_dir() else "not a .json file"
             found.skipped.append((str(path), kind))
             continue
         try:
-            documents = list(_read(str(path)))
+            found.add(str(path), list(_read(str(path))))
         except LoftqError as error:
             what = error.what.removeprefix(f"{path}: ")
-            reason = f"{what} ({error.cause})" if error.cause else what
-            found.skipped.append((str(path), reason))
-            continue
-        seen.add(path.resolve())
-        found.documents += [(str(path), document) for document in documents]
+            found.skipped.append((str(path), f"{what} ({error.cause})" if error.cause else what))
 
 
 def _is_summary(path: Path) -> bool:

@@ -16,7 +16,7 @@ def report(
     files: Annotated[
         list[str],
         typer.Argument(
-            metavar="FILES...", help="Result documents, directories of them, or - for stdin."
+            metavar="FILES", help="Result documents, directories of them, or - for stdin."
         ),
     ],
 ) -> None:

@@ -118,30 +118,6 @@ def _store(values: Any, out: Any) -> None:
 
 
 @_inlined
-def _form(W: Any, product: Any, target: Any) -> Any:
-    """target = W − product, or W if that is empty; the largest magnitude of it."""
-    top = np.uint32(0)
-    if product.size == 0:
-        for j in range(W.size):
-            target[j] = W[j]
-            magnitude = _bits(W[j]) & np.uint32(0x7FFFFFFF)
-            top = magnitude if magnitude > top else top
-    elif product.itemsize == 4:
-        for j in range(W.size):
-            value = W[j] - np.float32(product[j])
-            target[j] = value
-            magnitude = _bits(value) & np.uint32(0x7FFFFFFF)
-            top = magnitude if magnitude > top else top
-    else:
-        for j in range(W.size):
-            value = W[j] - _float(np.uint32(product[j]) << np.uint32(16))
-            target[j] = value
-            magnitude = _bits(value) & np.uint32(0x7FFFFFFF)
-            top = magnitude if magnitude > top else top
-    return _float(top)
-
-
-@_inlined
 def _encode(
     W: Any,
     product: Any,
@@ -169,7 +145,27 @@ def _encode(
         w = W[start : start + size]
         rest = residual[start : start + size]
         target = scaled[: w.size]
-        peak = _form(w, product[start : start + size], target)
+        top = np.uint32(0)
+        if product.size:
+            p = product[start : start + size]
+            if product.itemsize == 4:
+                for j in range(w.size):
+                    t = w[j] - np.float32(p[j])
+                    target[j] = t
+                    magnitude = _bits(t) & np.uint32(0x7FFFFFFF)
+                    top = magnitude if magnitude > top else top
+            else:
+                for j in range(w.size):
+                    t = w[j] - _float(np.uint32(p[j]) << np.uint32(16))
+                    target[j] = t
+                    magnitude = _bits(t) & np.uint32(0x7FFFFFFF)
+                    top = magnitude if magnitude > top else top
+        else:
+            for j in range(w.size):
+                target[j] = w[j]
+                magnitude = _bits(w[j]) & np.uint32(0x7FFFFFFF)
+                top = magnitude if magnitude > top else top
+        peak = _float(top)
         scale = np.float32(1.0) / max(peak, smallest)
         if target.size < size:
             # The ragged block is divided, and its peak is stored as it was used.
@@ -218,8 +214,15 @@ def _encode(
         pairs = packed[start // 2 : (start + target.size + 1) // 2]
         for j in range(pairs.size):
             pairs[j] = (chosen[2 * j] << np.uint8(4)) | chosen[2 * j + 1]
-        _round(target, rounding)
-        _subtract(w, target, rest)
+        if rounding == FLOAT32:
+            for j in range(w.size):
+                rest[j] = w[j] - target[j]
+        elif rounding == BFLOAT16:
+            for j in range(w.size):
+                rest[j] = w[j] - _float(_to_bfloat16(target[j]))
+        else:
+            for j in range(w.size):
+                rest[j] = w[j] - _float(_to_float16(target[j]))
 
 
 @_inlined

@@ -36,7 +36,7 @@ from loftq_cli.core.lowrank import LowRank, check_rank, split, takes_exact, trun
 from loftq_cli.core.parallel import one_thread_each
 from loftq_cli.core.quantizers import Product, Quantized, Quantizer
 from loftq_cli.core.residual import rows_times, sum_of_squares, transposed_times
-from loftq_cli.errors import InvalidSetting
+from loftq_cli.errors import InvalidSetting, NonFiniteWeight
 
 # Of 0.4 to 0.7 the best for most weights. It overshoots where the rank is most of the matrix's, and
 # is left out from half of it on.
@@ -78,7 +78,8 @@ def initialize(
     ``scaling`` is the factor that PEFT will multiply B·A with. With no iterations the weight is
     quantized and the adapter starts as PEFT's LoRA does: B = 0, A random. Everything happens on
     ``W``'s device. The same arguments give the same bits on the same machine, however many threads
-    there are, unless ``svd`` is ``exact``: then LAPACK's threads have a say in the last bits.
+    there are, with two exceptions: LAPACK's threads have a say in the last bits of an exact SVD, and
+    torch's in the offset of double quantization, as they have in bitsandbytes'.
     """
     check_weight(W)
     check_rank(rank, W.shape[0], W.shape[1])
@@ -86,7 +87,7 @@ def initialize(
         raise InvalidSetting(f"{iterations} iterations are not possible")
     if not scaling > 0:
         raise InvalidSetting(f"a LoRA scaling of {scaling} is not possible: it must be above 0")
-    W = W.detach()
+    W = W.detach().contiguous()  # a transposed view would be gathered anew in every pass
     check_finite(W)
     if momentum is None:
         momentum = 0.0 if svd == "exact" or 2 * rank > min(W.shape) else MOMENTUM
@@ -108,39 +109,40 @@ def _alternate(
     norm = math.sqrt(sum_of_squares(W)) or 1.0  # an all-zero weight has errors of zero
     fast = not takes_exact(W.shape, rank, svd)
     quantized, residual = quantizer.step(W, None, fast=fast)
+    if not math.isfinite(residual.energy):
+        raise NonFiniteWeight("the quantized values overflow the dtype of the runtime")
     quantized_only_error = math.sqrt(residual.energy) / norm
     if iterations == 0:
         A, B = _plain_adapter(W, rank, generator)
         return LoftqResult(quantized, A, B, quantized_only_error, quantized_only_error, 0)
 
-    best: tuple[float, int, Quantized, LowRank] | None = None
+    best: tuple[int, Quantized, LowRank] | None = None
     errors: list[float] = []
-    low_rank: LowRank | None = None
-    while True:
-        low_rank, previous = (
-            truncated_svd(
-                residual,
-                rank,
-                method=svd,
-                start=low_rank.subspace if low_rank else None,
-                tolerance=_AT_THE_END if len(errors) + 1 == iterations else _UNDERWAY,
-                generator=generator,
-            ),
-            low_rank,
+    previous: LowRank | None = None
+    while math.isfinite(residual.energy):  # else a target outgrew the range of the runtime's dtype
+        last = len(errors) + 1 == iterations
+        low_rank = truncated_svd(
+            residual,
+            rank,
+            method=svd,
+            start=previous.subspace if previous else None,
+            tolerance=_AT_THE_END if last else _UNDERWAY,
+            generator=generator,
         )
         errors.append(math.sqrt(max(residual.energy - low_rank.energy, 0.0)) / norm)
-        if best is None or errors[-1] < best[0]:
-            best = (errors[-1], len(errors), quantized, low_rank)
+        del residual  # the next one takes its place, not one beside it
+        if best is None or errors[-1] < errors[best[0] - 1]:
+            best = len(errors), quantized, low_rank
         else:
             momentum = 0.0  # the steps became too long
-        if len(errors) == iterations:
+        if last:
             break
         carried = _ahead(low_rank, previous, momentum)
         quantized, residual = quantizer.step(W, carried, probe=low_rank.subspace, fast=fast)
-        if not math.isfinite(residual.energy):
-            break  # a target outgrew the range of the runtime's dtype
+        previous = low_rank
 
-    _, best_iteration, quantized, low_rank = best
+    assert best is not None
+    best_iteration, quantized, low_rank = best
     A, B = split(low_rank, scaling)
     _enliven(A, B, low_rank.S, generator)
     error = math.sqrt(quantizer.remainder(W, quantized, (scaling * B, A))) / norm

@@ -85,7 +85,7 @@ class Int8:
     def step(
         self, W: Tensor, carried: Product | None, *, probe: Tensor | None = None, fast: bool = False
     ) -> tuple[QuantizedInt8, Residual]:
-        rows = rows_a_piece(*W.shape)
+        rows = rows_a_piece(*W.shape) if W.device.type == "cpu" else W.shape[0]
         matrix = torch.empty(W.shape, device=W.device)
         parts: dict[int, QuantizedInt8] = {}
 

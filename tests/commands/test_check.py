@@ -353,6 +353,18 @@ def test_a_model_without_text_is_checked_all_the_same(tmp_path: Path) -> None:
     assert not trip.output.parent.exists()
 
 
+def test_layers_that_the_class_calls_otherwise_or_cannot_replace(tmp_path: Path) -> None:
+    for name in ("vit", "falcon"):
+        BATTERY[name].build().save_pretrained(tmp_path / name)
+    renamed = subject(tmp_path / "vit")
+    assert model.rank(renamed, 4).figures["modules"] == 12
+    assert model.targets(renamed, "projection").figures["modules"] == 4
+    model.efficiency(renamed)
+    for body, *more in ((model.rank, 4), (model.targets, "attention"), (model.efficiency,)):
+        with pytest.raises(NothingToCheck, match="no layer of this model can be quantized"):
+            body(subject(tmp_path / "falcon"), *more)
+
+
 def test_files_that_are_not_what_was_measured(monkeypatch: Monkey) -> None:
     with ExitStack() as files:
         trip = roundtrip.RoundTrip(subject(), files)

@@ -200,8 +200,10 @@ def test_every_form_has_every_part(results: Path, loftq: Loftq) -> None:
 
 
 def test_several_on_stdin_in_a_row_or_as_an_array(tmp_path: Path, document: Documents) -> None:
-    row = json.dumps(LOAD) + "\n" + json.dumps(LOAD, indent=2) + json.dumps(LOAD)
-    for content in (row, json.dumps([LOAD] * 3)):
+    several = [{**LOAD, "argv": ["loftq", "load", str(number)]} for number in range(3)]
+    first, second, third = map(json.dumps, several)
+    row = f"{first}\n{second}{third}"
+    for content in (row, json.dumps(several), json.dumps(several, indent=2)):
         with piped(content.encode(), tmp_path):
             data = document("report", "-")
         assert [each["file"] for each in data["results"]["documents"]] == ["-"] * 3
@@ -220,9 +222,13 @@ def test_a_report_is_read_back_as_what_it_was_made_from(
     assert second["results"]["findings"] == first["results"]["findings"]
 
 
-def test_a_file_that_is_named_twice_counts_once(results: Path, document: Documents) -> None:
+def test_a_document_that_is_met_twice_counts_once(
+    results: Path, document: Documents, loftq: Loftq
+) -> None:
     data = document("report", results / "load.json", results, results / "load.json")
     assert len(data["results"]["documents"]) == 3
+    assert loftq("report", results, "--save", results).code == 0
+    assert len(document("report", results)["results"]["documents"]) == 3
 
 
 def test_other_minor_versions(tmp_path: Path, document: Documents, refused: Refused) -> None:
@@ -270,7 +276,7 @@ def test_nothing_to_read(tmp_path: Path, refused: Refused) -> None:
     with piped(b"", tmp_path):
         error = refused("report", "-")
     assert "error: stdin is empty" in error
-    assert "missing argument 'FILES...'" in refused("report", code=2)
+    assert "missing argument 'FILES'" in refused("report", code=2)
 
 
 def test_no_torch_is_imported(results: Path) -> None:

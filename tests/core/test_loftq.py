@@ -194,6 +194,11 @@ def test_outliers_beyond_half_precision_fall_back_to_a_finite_iterate() -> None:
     assert result.error <= result.quantized_only_error
 
 
+def test_values_beyond_the_runtimes_dtype_are_refused() -> None:
+    with pytest.raises(NonFiniteWeight, match="overflow the dtype of the runtime"):
+        initialize(torch.full((4, 64), 1e5), Blockwise(NF4.format, torch.float16), 2)
+
+
 def test_errors_name_what_is_wrong() -> None:
     W = torch.randn(8, 12)
     with pytest.raises(InvalidSetting, match="rank 9 is too large for a 8×12 weight: at most 8"):
@@ -266,6 +271,18 @@ def test_the_fast_way_leaves_no_more_than_peft(
         assert fast.error == pytest.approx(measured(W, NF4, fast), rel=1e-6)
     once = initialize(W, NF4, rank, iterations=1, svd="randomized")
     assert once.error <= plain.errors[0] * 1.003
+
+
+def test_the_fast_way_does_without_kernels() -> None:
+    W = low_rank_plus_noise(300, 260, 8)
+    compiled = initialize(W, NF4, 8, iterations=3, svd="randomized")
+    readable = initialize(
+        W, Blockwise(NF4.format, readable=True), 8, iterations=3, svd="randomized"
+    )
+    assert readable.errors == pytest.approx(compiled.errors, rel=1e-3)
+    assert torch.equal(
+        NF4.step(W, None)[0].packed, Blockwise(NF4.format, readable=True).step(W, None)[0].packed
+    )
 
 
 @pytest.mark.slow

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 # A scaled value this near to the border between two levels may go either way: GPUs multiply with
 # an approximate reciprocal. The two levels are then equally near.
-_TIE = 2.0**-21
+_TIE = 2.0**-20
 _COMPILED_VALUES = 1 << 17
 
 

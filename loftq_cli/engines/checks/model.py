@@ -128,9 +128,8 @@ def efficiency(subject: Subject) -> Finding:
     """What each rank costs, and that PEFT's own adapter files are as large as foretold."""
     from peft import get_peft_model_state_dict
 
-    _layers(subject)
-    outline = subject.outline
-    rows = [_efficiency(outline, rank) for rank in RANKS]
+    layers, outline = _layers(subject), subject.outline
+    rows = [_efficiency(outline, layers, rank) for rank in RANKS]
     architecture, modules = _chosen(subject, (ALL_LINEAR,))
     model = attach_fresh(architecture.model, RANKS[-1], None, modules, meta=True)
     state = get_peft_model_state_dict(model, save_embedding_layers=False)
@@ -220,9 +219,9 @@ def _agreed_count(
     return ours
 
 
-def _efficiency(outline: Outline, rank: int) -> Figures:
+def _efficiency(outline: Outline, layers: Sequence[LinearLayer], rank: int) -> Figures:
     """One row: what the adapter is, and what fine-tuning on a 4-bit backbone takes."""
-    trainable = costs.trainable_parameters(outline.layers, rank)
+    trainable = costs.trainable_parameters(layers, rank)
     training = costs.Training(bits=4, block_size=64, batch_size=1, sequence_length=512)
     return {
         "rank": rank,
@@ -230,7 +229,7 @@ def _efficiency(outline: Outline, rank: int) -> Figures:
         "trainable_percent": 100 * trainable / (outline.parameters + trainable),
         "reduction_factor": outline.parameters / trainable,
         "adapter_bytes": 4 * trainable,
-        "memory_bytes": costs.memory(outline, outline.layers, rank, training).total,
+        "memory_bytes": costs.memory(outline, layers, rank, training).total,
     }
 
 
