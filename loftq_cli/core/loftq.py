@@ -78,8 +78,8 @@ def initialize(
     ``scaling`` is the factor that PEFT will multiply B·A with. With no iterations the weight is
     quantized and the adapter starts as PEFT's LoRA does: B = 0, A random. Everything happens on
     ``W``'s device. The same arguments give the same bits on the same machine, however many threads
-    there are, with two exceptions: LAPACK's threads have a say in the last bits of an exact SVD, and
-    torch's in the offset of double quantization, as they have in bitsandbytes'.
+    there are, with two exceptions: LAPACK's have a say in the last bits of an exact SVD, and torch's
+    in the offset of double quantization, as they have in bitsandbytes' own.
     """
     check_weight(W)
     check_rank(rank, W.shape[0], W.shape[1])

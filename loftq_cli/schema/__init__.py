@@ -1,0 +1,103 @@
+"""The result document: one versioned JSON object per run, the same envelope for every command.
+
+Field names are stable and carry their unit. A minor version only adds keys, and readers ignore
+keys they do not know; a major version may change meaning, and readers refuse it. NaN and infinity
+are not JSON and not results: they are refused on the way in and on the way out.
+"""
+
+from loftq_cli.schema.base import Scalar
+from loftq_cli.schema.envelope import (
+    SCHEMA_VERSION,
+    Accelerator,
+    Document,
+    Environment,
+    ModelIdentity,
+    Resolved,
+    Results,
+    Tool,
+)
+from loftq_cli.schema.planning import (
+    LayerKind,
+    MemoryEstimate,
+    RankCost,
+    SkippedModule,
+    SweepRanksResults,
+    SweepSettings,
+    TargetPreset,
+    TargetsResults,
+    Verdict,
+)
+from loftq_cli.schema.quantizing import (
+    AdaptedLayer,
+    PlainLayer,
+    QuantizeResults,
+    QuantizeSettings,
+    QuantizeTotals,
+    SourceFile,
+    UntouchedTensor,
+    VerifiedLayer,
+    VerifyResults,
+    WrittenFile,
+)
+from loftq_cli.schema.reading import (
+    RESULTS,
+    NotAResultDocument,
+    document_of,
+    dump_json,
+    load_document,
+)
+from loftq_cli.schema.reporting import Remark, ReportedDocument, ReportResults, SkippedFile
+from loftq_cli.schema.running import (
+    CheckResults,
+    CheckSummary,
+    CheckTest,
+    GenerateResults,
+    Generation,
+    LoadResults,
+)
+
+__all__ = [
+    "RESULTS",
+    "SCHEMA_VERSION",
+    "Accelerator",
+    "AdaptedLayer",
+    "CheckResults",
+    "CheckSummary",
+    "CheckTest",
+    "Document",
+    "Environment",
+    "GenerateResults",
+    "Generation",
+    "LayerKind",
+    "LoadResults",
+    "MemoryEstimate",
+    "ModelIdentity",
+    "NotAResultDocument",
+    "PlainLayer",
+    "QuantizeResults",
+    "QuantizeSettings",
+    "QuantizeTotals",
+    "RankCost",
+    "Remark",
+    "ReportResults",
+    "ReportedDocument",
+    "Resolved",
+    "Results",
+    "Scalar",
+    "SkippedFile",
+    "SkippedModule",
+    "SourceFile",
+    "SweepRanksResults",
+    "SweepSettings",
+    "TargetPreset",
+    "TargetsResults",
+    "Tool",
+    "UntouchedTensor",
+    "Verdict",
+    "VerifiedLayer",
+    "VerifyResults",
+    "WrittenFile",
+    "document_of",
+    "dump_json",
+    "load_document",
+]

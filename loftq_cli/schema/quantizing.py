@@ -1,0 +1,129 @@
+"""Results of `quantize` and of `verify`, which takes its output apart again."""
+
+from __future__ import annotations
+
+from loftq_cli.schema.base import Model
+from loftq_cli.schema.running import CheckSummary, CheckTest
+
+
+class QuantizeSettings(Model):
+    bits: int
+    quant_type: str
+    block_size: int | None
+    double_quant: bool
+    rank: int
+    lora_alpha: float
+    rslora: bool = False
+    iterations: int
+    init: str = "loftq"
+    target_modules: list[str] | str
+    seed: int
+
+
+class AdaptedLayer(Model):
+    """One layer that has a 4-bit weight and an adapter. What is measured is null in a dry run."""
+
+    name: str
+    shape: tuple[int, int]
+    bits: int
+    rank: int
+    weight_error_relative: float | None = None
+    quantized_only_error_relative: float | None = None
+    iterations: int
+    best_iteration: int | None = None
+    error_curve: list[float] = []
+    seconds: float | None = None
+    bytes: int
+    share_of_bytes: float
+
+
+class PlainLayer(Model):
+    """One layer that is quantized and gets no adapter."""
+
+    name: str
+    shape: tuple[int, int]
+    bits: int
+    reason: str
+    quantized_only_error_relative: float | None = None
+    bytes: int
+    share_of_bytes: float
+
+
+class UntouchedTensor(Model):
+    """One tensor that is written exactly as it was."""
+
+    name: str
+    shape: list[int]
+    reason: str
+    bytes: int
+    share_of_bytes: float
+
+
+class SourceFile(Model):
+    """A weight file that was read, told apart from others by its size and its header."""
+
+    name: str
+    bytes: int
+    header_sha256: str
+
+
+class WrittenFile(Model):
+    name: str
+    bytes: int
+    sha256: str | None = None
+
+
+class QuantizeTotals(Model):
+    """In a dry run the errors are null and the bytes and memory are estimates.
+
+    `output_bytes` is the backbone alone, as `input_bytes` is; the adapter comes on top.
+    """
+
+    weight_error_relative: float | None = None
+    quantized_only_error_relative: float | None = None
+    input_bytes: int
+    output_bytes: int
+    adapter_bytes: int
+    peak_memory_bytes: int | None
+    parameters: int
+    trainable_parameters: int
+    seconds: float | None = None
+
+
+class QuantizeResults(Model):
+    output: str  # empty in a dry run that names no directory
+    dry_run: bool = False
+    architecture: str
+    task_type: str | None = None  # PEFT's name for what the model does; null where it has none
+    # The last names of layers that the source stores as (in, out), as GPT-2 does.
+    conv1d: list[str] = []
+    fingerprint: str | None = None  # of source and settings: two runs with the same are one
+    settings: QuantizeSettings
+    layers: list[AdaptedLayer]
+    without_adapter: list[PlainLayer] = []
+    untouched: list[UntouchedTensor] = []
+    files: list[WrittenFile] = []
+    source_files: list[SourceFile] = []
+    totals: QuantizeTotals
+
+
+class VerifiedLayer(Model):
+    """‖W − Q − s·B·A‖ / ‖W‖ by the files and by the report; null where it is no number."""
+
+    name: str
+    shape: tuple[int, int]
+    weight_error_relative: float | None
+    reported_weight_error_relative: float | None
+    agrees: bool
+
+
+class VerifyResults(Model):
+    """A certificate. `layers` are those whose residual was measured, `measured_layers` of them."""
+
+    directory: str
+    source: str | None  # what they were measured against; null where it was not at hand
+    quantized_layers: int
+    measured_layers: int
+    tests: list[CheckTest]
+    layers: list[VerifiedLayer] = []
+    summary: CheckSummary
