@@ -216,6 +216,7 @@ def _quantize(
                     device=chosen.value,
                     progress=progress,
                     timings=timings,
+                    warn=run.warn,
                 )
             except BaseException as error:
                 if not isinstance(error, Exception) and staging.finished:  # Ctrl-C or SIGTERM

@@ -54,13 +54,14 @@ def step(
     *,
     products: torch.dtype = torch.float32,
     probe: Tensor | None = None,
+    spare: Residual | None = None,
 ) -> tuple[QuantizedBlockwise, Residual]:
     """The codes of W − left · right and what they leave of W, held in the dtype ``products``."""
     pieces = _Pieces(W, fmt)
     packed = _empty(((W.numel() + 1) // 2,), torch.uint8)
     absmax = _empty((-(-W.numel() // fmt.block_size),), torch.float32)
     # Double-quantized, what will be read back is not known before the last block.
-    residual = None if fmt.double_quant else _Held(pieces, products, probe)
+    residual = None if fmt.double_quant else _Held(pieces, products, probe, spare)
     nothing = torch.empty(0, dtype=products)
     left, right = (None, None) if carried is None else (part.to(products) for part in carried)
     choices = _choices(fmt.quant_type)
@@ -86,7 +87,7 @@ def step(
     shape = (W.shape[0], W.shape[1])
     quantized = QuantizedBlockwise(packed.view(-1, 1), *stored, shape, fmt, dtype)
     if residual is None:
-        return quantized, leave(W, quantized, products=products, probe=probe)
+        return quantized, leave(W, quantized, products=products, probe=probe, spare=spare)
     return quantized, residual.of(quantized)
 
 
@@ -96,10 +97,11 @@ def leave(
     *,
     products: torch.dtype = torch.float32,
     probe: Tensor | None = None,
+    spare: Residual | None = None,
 ) -> Residual:
     """W − Q of what is already quantized."""
     pieces = _Pieces(W, quantized.format)
-    residual = _Held(pieces, products, probe)
+    residual = _Held(pieces, products, probe, spare)
     read = _reader(pieces, quantized)
 
     def work(piece: int) -> None:
@@ -169,9 +171,17 @@ class _Pieces:
 class _Held:
     """A residual in the making."""
 
-    def __init__(self, pieces: _Pieces, dtype: torch.dtype, probe: Tensor | None) -> None:
+    def __init__(
+        self,
+        pieces: _Pieces,
+        dtype: torch.dtype,
+        probe: Tensor | None,
+        spare: Residual | None,
+    ) -> None:
         self.pieces = pieces
-        self.matrix = _empty((pieces.W.shape[0], pieces.columns), dtype)
+        shape = (pieces.W.shape[0], pieces.columns)
+        fits = spare is not None and spare.shape == shape and spare.matrix.dtype == dtype
+        self.matrix = spare.matrix if spare is not None and fits else _empty(shape, dtype)
         self.energies = [0.0] * pieces.count
         self.probe = probe
         self.directions: Tensor | None = None

@@ -78,8 +78,8 @@ def initialize(
     ``scaling`` is the factor that PEFT will multiply B·A with. With no iterations the weight is
     quantized and the adapter starts as PEFT's LoRA does: B = 0, A random. Everything happens on
     ``W``'s device. The same arguments give the same bits on the same machine, however many threads
-    there are, with two exceptions: LAPACK's have a say in the last bits of an exact SVD, and torch's
-    in the offset of double quantization, as they have in bitsandbytes' own.
+    there are, with two exceptions: LAPACK's have a say in the last bits of an exact SVD, and
+    torch's in the offset of double quantization, as they have in bitsandbytes' own.
     """
     check_weight(W)
     check_rank(rank, W.shape[0], W.shape[1])
@@ -130,7 +130,6 @@ def _alternate(
             generator=generator,
         )
         errors.append(math.sqrt(max(residual.energy - low_rank.energy, 0.0)) / norm)
-        del residual  # the next one takes its place, not one beside it
         if best is None or errors[-1] < errors[best[0] - 1]:
             best = len(errors), quantized, low_rank
         else:
@@ -138,7 +137,9 @@ def _alternate(
         if last:
             break
         carried = _ahead(low_rank, previous, momentum)
-        quantized, residual = quantizer.step(W, carried, probe=low_rank.subspace, fast=fast)
+        quantized, residual = quantizer.step(
+            W, carried, probe=low_rank.subspace, fast=fast, spare=residual
+        )
         previous = low_rank
 
     assert best is not None

@@ -156,7 +156,7 @@ def _randomized_svd(
         U, V = (torch.zeros(n, 0, device=R.device) for n in R.shape)
         return _low_rank(U, torch.zeros(0), V, rank)
     # Powers of two round nothing, and keep the squares of squares within float32.
-    unit = 2.0 ** -round(math.log2(R.energy) / 2)
+    unit = 2.0 ** -max(min(round(math.log2(R.energy) / 2), 126), -126)
     width = _sketch_width(rank)
     V, orthonormal = _first_block(R, width, start, generator)
     gain, first_fall = math.inf, _WARM_FALL if orthonormal else _COLD_FALL
@@ -203,7 +203,7 @@ def _eigh(G: Tensor, R: Residual) -> tuple[Tensor, Tensor]:
     """Eigenvalues, descending, and eigenvectors; without those that are only rounding."""
     values, vectors = torch.linalg.eigh(G)
     values, vectors = values.flip(0), vectors.flip(1)
-    kept = int((values > (1e-12 if R.is_exact else 1e-6) * values[0]).sum())
+    kept = int((values > (1e-12 if R.is_exact else 1e-6) * values[:1]).sum())
     return values[:kept], vectors[:, :kept]
 
 
@@ -220,4 +220,4 @@ def _low_rank(U: Tensor, S: Tensor, V: Tensor, rank: int) -> LowRank:
         U = torch.nn.functional.pad(U, (0, missing))
         S = torch.nn.functional.pad(S, (0, missing))
         Vh = torch.nn.functional.pad(Vh, (0, 0, 0, missing))
-    return LowRank(U, S, Vh.contiguous(), V)
+    return LowRank(U, S, Vh.contiguous(), V if V.shape[1] else None)

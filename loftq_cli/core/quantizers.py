@@ -25,13 +25,20 @@ class Quantizer(Protocol):
     """A way to store a weight in few bits."""
 
     def step(
-        self, W: Tensor, carried: Product | None, *, probe: Tensor | None = None, fast: bool = False
+        self,
+        W: Tensor,
+        carried: Product | None,
+        *,
+        probe: Tensor | None = None,
+        fast: bool = False,
+        spare: Residual | None = None,
     ) -> tuple[Any, Residual]:
         """(the stored form of W − left·right, the residual W − Q with Q as the runtime sees it).
 
         ``probe`` says which product with the residual is wanted first. ``fast`` allows products
         with the residual, and the product that is carried, to be rounded to bfloat16; the stored
-        form and what it leaves are exact all the same.
+        form and what it leaves are exact all the same. ``spare`` is a residual that nobody needs
+        any more: its memory may be taken.
         """
 
     def dequantize(self, quantized: Any) -> Tensor:
@@ -53,14 +60,22 @@ class Blockwise:
     readable: bool = False
 
     def step(
-        self, W: Tensor, carried: Product | None, *, probe: Tensor | None = None, fast: bool = False
+        self,
+        W: Tensor,
+        carried: Product | None,
+        *,
+        probe: Tensor | None = None,
+        fast: bool = False,
+        spare: Residual | None = None,
     ) -> tuple[QuantizedBlockwise, Residual]:
         dtype = self.dtype or W.dtype
         if self._compiled(W):
             from loftq_cli.core import fused
 
             products = fused.product_dtype() if fast else torch.float32
-            return fused.step(W, carried, self.format, dtype, products=products, probe=probe)
+            return fused.step(
+                W, carried, self.format, dtype, products=products, probe=probe, spare=spare
+            )
         quantized = quantize_blockwise(_target(W, carried), self.format, dtype=dtype)
         return quantized, Residual.of(W.float() - self.dequantize(quantized).float())
 
@@ -83,7 +98,13 @@ class Int8:
     """8-bit rows. The runtime dequantizes them to float32, whatever the source was."""
 
     def step(
-        self, W: Tensor, carried: Product | None, *, probe: Tensor | None = None, fast: bool = False
+        self,
+        W: Tensor,
+        carried: Product | None,
+        *,
+        probe: Tensor | None = None,
+        fast: bool = False,
+        spare: Residual | None = None,
     ) -> tuple[QuantizedInt8, Residual]:
         rows = rows_a_piece(*W.shape) if W.device.type == "cpu" else W.shape[0]
         matrix = torch.empty(W.shape, device=W.device)

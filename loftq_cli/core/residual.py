@@ -91,7 +91,7 @@ def rows_a_piece(rows: int, columns: int, multiple: int = 1) -> int:
 
     It depends on the shape alone, never on the threads: a product's last bits may depend on it.
     """
-    return max(min(PIECE // columns, -(-rows // 8)) // multiple, 1) * multiple
+    return max(min(PIECE // max(columns, 1), -(-rows // 8)) // multiple, 1) * multiple
 
 
 def worth_compiling(X: Tensor) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict
 
 from loftq_cli.checkpoint.adapter import ADAPTER_NAME, adapter_part
@@ -21,6 +22,7 @@ def run_tasks(
     device: str,
     progress: Progress,
     timings: Timings,
+    warn: Callable[[str], None],
 ) -> list[LayerOutcome]:
     """Makes every output file that an earlier run has not finished.
 
@@ -38,7 +40,7 @@ def run_tasks(
             for planned in task.layers:
                 progress.advance(planned.layer.module)
             continue
-        running = RunningTask(task, plan.settings, checkpoint, device, progress, timings)
+        running = RunningTask(task, plan.settings, checkpoint, device, progress, timings, warn)
         model_file = write_behind(
             staging.path(task.file_name), plan.model_tensors(task), running.chunks(), timings
         )

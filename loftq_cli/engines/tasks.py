@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -18,6 +18,7 @@ from loftq_cli.checkpoint.index import Checkpoint
 from loftq_cli.checkpoint.safetensors import read_pieces
 from loftq_cli.checkpoint.tensors import load_tensor
 from loftq_cli.engines.pipeline import Chunk, Timings, read_ahead
+from loftq_cli.engines.placement import to_device, with_fallback
 from loftq_cli.engines.plan import PlannedLayer, Settings, Task
 from loftq_cli.errors import LoftqError
 from loftq_cli.models.layers import LeftTensor
@@ -62,6 +63,7 @@ class RunningTask:
         device: str,
         progress: Progress,
         timings: Timings,
+        warn: Callable[[str], None],
     ) -> None:
         self.task = task
         self.settings = settings
@@ -69,6 +71,7 @@ class RunningTask:
         self.device = device
         self.progress = progress
         self.timings = timings
+        self.warn = warn
         self.outcomes: list[LayerOutcome] = []
         self.adapters: list[Chunk] = []
 
@@ -89,7 +92,7 @@ class RunningTask:
         """A layer's weight. Tensors to copy are read when it is their turn, piece by piece."""
         if isinstance(entry, LeftTensor):
             return None
-        return load_tensor(*self.checkpoint.tensors[entry.layer.tensor])
+        return to_device(load_tensor(*self.checkpoint.tensors[entry.layer.tensor]), self.device)
 
     def _quantized(self, planned: PlannedLayer, W: torch.Tensor) -> Iterator[Chunk]:
         from loftq_cli.core.residual import sum_of_squares
@@ -98,9 +101,15 @@ class RunningTask:
         layer = planned.layer
         if layer.transposed:
             W = W.T.contiguous()
-        W = W.to(self.device)
+
+        def fall_back() -> None:
+            self.warn(f"{layer.tensor} does not fit on {self.device}: computed on the CPU")
+
+        def work(W: torch.Tensor) -> LoftqResult:
+            return initialize(W, planned, self.settings)
+
         try:
-            result = initialize(W, planned, self.settings)
+            result = with_fallback(work, W, self.device, fall_back)
         except LoftqError as error:
             raise error.within(layer.tensor) from error
         self.outcomes.append(

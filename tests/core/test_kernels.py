@@ -134,6 +134,20 @@ def test_the_step_and_its_products(products: torch.dtype, double_quant: bool) ->
     assert differ < (0.05 if products == torch.bfloat16 else 0.001)
 
 
+def test_the_memory_of_a_spent_residual_is_taken() -> None:
+    W, fmt = torch.randn(200, 160), BlockwiseFormat("nf4", 64)
+    _, spent = fused.step(W, None, fmt, W.dtype)
+    carried = (torch.randn(200, 2) * 0.1, torch.randn(2, 160))
+    _, expected = fused.step(W, carried, fmt, W.dtype)
+    for products, taken in [(torch.bfloat16, False), (torch.float32, True)]:
+        _, left = fused.step(W, carried, fmt, W.dtype, products=products, spare=spent)
+        assert (left.matrix.data_ptr() == spent.matrix.data_ptr()) == taken
+    assert torch.equal(left.matrix, expected.matrix)
+    assert left.energy == expected.energy
+    _, other = fused.step(W[:100], None, fmt, W.dtype, spare=spent)
+    assert other.matrix.shape == (100, 160)
+
+
 def float32_patterns() -> Tensor:
     """Every exponent with mantissas around the ties of bfloat16 and float16, and random ones."""
     generator = torch.Generator().manual_seed(0)

@@ -159,8 +159,9 @@ def test_no_iterations_is_plain_quantization_and_a_fresh_adapter() -> None:
 
 
 @pytest.mark.parametrize("quantizer", [NF4, Blockwise(BlockwiseFormat("fp4", 32, True)), Int8()])
-def test_a_weight_of_zeros(quantizer: Quantizer) -> None:
-    result = initialize(torch.zeros(16, 48), quantizer, 4, iterations=2)
+@pytest.mark.parametrize("shape", [(16, 48), (300, 320)])
+def test_a_weight_of_zeros(quantizer: Quantizer, shape: tuple[int, int]) -> None:
+    result = initialize(torch.zeros(shape), quantizer, 4, iterations=2)
     assert (quantizer.dequantize(result.quantized) == 0).all()
     assert result.error == result.quantized_only_error == 0
     assert result.errors == [0.0, 0.0]
@@ -184,6 +185,18 @@ def test_extreme_magnitudes(scale: float) -> None:
     W = low_rank_plus_noise(64, 64, 4)
     usual = initialize(W, NF4, 4, iterations=3)
     assert initialize(W * scale, NF4, 4, iterations=3).error == pytest.approx(usual.error, rel=1e-3)
+
+
+@pytest.mark.parametrize("svd", ["exact", "auto"])
+@pytest.mark.parametrize("scale", [1e-37, 1e-39, 1e-41, 1e-44])
+@pytest.mark.parametrize("shape", [(128, 96), (280, 260)])
+def test_subnormal_weights_are_no_accident(shape: tuple[int, int], scale: float, svd: str) -> None:
+    W = low_rank_plus_noise(*shape, 4) * 50 * scale
+    result = initialize(W, NF4, 4, iterations=3, svd=svd)
+    assert math.isfinite(result.error)
+    assert result.error <= result.quantized_only_error * 1.001
+    assert result.lora_A.isfinite().all()
+    assert result.lora_B.isfinite().all()
 
 
 def test_outliers_beyond_half_precision_fall_back_to_a_finite_iterate() -> None:

@@ -157,6 +157,15 @@ def test_less_rank_than_asked_for(true_rank: int) -> None:
     assert warm.energy > 0.9 * truncated_svd(other, 12, method="exact").energy
 
 
+def test_half_of_it_zeros() -> None:
+    M = torch.randn(300, 260, generator=generator(2))
+    M[:150], M[:, 100:] = 0, 0
+    low_rank = truncated_svd(Residual.of(M), 12, method="randomized", generator=generator())
+    exact = truncated_svd(Residual.of(M), 12, method="exact")
+    assert low_rank.energy == pytest.approx(exact.energy, rel=5e-3)
+    assert (low_rank.dense()[:150] == 0).all()
+
+
 @pytest.mark.parametrize("scale", [1e-30, 1e-15, 1e15, 1e30])
 def test_any_magnitude(scale: float) -> None:
     M = spectrum_matrix(SPECTRA["slow"], 300, 260)

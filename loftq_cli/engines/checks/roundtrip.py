@@ -33,6 +33,11 @@ class _Silent:
     def advance(self, name: str) -> None: ...
 
 
+def _refuse_fallback(text: str) -> None:
+    """A layer that this device has no room for is a finding, not a detail."""
+    raise CheckFailed(text, hint="choose --device cpu, or free memory on the device")
+
+
 @dataclass
 class RoundTrip:
     """The directory that `quantize` writes and `reload` reads; gone when ``files`` is closed."""
@@ -63,6 +68,7 @@ class RoundTrip:
                 device=subject.device,
                 progress=silent,
                 timings=Timings(),
+                warn=_refuse_fallback,
             )
             output_files.join_adapter(plan, checkpoint, staging, architecture, base_model="model")
             output_files.write_model_files(
