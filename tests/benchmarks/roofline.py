@@ -1,15 +1,16 @@
-"""What this box could do at best: its bandwidth and matrix rate, and the work that LoftQ needs.
+"""What this box could do at best: its rates, and the work that LoftQ needs.
 
 The floor of a run is the larger of two times, each counted from the algorithm and not from any
-implementation of it:
+implementation of it, at rates that are measured first:
 
     bytes       every iteration reads W once and writes the residual once (float32 in, the dtype
                 of the sketches out), and each pass of the SVD reads the residual twice
-    operations  every iteration multiplies s·B·A (2·m·n·r) and each pass multiplies R·V and Rᵀ·Y
-                (4·m·n·k, k = rank + oversampling); one pass an iteration and one more at the end,
-                which is the least a warm-started SVD can do
+    operations  every iteration but the first multiplies s·B·A (2·m·n·r) and each pass of the SVD
+                R·V and Rᵀ·Y (4·m·n·k, k = rank + oversampling), one pass an iteration and one more
+                at the end, which is the least that a warm-started SVD can do; and every iteration
+                finds m·n codes, at the rate of values that are in cache
 
-Quantization itself (a handful of comparisons a weight) is not counted.
+Small matrices, the measurement of the final error and everything that waits are not counted.
 """
 
 from __future__ import annotations
@@ -21,6 +22,10 @@ from dataclasses import dataclass
 
 import torch
 
+from loftq_cli.core.blockwise import BlockwiseFormat
+from loftq_cli.core.parallel import one_thread_each
+from loftq_cli.core.quantizers import Blockwise
+
 OVERSAMPLING = 8
 
 
@@ -31,12 +36,14 @@ class Floor:
     bytes_per_second: float
     operations_per_second: float
     sketch_bytes: int
+    codes_per_second: float
 
     def __str__(self) -> str:
         return (
             f"measured: {self.bytes_per_second / 1e9:.1f} GB/s (copy, bytes read and written), "
             f"{self.operations_per_second / 1e9:.0f} GFLOP/s (matrix products of a 4096×4096 and a "
-            f"4096×72 matrix, {'bfloat16' if self.sketch_bytes == 2 else 'float32'})"
+            f"4096×72 matrix, {'bfloat16' if self.sketch_bytes == 2 else 'float32'}), "
+            f"{self.codes_per_second / 1e9:.2f} G codes/s (NF4, values in cache)"
         )
 
     def seconds(self, shape: tuple[int, int], rank: int, iterations: int) -> float:
@@ -48,7 +55,9 @@ class Floor:
         )
         width = rank + OVERSAMPLING
         operations = (iterations - 1) * 2 * values * rank + passes * 4 * values * width
-        return max(moved / self.bytes_per_second, operations / self.operations_per_second)
+        computing = operations / self.operations_per_second
+        computing += iterations * values / self.codes_per_second
+        return max(moved / self.bytes_per_second, computing)
 
 
 def measure_floor(device: str) -> Floor:
@@ -63,7 +72,11 @@ def measure_floor(device: str) -> Floor:
         V = torch.randn(4096, 72, device=device).to(dtype)
         rates[dtype] = 2 * 4096 * 4096 * 72 / median_seconds(lambda R=R, V=V: R @ V, device)
     fastest = max(rates, key=lambda dtype: rates[dtype])
-    return Floor(bandwidth, rates[fastest], fastest.itemsize)
+    W = torch.randn(512, 4096, device=device)
+    quantizer = Blockwise(BlockwiseFormat("nf4", 64))
+    with one_thread_each():
+        codes = median_seconds(lambda: quantizer.step(W, None, fast=True), device, repeats=29)
+    return Floor(bandwidth, rates[fastest], fastest.itemsize, W.numel() / codes)
 
 
 def median_seconds(work: Callable[[], object], device: str, repeats: int = 9) -> float:
