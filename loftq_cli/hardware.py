@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -23,14 +24,14 @@ def resolve_device(requested: str) -> Choice:
     """`auto`, `cpu`, `cuda` or `cuda:N` as a device that torch can use."""
     import torch
 
-    index = requested.removeprefix("cuda").removeprefix(":")
     if requested == "cpu":
         return Choice("cpu", "asked for")
     if requested == "auto":
         if torch.cuda.is_available():
             return Choice("cuda:0", f"auto: torch sees {torch.cuda.get_device_name(0)}")
         return Choice("cpu", f"auto: {_why_no_cuda(torch)}")
-    if not requested.startswith("cuda") or (requested != "cuda" and not index.isdigit()):
+    cuda = re.fullmatch(r"cuda(?::(\d+))?", requested, re.ASCII)
+    if cuda is None:
         raise UsageError(
             f"there is no device {requested!r}", hint="use --device auto, cpu, cuda or cuda:N"
         )
@@ -38,7 +39,7 @@ def resolve_device(requested: str) -> Choice:
         raise LoftqError(
             f"cannot use --device {requested}", cause=_why_no_cuda(torch), hint="use --device cpu"
         )
-    number = int(index or 0)
+    number = int(cuda[1] or 0)
     count = torch.cuda.device_count()
     if number >= count:
         seen = "1 CUDA device" if count == 1 else f"{count} CUDA devices"

@@ -103,13 +103,13 @@ class Staging:
     def __enter__(self) -> Staging:
         _refuse_overlap(self.target, self._protected)
         if not os.path.lexists(self.partial):
-            self._refuse_existing()
+            refuse_existing(self.target, self._force)
         with disk_errors(self.partial):
             self._refuse_foreign()
             self._lock()
             try:
                 self._repair()
-                self._refuse_existing()
+                refuse_existing(self.target, self._force)
                 self._resume()
             except BaseException:
                 self._leave()
@@ -142,7 +142,7 @@ class Staging:
             for folder, _, files in os.walk(self.directory):
                 for name in (*files, "."):
                     fsync_path(Path(folder, name))
-            self._refuse_existing()
+            refuse_existing(self.target, self._force)
             try:
                 if os.path.lexists(self.target):
                     os.replace(self.target, self._replaced)
@@ -160,19 +160,6 @@ class Staging:
                 os.replace(self.target, self.directory)
             if self._replaced.exists():
                 os.replace(self._replaced, self.target)
-
-    def _refuse_existing(self) -> None:
-        if not os.path.lexists(self.target):
-            return
-        if not self.target.is_dir():
-            raise OutputExists(
-                f"{self.target} exists and is not a directory", hint="choose another --output"
-            )
-        if not self._force:
-            raise OutputExists(
-                f"{self.target} already exists",
-                hint="add --force to replace it, or choose another --output",
-            )
 
     def _refuse_foreign(self) -> None:
         """What is not ours is not deleted, whatever its directory is called."""
@@ -306,6 +293,25 @@ class Staging:
         }
         text = json.dumps(manifest, indent=1) + "\n"
         write_bytes_atomically(self.partial / MANIFEST_FILE, text.encode())
+
+
+def refuse_existing(target: Path, force: bool) -> None:
+    """OUT is there, and nobody said that it may be replaced.
+
+    Raises:
+        OutputExists
+    """
+    if not os.path.lexists(target):
+        return
+    if not target.is_dir():
+        raise OutputExists(
+            f"{target} exists and is not a directory", hint="choose another --output"
+        )
+    if not force:
+        raise OutputExists(
+            f"{target} already exists",
+            hint="add --force to replace it, or choose another --output",
+        )
 
 
 def _refuse_overlap(target: Path, protected: list[Path]) -> None:

@@ -204,7 +204,11 @@ DryRun: TypeAlias = Annotated[
     bool, typer.Option("--dry-run", help="Say what would be written; write nothing.")
 ]
 Resume: TypeAlias = Annotated[
-    bool, typer.Option("--resume", help="Go on where an interrupted run stopped.")
+    bool,
+    typer.Option(
+        "--resume",
+        help="Accept an output that is already complete; interrupted runs go on by themselves.",
+    ),
 ]
 Force: TypeAlias = Annotated[
     bool, typer.Option("--force", help="Replace the output if it is there.")

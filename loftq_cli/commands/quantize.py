@@ -77,7 +77,11 @@ def quantize(
     if bits not in (4, 8):
         raise UsageError(f"--bits {bits} is not supported", hint="--bits 4 or --bits 8")
     if force and resume:
-        raise UsageError("--force starts over, --resume goes on: choose one")
+        raise UsageError("--force replaces the output, --resume accepts it: choose one")
+    if bits == 8 and (quant_type, block_size, double_quant) != ("nf4", 64, False):
+        raise UsageError("8 bits have no --quant-type, --block-size or --double-quant")
+    if init == "qlora" and (iterations, svd) != (5, "auto"):
+        raise UsageError("--init qlora corrects nothing: --iterations and --svd have no effect")
     if verify and dry_run:
         raise UsageError("--dry-run writes nothing that --verify could open: choose one")
     from loftq_cli.engines.plan import Settings
@@ -167,7 +171,7 @@ def _quantize(
     began = time.perf_counter()
     from loftq_cli import hardware
     from loftq_cli.checkpoint.index import open_checkpoint
-    from loftq_cli.checkpoint.staging import Staging
+    from loftq_cli.checkpoint.staging import Staging, refuse_existing
     from loftq_cli.checkpoint.writer import require_free_space
     from loftq_cli.commands import quantize_result as result
     from loftq_cli.engines import output as output_files
@@ -178,6 +182,11 @@ def _quantize(
     from loftq_cli.models.source import companions, read_config, refuse_quantized
     from loftq_cli.models.spec import resolve_model
 
+    # Before a model is downloaded for nothing; `Staging` looks again when it holds the lock.
+    if force:
+        result.refuse_to_replace_foreign(output)
+    elif not resume:
+        refuse_existing(output, force)
     with run.timing("resolve"):
         found = resolve_model(spec, with_code=trust_remote_code)
         config = read_config(found.directory)
@@ -193,8 +202,6 @@ def _quantize(
         tensors = [info for _, info in checkpoint.tensors.values()]
         plan = make_plan(architecture.inventory(tensors), settings)
     fingerprint = output_files.fingerprint(checkpoint, config, settings, chosen.value)
-    if force:
-        result.refuse_to_replace_foreign(output)
     if resume and (document := result.finished_run(output, fingerprint)) is not None:
         run.note(f"{output} is already complete")
         return document, found, chosen.value

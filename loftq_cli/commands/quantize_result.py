@@ -124,12 +124,13 @@ def _settings(settings: Settings) -> schema.QuantizeSettings:
         bits=settings.bits,
         quant_type=settings.quant_type if four_bits else "int8",
         block_size=settings.block_size if four_bits else None,
-        double_quant=settings.double_quant,
+        double_quant=settings.double_quant and four_bits,
         rank=settings.rank,
         lora_alpha=settings.lora_alpha,
         rslora=settings.use_rslora,
         iterations=settings.iterations,
         init=settings.init,
+        svd=settings.svd,
         target_modules=list(settings.target_modules),
         seed=settings.seed,
     )
@@ -164,9 +165,11 @@ def write_document(staging: Staging, document: Report) -> None:
 
 def finished_run(output: Path, fingerprint: Mapping[str, Any]) -> Report | None:
     """The report of a complete output that these very settings made; None if there is no such."""
+    from loftq_cli.commands.verify_result import read_report
+
     try:
-        document: Report = schema.load_document((output / REPORT_FILE).read_text("utf-8"))
-    except (OSError, UnicodeDecodeError, LoftqError):
+        document = read_report(output)
+    except LoftqError:
         return None
     return document if document.results.fingerprint == digest(fingerprint) else None
 

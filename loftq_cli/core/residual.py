@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -95,9 +94,8 @@ def rows_a_piece(rows: int, columns: int, multiple: int = 1) -> int:
 
 
 def worth_compiling(X: Tensor) -> bool:
-    """Whether there are compiled kernels, and ``X`` is on the CPU and large enough for them."""
-    large = X.device.type == "cpu" and X.numel() >= _WORTH_COMPILING
-    return large and find_spec("numba") is not None
+    """Whether ``X`` is on the CPU, where the compiled kernels work, and large enough for them."""
+    return X.device.type == "cpu" and X.numel() >= _WORTH_COMPILING
 
 
 @torch.no_grad()

@@ -1,1 +1,1 @@
-"""Runs the tasks of a plan: in this process today, on a cluster later."""
+"""Runs the tasks of a plan in this process, and checks what came of them."""

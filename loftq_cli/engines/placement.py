@@ -47,7 +47,7 @@ def with_fallback(
 
     if device == "cpu":
         return work(W)
-    if W.device.type != "cpu" or torch.device(device).type == "cpu":
+    if W.device.type != "cpu":
         try:
             return work(W)
         except torch.OutOfMemoryError:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shlex
 import textwrap
 from pathlib import PurePath
 
@@ -42,9 +44,9 @@ def card(document: Document[QuantizeResults]) -> str:
             from peft import PeftModel
             from transformers import {auto}
 
-            model = {auto}.from_pretrained("{here}")
+            model = {auto}.from_pretrained({quoted(here)})
             model = PeftModel.from_pretrained(
-                model, "{here}", subfolder="loftq_init", is_trainable=True
+                model, {quoted(here)}, subfolder="loftq_init", is_trainable=True
             )
             """),
         _NO_SECOND_QUANTIZATION,
@@ -115,7 +117,7 @@ def _figures(results: QuantizeResults) -> str:
 
 def _merging(results: QuantizeResults, here: str, auto: str) -> str:
     lines = [
-        f'base = {auto}.from_pretrained("{here}").dequantize()',
+        f"base = {auto}.from_pretrained({quoted(here)}).dequantize()",
         'merged = PeftModel.from_pretrained(base, "trained-adapter").merge_and_unload()',
     ]
     state = ""
@@ -141,20 +143,26 @@ def _evaluation(results: QuantizeResults, auto: str) -> str:
             "after training."
         )
     here = PurePath(results.output).name
+    arguments = shlex.quote(f"pretrained={here},peft={here}/loftq_init")
     return (
         "The loss on a text of yours, to be held against the original model's:\n\n"
         + _python(f"""
             from transformers import AutoTokenizer
 
-            tokenizer = AutoTokenizer.from_pretrained("{here}")
+            tokenizer = AutoTokenizer.from_pretrained({quoted(here)})
             inputs = tokenizer(text, return_tensors="pt")  # your text
             loss = model(**inputs, labels=inputs["input_ids"]).loss
             """)
         + "\n\nFor benchmarks, lm-evaluation-harness takes the two directories:\n\n"
         "```sh\n"
-        f"lm_eval --model hf --model_args pretrained={here},peft={here}/loftq_init --tasks ...\n"
+        f"lm_eval --model hf --model_args {arguments} --tasks ...\n"
         "```"
     )
+
+
+def quoted(name: str) -> str:
+    """A directory's name as a Python string."""
+    return json.dumps(name, ensure_ascii=False)
 
 
 def _python(code: str) -> str:

@@ -16,6 +16,7 @@ class QuantizeSettings(Model):
     rslora: bool = False
     iterations: int
     init: str = "loftq"
+    svd: str = "auto"
     target_modules: list[str] | str
     seed: int
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -16,19 +18,26 @@ from tests.conftest import Outcome
 
 
 def test_a_layer_without_room_is_computed_on_the_cpu() -> None:
-    tried: list[str] = []
+    """A stand-in for a weight on a GPU, which this test cannot have."""
+    there: Any = SimpleNamespace(device=torch.device("cuda:0"), cpu=lambda: "here")
+    tried: list[Any] = []
 
-    def work(W: torch.Tensor) -> str:
-        tried.append("once more" if tried else "first")
-        if len(tried) == 1:
+    def work(W: Any) -> str:
+        tried.append(W)
+        if W is there:
             raise torch.OutOfMemoryError("no room")
         return "done"
 
     told: list[None] = []
-    W = torch.zeros(2, 2)
-    # "cpu:0" stands for a device that is not the fallback itself.
-    assert with_fallback(work, W, "cpu:0", lambda: told.append(None)) == "done"
-    assert tried == ["first", "once more"]
+    assert with_fallback(work, there, "cuda:0", lambda: told.append(None)) == "done"
+    assert tried == [there, "here"]
+    assert len(told) == 1
+
+
+def test_a_weight_that_did_not_get_there_is_computed_on_the_cpu() -> None:
+    told: list[None] = []
+    W = torch.ones(2, 2)
+    assert with_fallback(lambda W: float(W.sum()), W, "cuda:0", lambda: told.append(None)) == 4
     assert len(told) == 1
 
 
