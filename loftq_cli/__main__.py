@@ -6,8 +6,10 @@ import sys
 
 
 def main() -> None:
-    from loftq_cli.cli import main as run
-
+    try:
+        from loftq_cli.cli import main as run
+    except KeyboardInterrupt:  # so early that nobody else could catch it
+        sys.exit(130)
     sys.exit(run())
 
 

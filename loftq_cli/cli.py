@@ -229,7 +229,8 @@ def _explain(error: BaseException, arguments: list[str], console: Console) -> in
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         console.error("the disk is full", cause=text, hint="make room, then run it again")
         return DoesNotFit.exit_code
-    if isinstance(error, MemoryError) or kind == "OutOfMemoryError":  # torch has its own
+    # torch has an error of its own for a GPU, and none for the CPU.
+    if isinstance(error, MemoryError) or kind == "OutOfMemoryError" or "can't allocate" in text:
         console.error(
             "out of memory", cause=text, hint="free some memory, or use a box that has more"
         )

@@ -106,6 +106,26 @@ def peak_device_memory_bytes(device: str) -> int | None:
     return int(torch.cuda.max_memory_allocated(device))
 
 
+def product_bytes() -> int:
+    """Bytes of a number in the sketches: 2 where the processor multiplies bfloat16, else 4.
+
+    As ``core.fused.product_dtype`` has it, without torch; 4, which needs more memory, if in doubt.
+    """
+    cpus = Path("/proc/cpuinfo")
+    text = cpus.read_text("utf-8", errors="replace") if cpus.exists() else ""
+    return 2 if re.search(r"\b(avx512_bf16|amx_tile)\b", text) else 4
+
+
+def threads() -> int:
+    """Threads that torch will use: OMP_NUM_THREADS, or a core each; without torch."""
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    if re.fullmatch(r"[1-9]\d{0,3}", asked, re.ASCII):
+        return int(asked)
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def memory_bytes() -> int | None:
     """The memory this process may use: the machine's, or the container's where that is less."""
     try:

@@ -267,6 +267,9 @@ def disk_error(error: OSError, path: Path, needed: int) -> LoftqError:
     hints = {
         errno.EACCES: "choose another --output, or change the directory's permissions",
         errno.EPERM: "choose another --output, or change the directory's permissions",
+        errno.ENOTDIR: "choose another --output: part of this path is a file",
+        errno.ENAMETOOLONG: "choose a shorter --output",
+        errno.ENOENT: "choose another --output: its directory cannot be made",
         errno.EROFS: "choose an --output on a file system that can be written",
         errno.EIO: "check the disk (`dmesg`), then run the same command again",
     }

@@ -181,6 +181,15 @@ SequenceLength: TypeAlias = Annotated[
         show_default="1024, or the model's own limit",
     ),
 ]
+MaxMemory: TypeAlias = Annotated[
+    str | None,
+    typer.Option(
+        "--max-memory",
+        metavar="SIZE",
+        help="Stay within so much memory on the CPU, such as 4GB or 900MB, at the price of time; "
+        "exit 4 before starting if that cannot be.",
+    ),
+]
 Vram: TypeAlias = Annotated[
     str | None,
     typer.Option(
@@ -274,9 +283,13 @@ def ranks(text: str) -> list[int]:
 _UNITS = {"MB": 10**6, "GB": 10**9, "TB": 10**12, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
 
-def size(text: str, option: str) -> int:
-    """`24GB` as 24·10⁹, `24GiB` as 24·2³⁰ bytes."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([MGT]I?B)", text.strip().upper(), re.ASCII)
-    if match is None or float(match[1]) == 0:
-        raise UsageError(f"{option} takes a size such as 24GB or 22.5GiB, not {text!r}")
-    return int(float(match[1]) * _UNITS[match[2]])
+def size(text: str, option: str, *, plain_bytes: bool = False) -> int:
+    """`24GB` as 24·10⁹, `24GiB` as 24·2³⁰ bytes; ``plain_bytes`` may be a number without unit."""
+    stripped = text.strip().upper()
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([MGT]I?B)", stripped, re.ASCII)
+    if plain_bytes and re.fullmatch(r"0*[1-9]\d{0,18}", stripped, re.ASCII):
+        return int(stripped)
+    count = 0 if match is None else float(match[1]) * _UNITS[match[2]]
+    if not 1 <= count < 2**63:
+        raise UsageError(f"{option} takes a size such as 24GB or 22.5GiB, not {text!r:.80}")
+    return int(count)

@@ -16,6 +16,7 @@ from loftq_cli.commands.options import (
     Init,
     Iterations,
     LoraAlpha,
+    MaxMemory,
     Model,
     Output,
     QuantType,
@@ -27,6 +28,7 @@ from loftq_cli.commands.options import (
     TargetModules,
     TrustRemoteCode,
     Verify,
+    size,
     split_list,
 )
 from loftq_cli.commands.run import Run, command
@@ -35,7 +37,8 @@ from loftq_cli.errors import UsageError
 
 if TYPE_CHECKING:
     from loftq_cli.commands.quantize_result import Report
-    from loftq_cli.engines.plan import Settings
+    from loftq_cli.engines.memory import MemoryPlan
+    from loftq_cli.engines.plan import Plan, Settings
     from loftq_cli.models.spec import ResolvedModel
 
 
@@ -56,6 +59,7 @@ def quantize(
     rslora: RsLora = False,
     target_modules: TargetModules = "all-linear",
     device: Device = "auto",
+    max_memory: MaxMemory = None,
     seed: Seed = 0,
     dry_run: DryRun = False,
     resume: Resume = False,
@@ -84,6 +88,12 @@ def quantize(
         raise UsageError("--init qlora corrects nothing: --iterations and --svd have no effect")
     if verify and dry_run:
         raise UsageError("--dry-run writes nothing that --verify could open: choose one")
+    limit = None if max_memory is None else size(max_memory, "--max-memory", plain_bytes=True)
+    if limit is not None and device not in ("auto", "cpu"):
+        raise UsageError(
+            f"--max-memory counts memory of the CPU: not with --device {device}",
+            hint="--device cpu",
+        )
     from loftq_cli.engines.plan import Settings
 
     settings = Settings(
@@ -106,11 +116,11 @@ def quantize(
             "corrects; expect little gain from LoftQ here"
         )
     if dry_run:
-        _dry_run(run, model, output, settings, trust_remote_code)
+        _dry_run(run, model, output, settings, limit, trust_remote_code)
     else:
         assert output is not None
         document, source, used = _quantize(
-            run, model, output, settings, device, resume, force, trust_remote_code
+            run, model, output, settings, device, limit, resume, force, trust_remote_code
         )
         if not verify:
             run.emit(document)
@@ -128,7 +138,12 @@ def quantize(
 
 
 def _dry_run(
-    run: Run, spec: str, output: Path | None, settings: Settings, trust_remote_code: bool
+    run: Run,
+    spec: str,
+    output: Path | None,
+    settings: Settings,
+    limit: int | None,
+    trust_remote_code: bool,
 ) -> None:
     """Reads headers and config only, and imports no torch."""
     from loftq_cli.checkpoint.index import open_checkpoint
@@ -145,6 +160,7 @@ def _dry_run(
     checkpoint = open_checkpoint(found.directory)
     tensors = [info for _, info in checkpoint.tensors.values()]
     plan = make_plan(linear_layers(tensors, config), settings)
+    memory = _plan_memory(run, plan, limit)
     results = results_of(
         plan,
         checkpoint,
@@ -152,9 +168,20 @@ def _dry_run(
         architecture=class_name(config),
         task_type=None,
         seconds=estimates.seconds(plan),
-        peak_memory_bytes=estimates.memory_bytes(plan),
+        peak_memory_bytes=memory.peak_bytes,
     )
     run.finish(results, model=identity_of(found))
+
+
+def _plan_memory(run: Run, plan: Plan, limit: int | None) -> MemoryPlan:
+    """How much is held at once, by the same rule for a run and for a dry run."""
+    from loftq_cli import hardware
+    from loftq_cli.engines.estimates import Machine
+    from loftq_cli.engines.memory import plan_memory
+
+    memory = plan_memory(plan, limit, Machine(hardware.product_bytes(), hardware.threads()))
+    run.resolved("memory_plan", memory.name, memory.reason)
+    return memory
 
 
 def _quantize(
@@ -163,6 +190,7 @@ def _quantize(
     output: Path,
     settings: Settings,
     device: str,
+    limit: int | None,
     resume: bool,
     force: bool,
     trust_remote_code: bool,
@@ -195,12 +223,21 @@ def _quantize(
     with run.timing("plan"):
         run.quiet_libraries()
         chosen = hardware.resolve_device(device)
+        if limit is not None and chosen.value != "cpu":
+            chosen = hardware.Choice("cpu", "--max-memory counts memory of the CPU")
+            run.warn("--max-memory counts memory of the CPU: the GPU is not used")
         run.resolved("device", *chosen)
         architecture = read_architecture(
             found.directory, config, trust_remote_code=trust_remote_code
         )
         tensors = [info for _, info in checkpoint.tensors.values()]
+        if unused := architecture.require_weights(tensors):
+            run.warn(
+                f"{len(unused)} tensors belong to nothing in {architecture.class_name} and are "
+                f"only copied, {unused[0]} among them"
+            )
         plan = make_plan(architecture.inventory(tensors), settings)
+        memory = _plan_memory(run, plan, limit)
     fingerprint = output_files.fingerprint(checkpoint, config, settings, chosen.value)
     if resume and (document := result.finished_run(output, fingerprint)) is not None:
         run.note(f"{output} is already complete")
@@ -224,6 +261,7 @@ def _quantize(
                     progress=progress,
                     timings=timings,
                     warn=run.warn,
+                    level=memory.level,
                 )
             except BaseException as error:
                 if not isinstance(error, Exception) and staging.finished:  # Ctrl-C or SIGTERM

@@ -70,6 +70,10 @@ def sweep_ranks(
         raise UsageError(
             "at 16 bits there is no quantization error to measure", hint="--bits 4 or --bits 8"
         )
+    if not error and device != "auto":
+        raise UsageError("--device has no effect without --error", hint="add --error")
+    if bits != 4 and (quant_type, block_size) != ("nf4", 64):
+        raise UsageError(f"{bits} bits have no --quant-type and no --block-size")
     run.quiet_libraries()
     with run.timing("resolve"):
         found = fetch_model(model) if error else find_model(model, run.note)

@@ -29,6 +29,7 @@ from loftq_cli.core.blockwise import (
 from loftq_cli.core.codebooks import codebook
 from loftq_cli.core.parallel import all_threads, each
 from loftq_cli.core.residual import Residual, rows_a_piece
+from loftq_cli.core.streamed import Leave, RowsOnDemand, StreamedResidual
 
 _ROUNDING = {
     torch.float32: kernels.FLOAT32,
@@ -61,13 +62,14 @@ def step(
     packed = _empty(((W.numel() + 1) // 2,), torch.uint8)
     absmax = _empty((-(-W.numel() // fmt.block_size),), torch.float32)
     # Double-quantized, what will be read back is not known before the last block.
-    residual = None if fmt.double_quant else _Held(pieces, products, probe, spare)
+    residual = None if fmt.double_quant else _in_the_making(pieces, products, probe, spare)
     nothing = torch.empty(0, dtype=products)
     left, right = (None, None) if carried is None else (part.to(products) for part in carried)
     choices = _choices(fmt.quant_type)
 
     def work(piece: int) -> None:
         rows, w = pieces.rows(piece), pieces.weight(piece)
+        rest = nothing if residual is None else residual.place(piece)
         energy = kernels.quantize(
             _flat(w),
             _flat(nothing if left is None else left[rows] @ right),
@@ -76,10 +78,10 @@ def step(
             _ROUNDING[dtype],
             packed[pieces.bytes(piece)].numpy(),
             absmax[pieces.blocks(piece)].numpy(),
-            _flat(nothing if residual is None else residual.matrix[rows]),
+            _flat(rest),
         )
         if residual is not None:
-            residual.finish(piece, energy)
+            residual.finish(piece, rest, energy)
 
     each(work, pieces.count)
     with all_threads():
@@ -101,11 +103,12 @@ def leave(
 ) -> Residual:
     """W − Q of what is already quantized."""
     pieces = _Pieces(W, quantized.format)
-    residual = _Held(pieces, products, probe, spare)
+    residual = _in_the_making(pieces, products, probe, spare)
     read = _reader(pieces, quantized)
 
     def work(piece: int) -> None:
-        residual.finish(piece, read(piece, residual.matrix[pieces.rows(piece)]))
+        rest = residual.place(piece)
+        residual.finish(piece, rest, read(piece, rest))
 
     each(work, pieces.count)
     return residual.of(quantized)
@@ -168,39 +171,62 @@ class _Pieces:
         )
 
 
-class _Held:
-    """A residual in the making."""
+class _InTheMaking:
+    """A residual in the making, held in ``matrix``; streamed, that is empty."""
 
     def __init__(
-        self,
-        pieces: _Pieces,
-        dtype: torch.dtype,
-        probe: Tensor | None,
-        spare: Residual | None,
+        self, pieces: _Pieces, matrix: Tensor, probe: Tensor | None, *, streamed: bool
     ) -> None:
         self.pieces = pieces
-        shape = (pieces.W.shape[0], pieces.columns)
-        fits = spare is not None and spare.shape == shape and spare.matrix.dtype == dtype
-        self.matrix = spare.matrix if spare is not None and fits else _empty(shape, dtype)
+        self.matrix = matrix
+        self.streamed = streamed
         self.energies = [0.0] * pieces.count
         self.probe = probe
         self.directions: Tensor | None = None
         self.probed: Tensor | None = None
         if probe is not None:
-            self.directions = probe.to(dtype)
-            self.probed = _empty((pieces.W.shape[0], probe.shape[1]), dtype)
+            self.directions = probe.to(matrix.dtype)
+            self.probed = _empty((pieces.W.shape[0], probe.shape[1]), matrix.dtype)
 
-    def finish(self, piece: int, energy: float) -> None:
-        """The rows of this piece are there, and their squares add up to ``energy``."""
+    def place(self, piece: int) -> Tensor:
+        """Where the rows of this piece go."""
         rows = self.pieces.rows(piece)
+        if not self.streamed:
+            return self.matrix[rows]
+        return self.matrix.new_empty(rows.stop - rows.start, self.pieces.columns)
+
+    def finish(self, piece: int, rest: Tensor, energy: float) -> None:
+        """The rows of this piece are in ``rest``, and their squares add up to ``energy``."""
         self.energies[piece] = energy
         if self.directions is not None and self.probed is not None:
-            torch.mm(self.matrix[rows], self.directions, out=self.probed[rows])
+            torch.mm(rest, self.directions, out=self.probed[self.pieces.rows(piece)])
 
     def of(self, quantized: QuantizedBlockwise) -> Residual:
+        W = self.pieces.W
         rounded = self.matrix.dtype != torch.float32
-        reread = partial(leave, self.pieces.W, quantized) if rounded else None
-        return Residual(self.matrix, math.fsum(self.energies), self.probe, self.probed, reread)
+        reread = partial(leave, W, quantized) if rounded else None
+        known = self.matrix, math.fsum(self.energies), self.probe, self.probed, reread
+        if not self.streamed:
+            return Residual(*known)
+        return StreamedResidual(
+            *known,
+            out_features=W.shape[0],
+            in_features=W.shape[1],
+            unit=quantized.format.block_size,
+            leave=_part_reader(W, quantized),
+        )
+
+
+def _in_the_making(
+    pieces: _Pieces, dtype: torch.dtype, probe: Tensor | None, spare: Residual | None
+) -> _InTheMaking:
+    """Of a weight in memory the residual is held too, in ``spare``'s memory if that fits."""
+    if isinstance(pieces.W, RowsOnDemand):
+        return _InTheMaking(pieces, torch.empty(0, dtype=dtype), probe, streamed=True)
+    shape = (pieces.W.shape[0], pieces.columns)
+    fits = spare is not None and spare.shape == shape and spare.matrix.dtype == dtype
+    matrix = spare.matrix if spare is not None and fits else _empty(shape, dtype)
+    return _InTheMaking(pieces, matrix, probe, streamed=False)
 
 
 def _reader(pieces: _Pieces, q: QuantizedBlockwise) -> Callable[[int, Tensor], float]:
@@ -219,6 +245,29 @@ def _reader(pieces: _Pieces, q: QuantizedBlockwise) -> Callable[[int, Tensor], f
             _flat(out),
         )
         return energy
+
+    return read
+
+
+def _part_reader(W: Tensor, q: QuantizedBlockwise) -> Leave:
+    """A function that writes W − Q of some rows and some columns in whole blocks."""
+    out_features, size = W.shape[0], q.format.block_size
+    packed = q.packed.view(out_features, -1)
+    absmax = restore_absmax(q).view(out_features, -1)
+    levels = codebook(q.format.quant_type).level_tensor().numpy()
+
+    def read(rows: slice, columns: slice, out: Tensor) -> None:
+        pairs = slice(columns.start // 2, columns.stop // 2)
+        blocks = slice(columns.start // size, columns.stop // size)
+        kernels.leave(
+            _flat(W[rows][:, columns].float().contiguous()),
+            packed[rows, pairs].reshape(-1).numpy(),
+            absmax[rows, blocks].reshape(-1).numpy(),
+            size,
+            levels,
+            _ROUNDING[q.dtype],
+            _flat(out),
+        )
 
     return read
 

@@ -27,15 +27,23 @@ of the plain algorithm, by 0.1 to 7 % on the weights that were tried.
 import math
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from loftq_cli.core.blockwise import check_finite, check_weight
-from loftq_cli.core.lowrank import LowRank, check_rank, split, takes_exact, truncated_svd
+from loftq_cli.core.lowrank import LowRank, check_rank, split, truncated_svd
 from loftq_cli.core.parallel import one_thread_each
 from loftq_cli.core.quantizers import Product, Quantized, Quantizer
-from loftq_cli.core.residual import rows_times, sum_of_squares, transposed_times
+from loftq_cli.core.residual import (
+    rows_a_piece,
+    rows_times,
+    sum_of_squares,
+    transposed_times,
+)
+from loftq_cli.core.sketches import takes_exact
+from loftq_cli.core.streamed import RowsOnDemand
 from loftq_cli.errors import InvalidSetting, NonFiniteWeight
 
 # Of 0.4 to 0.7 the best for most weights. It overshoots where the rank is most of the matrix's, and
@@ -63,7 +71,7 @@ class LoftqResult:
 
 @torch.no_grad()
 def initialize(
-    W: Tensor,
+    W: Tensor | RowsOnDemand,
     quantizer: Quantizer,
     rank: int,
     *,
@@ -77,18 +85,30 @@ def initialize(
 
     ``scaling`` is the factor that PEFT will multiply B·A with. With no iterations the weight is
     quantized and the adapter starts as PEFT's LoRA does: B = 0, A random. Everything happens on
-    ``W``'s device. The same arguments give the same bits on the same machine, however many threads
-    there are, with two exceptions: LAPACK's have a say in the last bits of an exact SVD, and
-    torch's in the offset of double quantization, as they have in bitsandbytes' own.
+    ``W``'s device. Rows on demand give the bits that the weight in memory gives; an exact SVD
+    gathers them first.
+
+    The same arguments give the same bits on the same machine, however many threads there are, with
+    two exceptions: LAPACK's have a say in the last bits of an exact SVD, and torch's in the offset
+    of double quantization, as they have in bitsandbytes' own.
     """
     check_weight(W)
+    rows: int | None = None
     check_rank(rank, W.shape[0], W.shape[1])
     if iterations < 0:
         raise InvalidSetting(f"{iterations} iterations are not possible")
     if not scaling > 0:
         raise InvalidSetting(f"a LoRA scaling of {scaling} is not possible: it must be above 0")
-    W = W.detach().contiguous()  # a transposed view would be gathered anew in every pass
-    check_finite(W)
+    if isinstance(W, RowsOnDemand):
+        exact = iterations > 0 and takes_exact((W.shape[0], W.shape[1]), rank, svd)
+        if exact or not quantizer.takes_rows(W):
+            W = W.whole()
+        else:
+            W = cast(Tensor, W)  # as far as it is used as one from here on
+            rows = rows_a_piece(W.shape[0], W.shape[1])
+    else:
+        W = W.detach().contiguous()  # a transposed view would be gathered anew in every pass
+    check_finite(W, rows)
     if momentum is None:
         momentum = 0.0 if svd == "exact" or 2 * rank > min(W.shape) else MOMENTUM
     with nullcontext() if svd == "exact" else one_thread_each():

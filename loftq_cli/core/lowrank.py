@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 
 from loftq_cli.core.residual import Residual, rows_times, transposed_times
+from loftq_cli.core.sketches import sketch_width, takes_exact
 from loftq_cli.errors import InvalidSetting, LoftqError
-
-SVD_METHODS = ("exact", "randomized", "auto")
 
 _MOST_PASSES = 16
 # Where the low rank holds so many times what it leaves, its rounding to bfloat16 would show.
@@ -71,15 +70,6 @@ def truncated_svd(
     return _randomized_svd(R, rank, start, generator, tolerance)
 
 
-def takes_exact(shape: tuple[int, int], rank: int, method: str) -> bool:
-    """Whether the whole SVD is wanted, or cheaper, or all that is left for so high a rank."""
-    if method not in SVD_METHODS:
-        raise InvalidSetting(f"SVD method {method!r} is not one of {', '.join(SVD_METHODS)}")
-    smaller, width = min(shape), _sketch_width(rank)
-    cheaper = smaller <= max(2 * width, 64)
-    return method == "exact" or width >= smaller or (method == "auto" and cheaper)
-
-
 def check_rank(rank: int, out_features: int, in_features: int) -> None:
     """Raise unless a weight of this shape has that many singular values."""
     largest = min(out_features, in_features)
@@ -130,11 +120,6 @@ def _converged_svd(R: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     )
 
 
-def _sketch_width(rank: int) -> int:
-    """Vectors in a block: at least eight more than the rank, in whole registers."""
-    return (rank + 8 + 15) // 16 * 16
-
-
 def _randomized_svd(
     R: Residual,
     rank: int,
@@ -157,7 +142,7 @@ def _randomized_svd(
         return _low_rank(U, torch.zeros(0), V, rank)
     # Powers of two round nothing, and keep the squares of squares within float32.
     unit = 2.0 ** -max(min(round(math.log2(R.energy) / 2), 126), -126)
-    width = _sketch_width(rank)
+    width = sketch_width(rank)
     V, orthonormal = _first_block(R, width, start, generator)
     gain, first_fall = math.inf, _WARM_FALL if orthonormal else _COLD_FALL
     for _ in range(_MOST_PASSES):

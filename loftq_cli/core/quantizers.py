@@ -15,6 +15,7 @@ from loftq_cli.core.blockwise import (
 from loftq_cli.core.int8 import QuantizedInt8, dequantize_int8, quantize_int8
 from loftq_cli.core.parallel import each
 from loftq_cli.core.residual import Residual, rows_a_piece, sum_of_squares, worth_compiling
+from loftq_cli.core.streamed import RowsOnDemand
 
 Quantized = QuantizedBlockwise | QuantizedInt8
 # A matrix of low rank as two factors, left (out × r) and right (r × in), both float32.
@@ -40,6 +41,9 @@ class Quantizer(Protocol):
         form and what it leaves are exact all the same. ``spare`` is a residual that nobody needs
         any more: its memory may be taken.
         """
+
+    def takes_rows(self, W: RowsOnDemand) -> bool:
+        """Whether all of this can be done with the rows of this weight, none of them held."""
 
     def dequantize(self, quantized: Any) -> Tensor:
         """Q (out × in), in the dtype and to the bit that the runtime computes with."""
@@ -79,6 +83,9 @@ class Blockwise:
         quantized = quantize_blockwise(_target(W, carried), self.format, dtype=dtype)
         return quantized, Residual.of(W.float() - self.dequantize(quantized).float())
 
+    def takes_rows(self, W: RowsOnDemand) -> bool:
+        return self._compiled(W) and W.shape[1] % self.format.block_size == 0
+
     def dequantize(self, quantized: QuantizedBlockwise) -> Tensor:
         return dequantize_blockwise(quantized)
 
@@ -89,7 +96,7 @@ class Blockwise:
             return fused.remainder(W, quantized, *carried)
         return _remainder(W, self.dequantize(quantized), carried)
 
-    def _compiled(self, W: Tensor) -> bool:
+    def _compiled(self, W: Tensor | RowsOnDemand) -> bool:
         return not self.readable and worth_compiling(W)
 
 
@@ -119,6 +126,9 @@ class Int8:
         each(work, -(-W.shape[0] // rows))
         codes, scb = zip(*((parts[i].codes, parts[i].scb) for i in sorted(parts)), strict=True)
         return QuantizedInt8(torch.cat(codes), torch.cat(scb)), Residual.of(matrix)
+
+    def takes_rows(self, W: RowsOnDemand) -> bool:
+        return False
 
     def dequantize(self, quantized: QuantizedInt8) -> Tensor:
         return dequantize_int8(quantized)

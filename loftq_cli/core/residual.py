@@ -2,15 +2,17 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from loftq_cli.core.parallel import each
+from loftq_cli.core.sketches import COLUMNS, PIECE
 
-# Values in a piece of rows: with what belongs to it, a share of the last cache.
-PIECE = 1 << 20
-_COLUMNS = 256
+if TYPE_CHECKING:
+    from loftq_cli.core.streamed import RowsOnDemand
+
 # Below this many values, loading the compiled kernels costs more than they save.
 _WORTH_COMPILING = 1 << 16
 
@@ -53,7 +55,7 @@ class Residual:
 
     def transposed_times(self, Y: Tensor) -> Tensor:
         """Rᵀ · Y (in × k), for Y (out × k), in the dtype of the matrix."""
-        return rows_times(self.matrix.t(), Y.to(self.matrix.dtype), _COLUMNS)
+        return rows_times(self.matrix.t(), Y.to(self.matrix.dtype), COLUMNS)
 
 
 def rows_times(A: Tensor, B: Tensor, rows: int | None = None) -> Tensor:
@@ -93,7 +95,7 @@ def rows_a_piece(rows: int, columns: int, multiple: int = 1) -> int:
     return max(min(PIECE // max(columns, 1), -(-rows // 8)) // multiple, 1) * multiple
 
 
-def worth_compiling(X: Tensor) -> bool:
+def worth_compiling(X: "Tensor | RowsOnDemand") -> bool:
     """Whether ``X`` is on the CPU, where the compiled kernels work, and large enough for them."""
     return X.device.type == "cpu" and X.numel() >= _WORTH_COMPILING
 

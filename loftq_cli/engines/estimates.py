@@ -1,23 +1,47 @@
 """What a run will need, told before it starts: memory and time, from the plan alone.
 
-Memory is the sum of what is held at once, in bytes a weight of the largest layer:
+Memory is the sum of what is held at once for the largest layer, beside the libraries themselves
+and the adapters of one output file. In bytes a weight of that layer:
 
-    2 × dtype   the weight that is worked on, and the next one, which is read meanwhile
-    4           the residual, in the dtype of the sketches or in float32
-    3           codes: this iterate's, the best one's, and finished layers waiting for the disk
+    2 × dtype   the weight that is worked on, and the next one, which is read meanwhile; one more
+                while a transposed weight is turned
+    2 or 4      the residual, in the dtype of the sketches
+    3 × ⁹⁄₁₆    codes: this iterate's, the best one's, and a finished layer's that wait for the disk
     32          instead of the last two with the exact SVD: residual, U, V and LAPACK's workspace
 
-beside the libraries themselves and the adapters of one output file. Time is a rate that was
-measured on two cores (README, "How fast"); other machines differ by their own factor.
+and besides, for every direction of a sketch, about a dozen vectors as long as a column and a row.
+Without the reading ahead one dtype less is held. By rows (`Level.ROWS`) neither weight nor
+residual is, but a slab of the residual's columns and the pieces that the threads are at.
+
+Measured on two cores with bfloat16 products, in MB, against what is told here (README, "Memory"):
+
+                                          as always    one layer    by rows
+    the demo, rank 16                     510  @D1@    510  @D2@    510  @D3@
+    GPT-2 (124M, Conv1D), rank 16         577  @G1@    601  @G2@    588  @G3@
+    a block of a 7B Llama, rank 64        898  @B1@    822  @B2@    721  @B3@
+
+Time is a rate that was measured on two cores (README, "How fast"); other machines differ by their
+own factor.
 """
 
 from __future__ import annotations
 
-from loftq_cli.checkpoint.safetensors import DTYPE_BITS
-from loftq_cli.engines.plan import Plan, PlannedLayer
+from enum import IntEnum
+from typing import NamedTuple
 
-# Python, torch, transformers and the compiled kernels, resident after a run on a tiny model.
+from loftq_cli.checkpoint.safetensors import DTYPE_BITS
+from loftq_cli.core.sketches import PIECE, sketch_width, slab_columns, takes_exact
+from loftq_cli.engines.plan import Plan, PlannedLayer, Settings
+
+# Python, torch, transformers and the compiled kernels, resident after a run on a tiny model:
+# 510 MB were measured there, and more is wanted where the kernels are compiled first.
 LIBRARY_BYTES = 560_000_000
+# Tensors that are copied, a few pieces of 8 MiB of each waiting for the disk.
+_COPYING_BYTES = 40_000_000
+
+# Float32 vectors (a row and a column of the layer each) for every direction of the sketch: factors
+# of this step, the one before and the best, and the products that the SVD is made of.
+_VECTORS = 12
 
 # Seconds a weight and iteration on two cores: a part for every weight, and one that grows with
 # the rank. Exact SVDs grow with the layer's smaller side instead.
@@ -25,14 +49,83 @@ _SECONDS_A_WEIGHT = 2.0e-9
 _SECONDS_A_WEIGHT_AND_RANK = 5.0e-11
 _SECONDS_EXACT = 2.0e-10
 
+# Smaller layers are never streamed: as `core` has it, the compiled kernels are not used for them.
+_WORTH_STREAMING = 1 << 16
 
-def memory_bytes(plan: Plan) -> int:
+
+class Level(IntEnum):
+    """How little of a layer is held at once. The files are the same bytes at every level."""
+
+    AHEAD = 1  # the next layer is read while one is worked on
+    ALONE = 2  # one layer at a time
+    ROWS = 3  # a layer's rows are read anew in every pass, its residual is formed anew
+
+
+class Machine(NamedTuple):
+    """What of the machine decides about memory."""
+
+    product_bytes: int = 4  # of a number in the sketches; 2 where bfloat16 is multiplied natively
+    threads: int = 2
+
+
+def by_rows(planned: PlannedLayer, settings: Settings) -> bool:
+    """Whether this layer can be worked on by rows.
+
+    Not if the rows on disk are columns, if an exact SVD wants all of it, or in 8 bits.
+    """
+    alternates = planned.adapted and settings.init == "loftq"
+    return (
+        settings.bits == 4
+        and not planned.layer.transposed
+        and planned.layer.parameters >= _WORTH_STREAMING
+        and not (alternates and takes_exact(planned.shape, settings.rank, settings.svd))
+    )
+
+
+def memory_bytes(plan: Plan, level: Level, machine: Machine) -> int:
     """Peak resident memory of a run on the CPU."""
-    layers = max((_layer_bytes(plan, planned) for planned in plan.layers), default=0)
+    largest = largest_layer(plan, level, machine)
+    layer = 0 if largest is None else layer_bytes(plan, largest, level, machine)
     adapters = max(
         sum(tensor.nbytes for tensor in plan.adapter_tensors(task.layers)) for task in plan.tasks
     )
-    return LIBRARY_BYTES + layers + adapters
+    return LIBRARY_BYTES + _COPYING_BYTES + layer + adapters
+
+
+def largest_layer(plan: Plan, level: Level, machine: Machine) -> PlannedLayer | None:
+    """The layer that takes the most memory."""
+    return max(
+        plan.layers,
+        key=lambda planned: layer_bytes(plan, planned, level, machine),
+        default=None,
+    )
+
+
+def layer_bytes(plan: Plan, planned: PlannedLayer, level: Level, machine: Machine) -> int:
+    """Memory that working on this layer takes."""
+    product_bytes = machine.product_bytes
+    settings, layer = plan.settings, planned.layer
+    weights, (out_features, in_features) = layer.parameters, planned.shape
+    stored = DTYPE_BITS[layer.dtype] // 8
+    alternates = planned.adapted and settings.init == "loftq"
+    exact = alternates and takes_exact(planned.shape, settings.rank, settings.svd)
+    vectors = _VECTORS * 4 * sketch_width(settings.rank) if alternates else 0
+    working = vectors * (out_features + in_features)
+    # A piece as it is stored, in float32, its part of the low rank and of the residual.
+    piece = min(max(PIECE, 16 * in_features), weights) * (stored + 4 + 2 * product_bytes)
+    working += min(machine.threads, -(-weights // PIECE)) * piece
+    if settings.bits == 8:
+        # A float32 residual and the sum or product it is made of; codes of a byte.
+        codes, product_bytes = 3 * weights, 8
+    else:
+        codes = 3 * weights * 9 // 16
+    if level == Level.ROWS and by_rows(planned, settings):
+        columns = min(slab_columns(out_features, settings.block_size), in_features)
+        return codes + working + out_features * columns * product_bytes
+    held = (1 if level >= Level.ALONE else 2) + layer.transposed
+    if exact:
+        return weights * (held * stored + 32) + working
+    return weights * (held * stored + product_bytes) + codes + working
 
 
 def seconds(plan: Plan) -> float:
@@ -49,9 +142,3 @@ def seconds(plan: Plan) -> float:
             each = _SECONDS_A_WEIGHT + settings.rank * _SECONDS_A_WEIGHT_AND_RANK
             total += weights * settings.iterations * each
     return total
-
-
-def _layer_bytes(plan: Plan, planned: PlannedLayer) -> int:
-    stored = DTYPE_BITS[planned.layer.dtype] // 8
-    working = 32 if plan.settings.svd == "exact" and planned.adapted else 4 + 3
-    return planned.layer.parameters * (2 * stored + working)

@@ -9,6 +9,7 @@ from loftq_cli.checkpoint.adapter import ADAPTER_NAME, adapter_part
 from loftq_cli.checkpoint.index import Checkpoint
 from loftq_cli.checkpoint.staging import Staging
 from loftq_cli.checkpoint.writer import write_safetensors
+from loftq_cli.engines.estimates import Level
 from loftq_cli.engines.pipeline import Timings, write_behind
 from loftq_cli.engines.plan import Plan
 from loftq_cli.engines.tasks import LayerOutcome, Progress, RunningTask
@@ -23,6 +24,7 @@ def run_tasks(
     progress: Progress,
     timings: Timings,
     warn: Callable[[str], None],
+    level: Level = Level.AHEAD,
 ) -> list[LayerOutcome]:
     """Makes every output file that an earlier run has not finished.
 
@@ -40,7 +42,9 @@ def run_tasks(
             for planned in task.layers:
                 progress.advance(planned.layer.module)
             continue
-        running = RunningTask(task, plan.settings, checkpoint, device, progress, timings, warn)
+        running = RunningTask(
+            task, plan.settings, checkpoint, device, progress, timings, warn, level
+        )
         model_file = write_behind(
             staging.path(task.file_name), plan.model_tensors(task), running.chunks(), timings
         )

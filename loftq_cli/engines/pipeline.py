@@ -34,9 +34,12 @@ class Timings:
 
 
 def read_ahead(
-    items: Sequence[Item], read: Callable[[Item], Read], timings: Timings
+    items: Sequence[Item], read: Callable[[Item], Read], timings: Timings, *, ahead: bool = True
 ) -> Iterator[tuple[Item, Read]]:
-    """Each item with what ``read`` makes of it; the next is read while one is worked on."""
+    """Each item with what ``read`` makes of it; the next is read while one is worked on.
+
+    Not ``ahead``, it is read when it is asked for, and what was read before is forgotten by then.
+    """
 
     def timed(item: Item) -> Read:
         began = time.perf_counter()
@@ -45,6 +48,12 @@ def read_ahead(
         finally:
             timings.add("read", began)
 
+    if not ahead:
+        for item in items:
+            found = timed(item)
+            yield item, found
+            del found
+        return
     with ThreadPoolExecutor(1, thread_name_prefix="loftq-read") as pool:
         coming: Future[Read] | None = pool.submit(timed, items[0]) if items else None
         for position, item in enumerate(items):

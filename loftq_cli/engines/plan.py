@@ -8,18 +8,21 @@ process or many, and again after a crash.
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from loftq_cli.checkpoint import adapter, container
 from loftq_cli.checkpoint.writer import PlannedTensor
-from loftq_cli.errors import InvalidSetting, UnknownTargetModule, UnsupportedModel
+from loftq_cli.errors import InvalidSetting, UnknownTargetModule, UnsupportedModel, UsageError
 from loftq_cli.models.layers import Inventory, LeftTensor, LinearLayer, last_part
 
 # One output file is the unit of work that a killed run may lose.
 SHARD_BYTES = 1 << 30
 ALL_LINEAR = "all-linear"
+# Beyond these, float32 adapters lose the correction; nobody trains there.
+SCALINGS = (1e-6, 1e6)
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 
@@ -42,18 +45,21 @@ class Settings:
 
     def __post_init__(self) -> None:
         if self.block_size not in BLOCK_SIZES:
-            raise InvalidSetting(
+            raise UsageError(
                 f"no block size {self.block_size}",
                 cause="bitsandbytes has kernels for powers of two from 32 to 4096",
                 hint="--block-size 64",
             )
         for name, value, least in (("rank", self.rank, 1), ("iterations", self.iterations, 1)):
             if value < least:
-                raise InvalidSetting(f"{name} {value} is too small", hint=f"--{name} {least}")
-        if not self.lora_alpha > 0:
-            raise InvalidSetting(
-                f"lora_alpha {self.lora_alpha} is not positive",
-                cause="the correction is divided by lora_alpha / rank",
+                raise UsageError(f"{name} {value} is too small", hint=f"--{name} {least}")
+        low, high = SCALINGS
+        if not (math.isfinite(self.lora_alpha) and low <= self.scaling <= high):
+            raise UsageError(
+                f"lora_alpha {self.lora_alpha:g} is out of range",
+                cause=f"it must leave a LoRA scaling between {low:g} and {high:g}: "
+                "the correction is divided by it",
+                hint=f"--lora-alpha {self.rank}",
             )
 
     @property

@@ -1,7 +1,8 @@
 """Runs one task: reads its tensors one by one and quantizes what is to be quantized.
 
 A task hands over the bytes of its output file and holds two weights at a time, the one that is
-worked on and the next; what it keeps to its end are the adapters, which are small.
+worked on and the next, or less (`estimates.Level`); what it keeps to its end are the adapters,
+which are small.
 """
 
 from __future__ import annotations
@@ -11,12 +12,14 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 from loftq_cli.checkpoint import adapter, container
 from loftq_cli.checkpoint.index import Checkpoint
 from loftq_cli.checkpoint.safetensors import read_pieces
-from loftq_cli.checkpoint.tensors import load_tensor
+from loftq_cli.checkpoint.tensors import load_rows, load_tensor, torch_dtype
+from loftq_cli.engines.estimates import Level, by_rows
 from loftq_cli.engines.pipeline import Chunk, Timings, read_ahead
 from loftq_cli.engines.placement import to_device, with_fallback
 from loftq_cli.engines.plan import PlannedLayer, Settings, Task
@@ -27,6 +30,7 @@ if TYPE_CHECKING:
     import torch
 
     from loftq_cli.core.loftq import LoftqResult
+    from loftq_cli.core.streamed import RowsOnDemand
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,7 @@ class RunningTask:
         progress: Progress,
         timings: Timings,
         warn: Callable[[str], None],
+        level: Level = Level.AHEAD,
     ) -> None:
         self.task = task
         self.settings = settings
@@ -72,12 +77,14 @@ class RunningTask:
         self.progress = progress
         self.timings = timings
         self.warn = warn
+        self.level = level
         self.outcomes: list[LayerOutcome] = []
         self.adapters: list[Chunk] = []
 
     def chunks(self) -> Iterator[Chunk]:
         """Name and bytes of the output file's tensors; copied ones come in pieces."""
-        for entry, W in read_ahead(self.task.entries, self._weight, self.timings):
+        ahead = self.level == Level.AHEAD
+        for entry, W in read_ahead(self.task.entries, self._weight, self.timings, ahead=ahead):
             if isinstance(entry, PlannedLayer):
                 assert W is not None
                 self.progress.start(entry.layer.module)
@@ -88,13 +95,18 @@ class RunningTask:
                     yield entry.tensor, bytes(piece)  # the piece's buffer is used again
             del W
 
-    def _weight(self, entry: PlannedLayer | LeftTensor) -> torch.Tensor | None:
+    def _weight(self, entry: PlannedLayer | LeftTensor) -> torch.Tensor | RowsOnDemand | None:
         """A layer's weight. Tensors to copy are read when it is their turn, piece by piece."""
         if isinstance(entry, LeftTensor):
             return None
-        return to_device(load_tensor(*self.checkpoint.tensors[entry.layer.tensor]), self.device)
+        stored = self.checkpoint.tensors[entry.layer.tensor]
+        if self.level == Level.ROWS and self.device == "cpu" and by_rows(entry, self.settings):
+            from loftq_cli.core.streamed import RowsOnDemand
 
-    def _quantized(self, planned: PlannedLayer, W: torch.Tensor) -> Iterator[Chunk]:
+            return RowsOnDemand(entry.shape, torch_dtype(stored[1]), partial(load_rows, *stored))
+        return to_device(load_tensor(*stored), self.device)
+
+    def _quantized(self, planned: PlannedLayer, W: Any) -> Iterator[Chunk]:
         from loftq_cli.core.residual import sum_of_squares
 
         began = time.perf_counter()

@@ -7,6 +7,7 @@ what `from_pretrained` replaces by 4-bit layers cannot drift apart.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,6 +51,19 @@ class Architecture:
     def module_names(self) -> list[str]:
         """Paths of all modules that PEFT could put an adapter on."""
         return [name for name, module in self.model.named_modules() if hasattr(module, "weight")]
+
+    def require_weights(self, tensors: Iterable[TensorInfo]) -> list[str]:
+        """Holds the checkpoint against the class: every parameter is there, in its shape.
+
+        transformers would fill a gap with random numbers and go on.
+
+        Returns:
+            the tensors that nothing in the class uses.
+
+        Raises:
+            CorruptCheckpoint: a parameter has no tensor, or one of another shape.
+        """
+        return _Sorter(self.model).require_weights(list(tensors), self.class_name)
 
     def trained_heads(self, tensors: Iterable[TensorInfo]) -> dict[str, str]:
         """Tensors that PEFT expects in the adapter too, each with its parameter's name.
@@ -213,6 +227,41 @@ class _Sorter:
             entries.append(layers.layer_or_leave(info, module, transposed))
         return self.drop_unloadable(Inventory(tuple(entries)), infos)
 
+    def require_weights(self, tensors: Sequence[TensorInfo], class_name: str) -> list[str]:
+        found: set[str] = set()
+        unused: list[str] = []
+        several = False
+        for info in tensors:
+            parameter, assembled = self.parameter(info.name)
+            several |= assembled
+            if parameter not in self.state:
+                if not _matches_any(info.name, self.model._keys_to_ignore_on_load_unexpected):
+                    unused.append(info.name)
+                continue
+            found.add(parameter)
+            shape = tuple(self.state[parameter].shape)
+            if not assembled and info.shape != shape:
+                raise CorruptCheckpoint(
+                    f"config.json and the weights contradict each other at {info.name}",
+                    cause=f"{class_name} has {shape} there, the file {info.shape}",
+                    hint="the config may belong to another checkpoint: download both again",
+                )
+        needed = {name for name, _ in self.model.named_parameters()} - found - self.tied
+        missing = sorted(
+            name
+            for name in needed
+            if not _matches_any(name, self.model._keys_to_ignore_on_load_missing)
+        )
+        # One tensor that becomes several parameters is known by the first of them only.
+        split = several and any(len(rule.target_patterns) > 1 for rule in self.converters)
+        if missing and not split:
+            raise CorruptCheckpoint(
+                f"no file has the weights of {missing[0]} ({len(missing)} such parameters)",
+                cause=f"config.json describes a {class_name} that has them",
+                hint="the config may belong to another checkpoint: download both again",
+            )
+        return unused
+
     def parameter(self, tensor: str) -> tuple[str, bool]:
         """The parameter that ``tensor`` becomes, by transformers' own renaming rules.
 
@@ -277,6 +326,10 @@ def _matches(module: str, patterns: Iterable[str]) -> bool:
     from transformers.quantizers.quantizers_utils import should_convert_module
 
     return not should_convert_module(module, list(patterns))
+
+
+def _matches_any(name: str, patterns: Iterable[str] | None) -> bool:
+    return any(re.search(pattern, name) for pattern in patterns or ())
 
 
 def _is_linear(module: Any) -> bool:

@@ -36,7 +36,7 @@ from loftq_cli.checkpoint.safetensors import (
     parse_header,
 )
 from loftq_cli.errors import LoftqError, ModelNotFound, UnsafeCheckpoint, first_line
-from loftq_cli.models.source import CONFIG_FILE, check_names, refuse_quantized
+from loftq_cli.models.source import CONFIG_FILE, check_values, refuse_quantized
 
 CONNECTIONS = 8
 _CONTENT_RANGE = re.compile(r"bytes \d+-\d+/(\d+)")
@@ -63,7 +63,7 @@ def read_remote(repository: str, revision: str | None) -> RemoteModel:
     hub = _Repository(repository, revision)
     path = Path(repository)
     config = parse_json(hub.require(CONFIG_FILE, MAX_CONFIG_BYTES), path / CONFIG_FILE)
-    check_names(config, path / CONFIG_FILE)
+    check_values(config, path / CONFIG_FILE)
     refuse_quantized(path, config)
     single = hub.header(SINGLE_FILE)
     if single is not None:

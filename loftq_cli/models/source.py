@@ -49,17 +49,54 @@ def read_config(directory: Path) -> dict[str, Any]:
             hint="give the directory that has config.json and the weights in it",
         )
     config = load_json(path)
-    check_names(config, path)
+    check_values(config, path)
     return config
 
 
-def check_names(config: dict[str, Any], path: Path) -> None:
-    """Raises CorruptCheckpoint if `architectures` or `model_type` are no names."""
-    for key in ("architectures", "model_type"):
+# The sizes a model class is built from, by their names in config.json, and the largest in sight of
+# any model. Beyond them a class would take hours to build, or all memory.
+_SIZES = {
+    **dict.fromkeys(("num_hidden_layers", "n_layer", "num_layers", "num_decoder_layers"), 10_000),
+    **dict.fromkeys(
+        (
+            "hidden_size",
+            "n_embd",
+            "d_model",
+            "intermediate_size",
+            "num_attention_heads",
+            "n_head",
+            "num_key_value_heads",
+            "vocab_size",
+            "n_positions",
+            "max_position_embeddings",
+        ),
+        1_000_000_000,
+    ),
+}
+
+
+def check_values(config: dict[str, Any], path: Path) -> None:
+    """Raises CorruptCheckpoint naming the first key whose value cannot be meant.
+
+    `architectures` must be a list of names, `model_type` a name, and sizes whole numbers in range.
+    """
+    named = config.get("architectures")
+    if named is not None and not (
+        isinstance(named, list) and all(isinstance(name, str) for name in named)
+    ):
+        raise CorruptCheckpoint(
+            f"{path}: architectures is not a list of names", cause=f"it is {named!r:.80}"
+        )
+    kind = config.get("model_type")
+    if kind is not None and not isinstance(kind, str):
+        raise CorruptCheckpoint(f"{path}: model_type is not a name", cause=f"it is {kind!r:.80}")
+    for key, largest in _SIZES.items():
         value = config.get(key)
-        names = value if isinstance(value, list) else [value]
-        if value is not None and not all(isinstance(name, str) for name in names):
-            raise CorruptCheckpoint(f"{path}: {key} is not a name", cause=f"it is {value!r:.80}")
+        if value is not None and not (type(value) is int and 1 <= value <= largest):
+            raise CorruptCheckpoint(
+                f"{path}: {key} is out of range",
+                cause=f"it is {value!r:.80}, and a whole number from 1 to {largest} is expected",
+            )
 
 
 def class_name(config: dict[str, Any]) -> str:

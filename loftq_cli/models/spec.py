@@ -22,6 +22,7 @@ DESCRIPTION_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")
 # Weights in these formats execute code when they are opened.
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
+_LONGEST_NAME = 4096  # no path is longer either
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 Source = Literal["demo", "directory", "hub"]
@@ -62,6 +63,11 @@ def local_model(spec: str) -> ResolvedModel | None:
     """
     if spec == "demo":
         return ResolvedModel("demo", None, "demo", DEMO_DIRECTORY)
+    if not spec or len(spec) > _LONGEST_NAME:
+        raise UsageError(
+            "the model has no name" if not spec else f"no model has a name of {len(spec)} letters",
+            hint="--model demo, a directory, or a hub id such as org/name",
+        )
     directory = Path(spec).expanduser()
     if directory.is_dir():
         return ResolvedModel(spec, None, "directory", directory)

@@ -31,7 +31,7 @@ def quantize_view(document: Document[QuantizeResults]) -> View:
     done = "Dry run" if results.dry_run else f"Wrote {results.output}"
     number_type = "int8" if settings.bits == 8 else settings.quant_type.upper()
     title = f"{done}: {source} in {number_type} with a rank-{settings.rank} adapter"
-    sections: list[Section] = [Facts(_facts(results))]
+    sections: list[Section] = [Facts([*_facts(results), *_memory_plan(document)])]
     if results.layers:
         sections.append(_adapted(results))
     if results.without_adapter:
@@ -71,6 +71,15 @@ def _facts(results: QuantizeResults) -> list[tuple[str, str]]:
     if totals.peak_memory_bytes is not None:
         facts.append(("peak memory", f"{about}{units.size(totals.peak_memory_bytes)}"))
     return facts
+
+
+def _memory_plan(document: Document[QuantizeResults]) -> list[tuple[str, str]]:
+    """How little was held at once, where that was asked for."""
+    resolved = document.resolved.get("memory_plan")
+    asked = any(word.startswith("--max-memory") for word in document.argv)
+    if resolved is None or not asked:
+        return []
+    return [("memory plan", f"{resolved.value} ({resolved.reason})")]
 
 
 def _adapted(results: QuantizeResults) -> Table:

@@ -143,6 +143,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="two shapes, rank 16, a minute")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--shapes", help="only these, such as 2048x2048,4096x4096")
+    parser.add_argument("--ranks", default="16,64")
     parser.add_argument("--repeats", type=int, default=3)
     arguments = parser.parse_args()
     device = arguments.device
@@ -156,7 +158,11 @@ def main() -> None:
     floor: Floor = measure_floor(device)
     print(f"{floor}\n")
     print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}", flush=True)
-    chosen = cases(QUICK, [16], [1, 5]) if arguments.quick else cases(SHAPES, [16, 64], [1, 5])
+    shapes, ranks = SHAPES, [int(rank) for rank in arguments.ranks.split(",")]
+    if arguments.shapes:
+        sides = [shape.split("x") for shape in arguments.shapes.split(",")]
+        shapes = [(int(rows), int(columns)) for rows, columns in sides]
+    chosen = cases(QUICK, [16], [1, 5]) if arguments.quick else cases(shapes, ranks, [1, 5])
     for case in chosen:
         found = run(case, methods, device, arguments.repeats)
         (theirs, their_residual), (papers, _), (own, residual) = found.values()

@@ -21,7 +21,7 @@ SHARED = "--format --json --save --quiet -q --debug --help -h"
 CONTRACT = {
     "quantize": "--model -m --output -o --bits --quant-type --block-size --double-quant --rank "
     "--iterations --init --lora-alpha --target-modules --device --seed --dry-run --resume --force "
-    "--verify",
+    "--verify --max-memory",
     "load": "--model -m --device --dtype --expect --random-weights",
     "generate": "--model -m --prompt --prompts-file --max-new-tokens --temperature --top-p --seed "
     "--rank --adapter --device --dtype",

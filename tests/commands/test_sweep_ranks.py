@@ -298,7 +298,7 @@ def test_the_error_of_a_model_without_weights(
         (["--batch-size", "0"], 2, "--batch-size"),
         (["--target-modules", "c_atn"], 1, "no layer is called 'c_atn'"),
         (["--target-modules", "wte"], 1, "'wte' is not a layer that can be adapted"),
-        (["--block-size", "48"], 1, "no block size 48"),
+        (["--block-size", "48"], 2, "no block size 48"),
         (["-m", "gpt2", "--block-size", "4096"], 1, "block size 4096 does not fit"),
         (["-m", "falcon"], 1, "no layer of this model can be quantized"),
         (["-m", "./nowhere"], 1, "no model at './nowhere'"),
@@ -313,7 +313,8 @@ def test_bad_input(loftq: Loftq, argv: list[str], code: int, message: str) -> No
 
 
 def test_16_bits_have_no_blocks_that_could_not_fit(loftq: Loftq) -> None:
-    found = results(loftq, "-m", "gpt2", "--bits", 16, "--block-size", 4096)
+    assert loftq("sweep-ranks", "-m", "gpt2", "--bits", 16, "--block-size", 4096).code == 2
+    found = results(loftq, "-m", "gpt2", "--bits", 16)
     assert found["settings"]["block_size"] is None
     assert found["quantized_parameters"] == 0
 

@@ -5,8 +5,9 @@ import torch
 from torch import Tensor
 
 from loftq_cli.core import lowrank
-from loftq_cli.core.lowrank import check_rank, lora_scaling, split, takes_exact, truncated_svd
+from loftq_cli.core.lowrank import check_rank, lora_scaling, split, truncated_svd
 from loftq_cli.core.residual import Residual
+from loftq_cli.core.sketches import takes_exact
 from loftq_cli.errors import InvalidSetting, LoftqError
 
 

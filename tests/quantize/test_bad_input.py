@@ -155,7 +155,29 @@ def test_rank_too_large(refused: Callable[..., str]) -> None:
 
 def test_block_size_that_does_not_fit(refused: Callable[..., str]) -> None:
     assert "--block-size 256" in refused("--block-size", 512)
-    assert "4096" in refused("--block-size", 100)
+    assert "4096" in refused("--block-size", 100, code=2)
+
+
+@pytest.mark.parametrize("alpha", ["0", "-1", "inf", "nan", "1e300", "1e-300"])
+def test_lora_alpha_out_of_range(alpha: str, refused: Callable[..., str]) -> None:
+    assert "--lora-alpha 16" in refused("--lora-alpha", alpha, code=2)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--bits", 8, "--quant-type", "fp4"),
+        ("--bits", 8, "--block-size", 32),
+        ("--bits", 8, "--double-quant"),
+        ("--init", "qlora", "--iterations", 7),
+        ("--init", "qlora", "--svd", "exact"),
+        ("--force", "--resume"),
+    ],
+)
+def test_options_without_effect_are_refused(
+    options: tuple[object, ...], refused: Callable[..., str]
+) -> None:
+    refused(*options, code=2)
 
 
 def test_unknown_target_names_its_neighbours(refused: Callable[..., str]) -> None:
@@ -186,6 +208,44 @@ def test_code_in_the_checkpoint_is_not_run(refused: Callable[..., str], model: P
     )  # fmt: skip
     (model / "evil.py").write_text("raise SystemExit('ran')")
     assert "--trust-remote-code" in refused("-m", model)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("n_layer", 10**9), ("n_layer", -1), ("vocab_size", 10**12), ("n_positions", 0)],
+)
+def test_config_value_out_of_range_is_named(
+    key: str, value: int, refused: Callable[..., str], model: Path
+) -> None:
+    edit_config(model, **{key: value})
+    err = refused("-m", model)
+    assert "config.json" in err
+    assert key in err
+
+
+@pytest.mark.parametrize(
+    "changes", [{"n_layer": 6}, {"vocab_size": 512}, {"n_positions": 64}, {"n_embd": 128}]
+)
+def test_config_and_weights_that_contradict_each_other(
+    changes: dict[str, int], refused: Callable[..., str], model: Path
+) -> None:
+    edit_config(model, **changes)
+    assert "transformer." in refused("-m", model)
+
+
+def test_a_weight_that_is_missing_is_named(refused: Callable[..., str], model: Path) -> None:
+    tensors = load_file(model / "model.safetensors")
+    del tensors["transformer.h.1.ln_1.weight"]
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    assert "transformer.h.1.ln_1.weight" in refused("-m", model)
+
+
+def test_weights_that_nothing_uses_are_said(loftq: Loftq, model: Path, tmp_path: Path) -> None:
+    edit_config(model, n_layer=3)
+    line = ("quantize", "-m", model, "-o", tmp_path / "out", "--rank", 1, "--iterations", 1)
+    outcome = loftq(*line, "--quiet")
+    assert outcome.code == 0
+    assert "transformer.h.3." in outcome.err
 
 
 def test_config_that_builds_no_model(refused: Callable[..., str], model: Path) -> None:

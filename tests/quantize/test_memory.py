@@ -1,0 +1,218 @@
+"""`--max-memory`: the level that is chosen, the same files at each, and exit 4 before starting."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from loftq_cli import hardware
+from loftq_cli.commands.options import size
+from loftq_cli.engines import tasks
+from loftq_cli.engines.estimates import Level, Machine, by_rows, memory_bytes
+from loftq_cli.engines.memory import plan_memory
+from loftq_cli.engines.plan import Plan, Settings, make_plan
+from loftq_cli.errors import DoesNotFit, UsageError
+from loftq_cli.models.layers import Inventory, LinearLayer
+from tests.conftest import Outcome
+
+MACHINE = Machine(product_bytes=2, threads=2)
+LOFTQ = Callable[..., Outcome]
+
+
+def plan(
+    *shapes: tuple[int, int], transposed: bool = False, settings: Settings | None = None
+) -> Plan:
+    layers = [
+        LinearLayer(f"h.{i}.up", f"h.{i}.up.weight", out, into, transposed, "BF16")
+        for i, (out, into) in enumerate(shapes)
+    ]
+    return make_plan(Inventory(list(layers)), settings or Settings())
+
+
+def test_the_lightest_level_that_fits() -> None:
+    large = plan((4096, 4096), (11008, 4096))
+    peaks = [memory_bytes(large, level, MACHINE) for level in Level]
+    assert peaks == sorted(peaks, reverse=True)
+    assert peaks[0] - peaks[1] == 11008 * 4096 * 2, "one weight in bfloat16"
+    for level, peak in zip(Level, peaks, strict=True):
+        assert plan_memory(large, peak, MACHINE).level == level
+        assert plan_memory(large, peak, MACHINE).peak_bytes == peak
+    assert plan_memory(large, 10**15, MACHINE).level == Level.AHEAD
+    assert plan_memory(large, None, MACHINE).level == Level.AHEAD
+
+
+def test_too_little_names_the_layer_and_the_least_that_works() -> None:
+    large = plan((4096, 4096), (11008, 4096))
+    least = memory_bytes(large, Level.ROWS, MACHINE)
+    with pytest.raises(DoesNotFit, match="too little") as caught:
+        plan_memory(large, least - 1, MACHINE)
+    assert "h.1.up (11008×4096)" in str(caught.value.cause)
+    hint = str(caught.value.hint)
+    works = size(hint.split()[1], "--max-memory")
+    assert plan_memory(large, works, MACHINE).level == Level.ROWS
+    assert works - least < 10**6
+
+
+@pytest.mark.parametrize(
+    ("options", "transposed"),
+    [({"svd": "exact"}, False), ({"bits": 8}, False), ({}, True)],
+    ids=["exact", "int8", "Conv1D"],
+)
+def test_what_cannot_be_streamed_ends_at_one_layer(
+    options: dict[str, Any], transposed: bool
+) -> None:
+    fixed = plan((4096, 4096), transposed=transposed, settings=Settings(**options))
+    assert not by_rows(fixed.layers[0], fixed.settings)
+    alone = memory_bytes(fixed, Level.ALONE, MACHINE)
+    assert memory_bytes(fixed, Level.ROWS, MACHINE) == alone
+    assert plan_memory(fixed, alone, MACHINE).level == Level.ALONE
+    with pytest.raises(DoesNotFit):
+        plan_memory(fixed, alone - 1, MACHINE)
+
+
+def test_small_layers_and_small_sides_are_not_streamed() -> None:
+    shapes = plan((64, 64), (32, 65536), (4096, 4096))
+    assert [by_rows(each, shapes.settings) for each in shapes.layers] == [False, False, True]
+
+
+def test_more_threads_hold_more_pieces() -> None:
+    large = plan((8192, 8192))
+    few, many = (memory_bytes(large, Level.ROWS, Machine(2, n)) for n in (2, 16))
+    assert 100e6 < many - few < 200e6
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [("1.5GB", 15 * 10**8), ("900MB", 9 * 10**8), ("4GiB", 4 * 2**30), ("123456789", 123456789)],
+)
+def test_sizes(text: str, count: int) -> None:
+    assert size(text, "--max-memory", plain_bytes=True) == count
+
+
+@pytest.mark.parametrize(
+    "text", ["0", "0GB", "abc", "", "-1", "1e9", "4 GBs", "nan", "inf", "٣GB", "9" * 400 + "GB"]
+)
+def test_hostile_sizes(text: str, loftq: LOFTQ, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="--max-memory takes a size"):
+        size(text, "--max-memory", plain_bytes=True)
+    outcome = loftq("quantize", f"--max-memory={text}", "-o", tmp_path / "out")
+    assert outcome.code == 2
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_processor_is_read_without_torch() -> None:
+    from loftq_cli.core.fused import product_dtype
+
+    assert hardware.product_bytes() == product_dtype().itemsize
+
+
+# --- the command ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama with layers that are just large enough to be worked on by rows."""
+    directory = tmp_path_factory.mktemp("source")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=96,
+        hidden_size=256,
+        intermediate_size=640,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+    )
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture
+def quantize(source: Path, loftq: LOFTQ) -> LOFTQ:
+    def run(*options: object) -> Outcome:
+        return loftq("quantize", "-m", source, "--rank", 4, "--device", "cpu", "--json", *options)
+
+    return run
+
+
+@pytest.fixture
+def limits(quantize: LOFTQ) -> list[int]:
+    """The estimates of the three levels, in bytes."""
+    found: list[int] = []
+    for _ in Level:
+        limit = ["--max-memory", found[-1] - 1] if found else []
+        document = json.loads(quantize("--dry-run", *limit).out)
+        found.append(document["results"]["totals"]["peak_memory_bytes"])
+    return found
+
+
+def contents(out: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(out)): path.read_bytes() for path in out.rglob("*.safetensors")}
+
+
+def test_every_level_writes_the_same_bytes(
+    quantize: LOFTQ, limits: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetched = []
+    load_rows = tasks.load_rows
+
+    def watched(*arguments: Any) -> torch.Tensor:
+        fetched.append(arguments)
+        return load_rows(*arguments)
+
+    monkeypatch.setattr(tasks, "load_rows", watched)
+    written, fingerprints, names = [], set(), []
+    for number, limit in enumerate(limits):
+        out = tmp_path / str(number) / "out"
+        outcome = quantize("-o", out, "--max-memory", limit)
+        assert outcome.code == 0, outcome.err
+        document = json.loads(outcome.out)
+        fingerprints.add(document["results"]["fingerprint"])
+        names.append(document["resolved"]["memory_plan"]["value"])
+        assert "of --max-memory" in document["resolved"]["memory_plan"]["reason"]
+        assert bool(fetched) == (number == 2)
+        written.append(contents(out))
+    assert names == ["read-ahead", "one-layer", "row-chunked"]
+    assert len(written[0]) == 2
+    assert written[0] == written[1] == written[2]
+    assert len(fingerprints) == 1
+
+
+def test_too_little_exits_4_before_anything_is_written(
+    quantize: LOFTQ, limits: list[int], tmp_path: Path
+) -> None:
+    outcomes = [
+        quantize("--max-memory", limits[-1] - 1, "-o", tmp_path / "out", *more)
+        for more in ([], ["--dry-run"])
+    ]
+    for outcome in outcomes:
+        assert outcome.code == 4
+        assert outcome.out == ""
+        assert "model.layers.0.mlp." in outcome.err
+        assert "is the least that works" in outcome.err
+    assert outcomes[0].err == outcomes[1].err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dry_run_decides_the_same_and_shows_it(
+    source: Path, loftq: LOFTQ, limits: list[int]
+) -> None:
+    options = ("quantize", "-m", source, "--rank", 4, "--dry-run", "--max-memory", limits[2])
+    document = json.loads(loftq(*options, "--json").out)
+    assert document["resolved"]["memory_plan"]["value"] == "row-chunked"
+    assert document["results"]["totals"]["peak_memory_bytes"] == limits[2]
+    shown = loftq(*options, "--format", "md").out
+    assert "row-chunked" in shown
+
+
+def test_a_gpu_has_no_say(quantize: LOFTQ, loftq: LOFTQ, source: Path, tmp_path: Path) -> None:
+    for more in ([], ["--dry-run"]):
+        options = ("--device", "cuda", "--max-memory", "4GB", "-o", tmp_path / "out", *more)
+        outcome = loftq("quantize", "-m", source, *options)
+        assert outcome.code == 2
+        assert "--device cpu" in outcome.err
