@@ -6,16 +6,16 @@ thread takes the next piece when it is done with the last, and multiplies by its
 the same whatever the number of threads, and so is every bit of the result.
 """
 
-import os
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from multiprocessing import current_process
 
 import torch
 
 _here = threading.local()
-_pools: dict[tuple[int, int], ThreadPoolExecutor] = {}
+_pools: dict[tuple[int | None, int], ThreadPoolExecutor] = {}
 _pools_lock = threading.Lock()
 
 
@@ -82,7 +82,8 @@ def each(work: Callable[[int], None], count: int) -> None:
 
 
 def _pool(helpers: int) -> ThreadPoolExecutor:
-    key = (os.getpid(), helpers)  # a forked child inherits the dictionary, but not the threads
+    # A forked child inherits the dictionary, but not the threads.
+    key = (current_process().pid, helpers)
     with _pools_lock:
         if key not in _pools:
             _pools[key] = ThreadPoolExecutor(

@@ -7,18 +7,20 @@ and the adapters of one output file. In bytes a weight of that layer:
                 while a transposed weight is turned
     2 or 4      the residual, in the dtype of the sketches
     3 × ⁹⁄₁₆    codes: this iterate's, the best one's, and a finished layer's that wait for the disk
-    32          instead of the last two with the exact SVD: residual, U, V and LAPACK's workspace
+    20 + 3      instead of the last two in 8 bits, which are worked on whole
+    32          instead of them with the exact SVD: residual, U, V and LAPACK's workspace
 
-and besides, for every direction of a sketch, about a dozen vectors as long as a column and a row.
+and besides, for every direction of a sketch, ten vectors as long as a column and a row.
 Without the reading ahead one dtype less is held. By rows (`Level.ROWS`) neither weight nor
 residual is, but a slab of the residual's columns and the pieces that the threads are at.
 
-Measured on two cores with bfloat16 products, in MB, against what is told here (README, "Memory"):
+Measured on two cores (VmHWM, MB) against what is told here, in the order of the levels:
 
-                                          as always    one layer    by rows
-    the demo, rank 16                     510  @D1@    510  @D2@    510  @D3@
-    GPT-2 (124M, Conv1D), rank 16         577  @G1@    601  @G2@    588  @G3@
-    a block of a 7B Llama, rank 64        898  @B1@    822  @B2@    721  @B3@
+    the demo, rank 16                               513  608     513  608     513  608
+    GPT-2 (124M, Conv1D, bfloat16), rank 16         577  659     601  654     606  654
+    one block of a 7B Llama, bfloat16, rank 64      922 1036     822  946     721  799
+    the same with float32 sketches                 1036 1135     955 1045     791  841
+    the same in 8 bits, which cannot go by rows    1742 1907    1647 1817    1719 1817
 
 Time is a rate that was measured on two cores (README, "How fast"); other machines differ by their
 own factor.
@@ -41,7 +43,7 @@ _COPYING_BYTES = 40_000_000
 
 # Float32 vectors (a row and a column of the layer each) for every direction of the sketch: factors
 # of this step, the one before and the best, and the products that the SVD is made of.
-_VECTORS = 12
+_VECTORS = 10
 
 # Seconds a weight and iteration on two cores: a part for every weight, and one that grows with
 # the rank. Exact SVDs grow with the layer's smaller side instead.
@@ -115,8 +117,8 @@ def layer_bytes(plan: Plan, planned: PlannedLayer, level: Level, machine: Machin
     piece = min(max(PIECE, 16 * in_features), weights) * (stored + 4 + 2 * product_bytes)
     working += min(machine.threads, -(-weights // PIECE)) * piece
     if settings.bits == 8:
-        # A float32 residual and the sum or product it is made of; codes of a byte.
-        codes, product_bytes = 3 * weights, 8
+        # Codes of a byte; the residual and, for the last one, what it is made of: five float32.
+        codes, product_bytes = 3 * weights, 20
     else:
         codes = 3 * weights * 9 // 16
     if level == Level.ROWS and by_rows(planned, settings):

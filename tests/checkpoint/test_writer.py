@@ -324,7 +324,7 @@ def test_a_directory_that_is_not_there(path: Path) -> None:
         (errno.EACCES, WriteFailed, "permissions"),
         (errno.EROFS, WriteFailed, "--output"),
         (errno.EIO, WriteFailed, "disk"),
-        (errno.ENAMETOOLONG, WriteFailed, "again"),
+        (errno.ENAMETOOLONG, WriteFailed, "shorter"),
     ],
 )
 def test_what_the_disk_says(tmp_path: Path, code: int, kind: type, word: str) -> None:

@@ -84,7 +84,7 @@ def test_completion_of_commands_options_and_choices(tmp_path: Path) -> None:
     assert complete("loftq qu") == ["quantize"]
     assert complete("loftq load --dt") == ["--dtype"]
     assert complete("loftq load --dtype b") == ["bfloat16"]
-    assert complete("loftq load --model de") == ["demo"]
+    assert "demo" in complete("loftq load --model de")  # and directories, if there are any
     assert complete("loftq quantize --block-size 1") == ["128", "1024"]
 
 
