@@ -116,7 +116,7 @@ def quantize(
             "corrects; expect little gain from LoftQ here"
         )
     if dry_run:
-        _dry_run(run, model, output, settings, limit, trust_remote_code)
+        _dry_run(run, model, output, settings, limit)
     else:
         assert output is not None
         document, source, used = _quantize(
@@ -143,34 +143,33 @@ def _dry_run(
     output: Path | None,
     settings: Settings,
     limit: int | None,
-    trust_remote_code: bool,
 ) -> None:
     """Reads headers and config only, and imports no torch."""
-    from loftq_cli.checkpoint.index import open_checkpoint
-    from loftq_cli.commands.quantize_result import identity_of, results_of
+    from loftq_cli.commands.quantize_result import results_of
     from loftq_cli.engines import estimates
     from loftq_cli.engines.plan import make_plan
     from loftq_cli.models.layers import linear_layers
-    from loftq_cli.models.source import class_name, read_config, refuse_quantized
-    from loftq_cli.models.spec import resolve_model
+    from loftq_cli.models.lookup import find_model
+    from loftq_cli.schema import ModelIdentity
 
-    found = resolve_model(spec, with_code=trust_remote_code)
-    config = read_config(found.directory)
-    refuse_quantized(found.directory, config)
-    checkpoint = open_checkpoint(found.directory)
-    tensors = [info for _, info in checkpoint.tensors.values()]
-    plan = make_plan(linear_layers(tensors, config), settings)
+    found = find_model(spec, run.note, with_headers=True)
+    run.resolved("model", found.source, found.reason)
+    assert found.checkpoint is not None
+    assert found.config is not None
+    tensors = [info for _, info in found.checkpoint.tensors.values()]
+    plan = make_plan(linear_layers(tensors, found.config), settings)
     memory = _plan_memory(run, plan, limit)
     results = results_of(
         plan,
-        checkpoint,
+        found.checkpoint,
         output="" if output is None else str(output),
-        architecture=class_name(config),
+        architecture=found.outline.architecture,
         task_type=None,
         seconds=estimates.seconds(plan),
         peak_memory_bytes=memory.peak_bytes,
     )
-    run.finish(results, model=identity_of(found))
+    identity = ModelIdentity(id=found.id, revision=found.revision, source=found.source)
+    run.finish(results, model=identity)
 
 
 def _plan_memory(run: Run, plan: Plan, limit: int | None) -> MemoryPlan:

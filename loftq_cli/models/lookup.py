@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from loftq_cli.checkpoint.index import Checkpoint, open_checkpoint
 from loftq_cli.errors import ModelNotFound
@@ -27,7 +27,11 @@ from loftq_cli.models.spec import ResolvedModel, hub_id, local_model, resolve_mo
 
 @dataclass(frozen=True)
 class FoundModel:
-    """An outline and where it came from. ``checkpoint`` is there if the files are on this disk."""
+    """An outline and where it came from.
+
+    ``checkpoint`` has the headers and ``config`` is config.json; the shipped table has neither.
+    Only files that are on this disk can be read behind the headers.
+    """
 
     id: str
     revision: str | None
@@ -35,10 +39,13 @@ class FoundModel:
     reason: str
     outline: Outline
     checkpoint: Checkpoint | None = None
+    config: dict[str, Any] | None = None
 
 
-def find_model(spec: str, note: Callable[[str], None]) -> FoundModel:
+def find_model(spec: str, note: Callable[[str], None], *, with_headers: bool = False) -> FoundModel:
     """The outline of ``spec``; ``note`` is told before the network is used.
+
+    ``with_headers`` passes over the shipped table, which does not know a file's dtypes.
 
     Raises:
         ModelNotFound: nobody knows this model, or nobody who can be reached.
@@ -54,7 +61,7 @@ def find_model(spec: str, note: Callable[[str], None]) -> FoundModel:
     if snapshot is not None:
         cached = ResolvedModel(repository, snapshot.name, "hub", snapshot)
         return _from_files(cached, "the files are in the hub's cache")
-    known = known_model(repository) if revision is None else None
+    known = None if revision or with_headers else known_model(repository)
     if known is not None:
         what, outline = known
         return FoundModel(repository, None, "known", f"{what}, from the shipped table", outline)
@@ -66,7 +73,8 @@ def find_model(spec: str, note: Callable[[str], None]) -> FoundModel:
     remote = read_remote(repository, revision)
     outline = outline_of(remote.tensors, remote.config)
     reason = "config and headers from the hub, by range requests"
-    return FoundModel(repository, remote.commit or revision, "hub", reason, outline)
+    commit = remote.commit or revision
+    return FoundModel(repository, commit, "hub", reason, outline, remote.checkpoint, remote.config)
 
 
 def fetch_model(spec: str) -> FoundModel:
@@ -93,7 +101,7 @@ def _from_files(found: ResolvedModel, reason: str) -> FoundModel:
     refuse_quantized(found.directory, config)
     checkpoint = open_checkpoint(found.directory)
     outline = outline_of([info for _, info in checkpoint.tensors.values()], config)
-    return FoundModel(found.id, found.revision, found.source, reason, outline, checkpoint)
+    return FoundModel(found.id, found.revision, found.source, reason, outline, checkpoint, config)
 
 
 def _unknown(spec: str) -> ModelNotFound:

@@ -48,7 +48,11 @@ class RemoteModel:
 
     commit: str | None
     config: dict[str, Any]
-    tensors: list[TensorInfo]
+    checkpoint: Checkpoint  # headers only: there is nothing behind them that could be read
+
+    @property
+    def tensors(self) -> list[TensorInfo]:
+        return [info for _, info in self.checkpoint.tensors.values()]
 
 
 def read_remote(repository: str, revision: str | None) -> RemoteModel:
@@ -67,7 +71,7 @@ def read_remote(repository: str, revision: str | None) -> RemoteModel:
     refuse_quantized(path, config)
     single = hub.header(SINGLE_FILE)
     if single is not None:
-        return RemoteModel(hub.commit, config, list(single.tensors.values()))
+        return RemoteModel(hub.commit, config, _checkpoint(path, {SINGLE_FILE: single}))
     index = hub.get(INDEX_FILE, 0, MAX_HEADER_BYTES)
     if index is None:
         raise hub.without_safetensors()
@@ -75,11 +79,16 @@ def read_remote(repository: str, revision: str | None) -> RemoteModel:
     files = sorted(set(weight_map.values()))
     with ThreadPoolExecutor(CONNECTIONS) as pool:
         headers = dict(zip(files, pool.map(hub.required_header, files), strict=True))
+    checkpoint = _checkpoint(path, headers)
+    require_agreement(checkpoint, weight_map)
+    return RemoteModel(hub.commit, config, checkpoint)
+
+
+def _checkpoint(path: Path, headers: dict[str, Header]) -> Checkpoint:
     tensors = {
         name: (header, info) for header in headers.values() for name, info in header.tensors.items()
     }
-    require_agreement(Checkpoint(path, tuple(map(Path, files)), headers, tensors), weight_map)
-    return RemoteModel(hub.commit, config, [info for _, info in tensors.values()])
+    return Checkpoint(path, tuple(path / name for name in headers), headers, tensors)
 
 
 @dataclass(frozen=True)

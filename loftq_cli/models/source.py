@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ CONFIG_FILE = "config.json"
 REPORT_FILE = "loftq_report.json"
 
 # Tokenizer, processor, generation settings; and licences, which copies of weights must carry on.
-_COMPANIONS = (
+COMPANIONS = (
     "generation_config.json",
     "tokenizer*",
     "special_tokens_map.json",
@@ -121,7 +120,7 @@ def refuse_quantized(directory: Path, config: dict[str, Any]) -> None:
 
 def companions(directory: Path, *, with_code: bool) -> list[Path]:
     """The files that are copied beside the weights, by name; Python files only if asked for."""
-    patterns = [*_COMPANIONS, *(["*.py"] if with_code else [])]
+    patterns = [*COMPANIONS, *(["*.py"] if with_code else [])]
     found = {path for pattern in patterns for path in directory.glob(pattern) if path.is_file()}
     return sorted(path for path in found if path.suffix not in (".bin", ".safetensors"))
 
@@ -130,6 +129,6 @@ def _original(directory: Path, config: dict[str, Any]) -> str | None:
     try:
         report = load_json(directory / REPORT_FILE)
         return str(report["model"]["id"])
-    except (LoftqError, KeyError, TypeError, json.JSONDecodeError):
+    except (LoftqError, KeyError, TypeError):
         name = config.get("_name_or_path")
         return name if isinstance(name, str) and name else None

@@ -12,13 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from loftq_cli.checkpoint.index import INDEX_FILE, SINGLE_FILE, load_json
+from loftq_cli.checkpoint.index import INDEX_FILE, SINGLE_FILE, load_json, weight_map_of
+from loftq_cli.checkpoint.safetensors import MAX_HEADER_BYTES
 from loftq_cli.errors import ModelNotFound, UnsafeCheckpoint, UsageError, first_line
+from loftq_cli.models.source import COMPANIONS
 
 DEMO_DIRECTORY = Path(__file__).parent.parent / "demo"
 
 # Everything that describes a model or its tokenizer, without a single weight or line of code.
-DESCRIPTION_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")
+DESCRIPTION_FILES = ("*.json", *COMPANIONS)
 # Weights in these formats execute code when they are opened.
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
@@ -140,10 +142,8 @@ def _weight_files(directory: Path) -> list[str]:
     index = directory / INDEX_FILE
     if not index.exists():
         return [SINGLE_FILE]
-    weight_map = load_json(index).get("weight_map")
-    return (
-        sorted({str(name) for name in weight_map.values()}) if isinstance(weight_map, dict) else []
-    )
+    # Checked, because a name in it becomes a pattern of what is downloaded.
+    return sorted(set(weight_map_of(load_json(index, MAX_HEADER_BYTES), index).values()))
 
 
 def _refuse_pickle_repository(repository: str, revision: str | None) -> None:

@@ -95,6 +95,16 @@ def test_of_a_sharded_70b_only_the_headers_are_fetched(hub: StandInHub, tmp_path
     assert "note: asking the hub about org/huge" in done.stderr
 
 
+def test_a_dry_run_of_a_hub_model_fetches_headers_only(hub: StandInHub, tmp_path: Path) -> None:
+    headers = hub.add_model("org/huge", {**CONFIG, "tie_word_embeddings": False}, llama_70b())
+    done = loftq_process(hub, tmp_path, "quantize", "-m", "org/huge", "--dry-run", "--json")
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout)
+    assert document["model"]["revision"] == COMMIT
+    assert document["results"]["totals"]["parameters"] == 68_976_648_192
+    assert hub.served(".safetensors") == headers
+
+
 def test_targets_of_a_single_file(hub: StandInHub, tmp_path: Path) -> None:
     shapes = {**LAYER, "model.layers.0.mlp.up_proj.weight": (128, 64)}
     headers = hub.add_model("small", CONFIG, {"model.safetensors": header_of(shapes)})
