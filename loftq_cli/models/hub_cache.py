@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from loftq_cli.checkpoint.index import INDEX_FILE, SINGLE_FILE, load_json
+from loftq_cli.checkpoint.index import INDEX_FILE, SINGLE_FILE, load_json, weight_map_of
+from loftq_cli.checkpoint.safetensors import MAX_HEADER_BYTES
 from loftq_cli.errors import LoftqError
 from loftq_cli.models.source import CONFIG_FILE
 
@@ -50,8 +51,9 @@ def _is_complete(snapshot: Path) -> bool:
         return False
     if (snapshot / SINGLE_FILE).is_file():
         return True
+    index = snapshot / INDEX_FILE
     try:
-        weight_map = load_json(snapshot / INDEX_FILE)["weight_map"]
-        return all((snapshot / name).is_file() for name in set(weight_map.values()))
-    except (LoftqError, KeyError, TypeError, AttributeError):
+        weight_map = weight_map_of(load_json(index, MAX_HEADER_BYTES), index)
+    except LoftqError:
         return False
+    return all((snapshot / name).is_file() for name in set(weight_map.values()))

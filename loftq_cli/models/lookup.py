@@ -66,7 +66,7 @@ def find_model(spec: str, note: Callable[[str], None], *, with_headers: bool = F
         what, outline = known
         return FoundModel(repository, None, "known", f"{what}, from the shipped table", outline)
     if is_offline():
-        raise _unknown(spec)
+        raise _not_cached(spec) if with_headers else _unknown(spec)
     note(f"asking the hub about {spec}: config and headers only")
     from loftq_cli.models.remote import read_remote
 
@@ -102,6 +102,15 @@ def _from_files(found: ResolvedModel, reason: str) -> FoundModel:
     checkpoint = open_checkpoint(found.directory)
     outline = outline_of([info for _, info in checkpoint.tensors.values()], config)
     return FoundModel(found.id, found.revision, found.source, reason, outline, checkpoint, config)
+
+
+def _not_cached(spec: str) -> ModelNotFound:
+    return ModelNotFound(
+        f"the files of '{spec}' are not here",
+        cause="the hub's cache does not have all of them, and HF_HUB_OFFLINE or "
+        "TRANSFORMERS_OFFLINE forbids the network",
+        hint="--model demo, a local directory, or unset the variable to ask the hub",
+    )
 
 
 def _unknown(spec: str) -> ModelNotFound:

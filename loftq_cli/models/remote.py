@@ -88,6 +88,8 @@ def _checkpoint(path: Path, headers: dict[str, Header]) -> Checkpoint:
     tensors = {
         name: (header, info) for header in headers.values() for name, info in header.tensors.items()
     }
+    if not tensors:
+        raise corrupt(path, "its weight files hold no tensor")
     return Checkpoint(path, tuple(path / name for name in headers), headers, tensors)
 
 

@@ -11,6 +11,9 @@ from loftq_cli.errors import AlreadyQuantized, CorruptCheckpoint, LoftqError, Mo
 CONFIG_FILE = "config.json"
 REPORT_FILE = "loftq_report.json"
 
+# Weights in these formats execute code when they are opened.
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
 # Tokenizer, processor, generation settings; and licences, which copies of weights must carry on.
 COMPANIONS = (
     "generation_config.json",
@@ -122,7 +125,13 @@ def companions(directory: Path, *, with_code: bool) -> list[Path]:
     """The files that are copied beside the weights, by name; Python files only if asked for."""
     patterns = [*COMPANIONS, *(["*.py"] if with_code else [])]
     found = {path for pattern in patterns for path in directory.glob(pattern) if path.is_file()}
-    return sorted(path for path in found if path.suffix not in (".bin", ".safetensors"))
+    unwanted = no_companions(with_code=with_code)
+    return sorted(path for path in found if path.suffix not in unwanted)
+
+
+def no_companions(*, with_code: bool) -> tuple[str, ...]:
+    """How files end that are neither fetched nor copied, though they be called tokenizer.pkl."""
+    return (*PICKLE_SUFFIXES, ".safetensors", *(() if with_code else (".py",)))
 
 
 def _original(directory: Path, config: dict[str, Any]) -> str | None:

@@ -15,14 +15,13 @@ from typing import Literal
 from loftq_cli.checkpoint.index import INDEX_FILE, SINGLE_FILE, load_json, weight_map_of
 from loftq_cli.checkpoint.safetensors import MAX_HEADER_BYTES
 from loftq_cli.errors import ModelNotFound, UnsafeCheckpoint, UsageError, first_line
-from loftq_cli.models.source import COMPANIONS
+from loftq_cli.models.source import COMPANIONS, PICKLE_SUFFIXES, no_companions
 
 DEMO_DIRECTORY = Path(__file__).parent.parent / "demo"
 
-# Everything that describes a model or its tokenizer, without a single weight or line of code.
-DESCRIPTION_FILES = ("*.json", *COMPANIONS)
-# Weights in these formats execute code when they are opened.
-PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+# Everything that describes a model or its tokenizer: all that is copied later, the config and the
+# index among the JSON, and what else a tokenizer may look for.
+DESCRIPTION_FILES = ("*.json", "*.txt", *COMPANIONS)
 
 _LONGEST_NAME = 4096  # no path is longer either
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -117,11 +116,21 @@ def _from_hub(
         OSError,
     )
 
-    def fetch(patterns: list[str]) -> Path:
-        return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns))
+    def fetch(patterns: list[str], unwanted: list[str] | None = None) -> Path:
+        return Path(
+            snapshot_download(
+                repository,
+                revision=revision,
+                allow_patterns=patterns,
+                ignore_patterns=unwanted,
+            )
+        )
 
     try:
-        directory = fetch([*DESCRIPTION_FILES, *(["*.py"] if with_code else [])])
+        directory = fetch(
+            [*DESCRIPTION_FILES, *(["*.py"] if with_code else [])],
+            [f"*{suffix}" for suffix in no_companions(with_code=with_code)],
+        )
         if with_weights:
             directory = fetch(_weight_files(directory))
     except unreachable as error:
