@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,6 +15,10 @@ import pytest
 
 # As `loftq` itself does, and here before any test imports torch.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# A shell starts what it sends to the background with SIGINT ignored, and processes that are started
+# here would inherit that: tests that interrupt one would then wait for nothing.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @dataclass(frozen=True)
