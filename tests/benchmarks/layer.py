@@ -1,7 +1,7 @@
 """The LoftQ start of one weight: PEFT's, the paper repository's way, and ours, in one run.
 
     python -m tests.benchmarks.layer --quick
-    python -m tests.benchmarks.layer                  # some 20 minutes on two cores
+    python -m tests.benchmarks.layer                  # all shapes; PEFT takes most of the time
     python -m tests.benchmarks.layer --device cuda
 
 Run it on a machine that does nothing else. Every row works on the same weight; methods take turns
@@ -141,7 +141,7 @@ def cases(shapes: list[tuple[int, int]], ranks: list[int], iterations: list[int]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="two shapes, rank 16, a minute")
+    parser.add_argument("--quick", action="store_true", help="two shapes, rank 16")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--shapes", help="only these, such as 2048x2048,4096x4096")
     parser.add_argument("--ranks", default="16,64")

@@ -34,7 +34,7 @@ def adapter(written: Written) -> Finding:
     header = read_header(written.directory / ADAPTER_NAME)
     _require_tensors(written, header)
     _require_as_peft(written, header)
-    _require_finite(written, header)
+    _require_finite(header)
     claims = written.claims
     parameters = sum(info.elements for info in header.tensors.values())
     heads = len(header.tensors) - 2 * len(claims.adapted)
@@ -135,7 +135,7 @@ def _on_meta(written: Written) -> Any:
         ) from error
 
 
-def _require_finite(written: Written, header: Header) -> None:
+def _require_finite(header: Header) -> None:
     import torch
 
     for name, info in header.tensors.items():
