@@ -5,8 +5,12 @@ interpreter running this script: no download, no accelerator, an hour on two CPU
 
     python examples/train_demo.py --minutes 60 --seed 0 --output demo
 
+`--architecture llama` or `gpt_neox` trains a model of that kind instead, about as large and on the
+same text, to try tools on more than one architecture.
+
 The output directory loads with `AutoModelForCausalLM.from_pretrained` and `AutoTokenizer`. It also
-holds `heldout.txt` (library files kept out of training, to evaluate on) and `MODEL_CARD.md`, whose
+holds `heldout.txt` (library files kept out of training, to evaluate on), `calibration.txt` (some
+that were trained on, to calibrate quantization with) and `MODEL_CARD.md`, whose
 numbers are all measured by this script from the saved files. A killed run continues where it was
 when the same command is given again. Needs torch, transformers, tokenizers and bitsandbytes; the
 matrix products run in bfloat16, which is slow on a CPU without AVX512-BF16 or AMX.
@@ -28,17 +32,51 @@ from typing import Any
 import bitsandbytes.functional as bnb
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import nn
 from torch.nn import functional as F
-from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 from transformers import __version__ as transformers_version
 from transformers.pytorch_utils import Conv1D
 
 VOCABULARY, CONTEXT, WIDTH, LAYERS, HEADS = 4096, 256, 256, 4, 4
 BATCH, PEAK_RATE, WARMUP = 16, 2e-3, 0.02  # windows a step; learning rate; share of the budget
 HELDOUT_BYTES, HELDOUT_FILE_BYTES = 200_000, range(1_000, 40_000)  # all of it; one file in it
+CALIBRATION_BYTES = 230_000  # of training files
 SIZE_LIMIT = 10_000_000  # bytes of the whole directory: it travels inside a wheel
 END = "<|endoftext|>"
 NF2_LEVELS = torch.tensor([-1.0, 0.0, 0.33791524171829224, 1.0])
+
+# No dropout: a few epochs on a model this small leave nothing to regularize.
+SHAPE = {
+    "max_position_embeddings": CONTEXT,
+    "hidden_size": WIDTH,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": HEADS,
+}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "gpt2": {
+        "n_positions": CONTEXT,
+        "n_embd": WIDTH,
+        "n_layer": LAYERS,
+        "n_head": HEADS,
+        "resid_pdrop": 0.0,
+        "embd_pdrop": 0.0,
+        "attn_pdrop": 0.0,
+    },
+    "llama": {**SHAPE, "intermediate_size": 3 * WIDTH, "num_key_value_heads": HEADS // 2},
+    "gpt_neox": {
+        **SHAPE,
+        "intermediate_size": 4 * WIDTH,
+        "attention_dropout": 0.0,
+        "hidden_dropout": 0.0,
+    },
+}
 
 
 def log(message: str) -> None:
@@ -100,6 +138,18 @@ def known_share(document: str, known: set[str]) -> float:
     return sum(line in known for line in lines) / max(len(lines), 1)
 
 
+def calibration_text(documents: list[str]) -> str:
+    """Training files to calibrate quantization on, chosen by the hash of what is in them."""
+    chosen: list[str] = []
+    total = 0
+    for document in sorted(documents, key=lambda text: hashlib.sha256(text.encode()).digest()):
+        size = len(document.encode())
+        if size in HELDOUT_FILE_BYTES and total + size <= CALIBRATION_BYTES:
+            chosen.append(document)
+            total += size
+    return "\n".join(chosen)
+
+
 def find_licence() -> Path:
     for folder in (sysconfig.get_paths()["stdlib"], sys.base_prefix):
         if (licence := Path(folder, "LICENSE.txt")).is_file():
@@ -157,23 +207,18 @@ def batches(stream: torch.Tensor, seed: int, step: int) -> Iterator[tuple[torch.
 # -------------------------------------------------------------------------------- the training
 
 
-def build_model() -> GPT2LMHeadModel:
-    # No dropout: a few epochs on a model this small leave nothing to regularize. No padding token:
-    # with one in config.json, every forward pass over an end-of-text token warns about a missing
-    # attention mask; the tokenizer and the generation settings carry it instead.
-    config = GPT2Config(
+def build_model(architecture: str) -> PreTrainedModel:
+    # No padding token: with one in config.json, every forward pass over an end-of-text token warns
+    # about a missing attention mask; the tokenizer and the generation settings carry it instead.
+    config = AutoConfig.for_model(
+        architecture,
         vocab_size=VOCABULARY,
-        n_positions=CONTEXT,
-        n_embd=WIDTH,
-        n_layer=LAYERS,
-        n_head=HEADS,
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
+        tie_word_embeddings=True,
         bos_token_id=0,
         eos_token_id=0,
+        **SETTINGS[architecture],
     )
-    return GPT2LMHeadModel(config)
+    return AutoModelForCausalLM.from_config(config)
 
 
 def learning_rate(share: float) -> float:
@@ -184,16 +229,17 @@ def learning_rate(share: float) -> float:
 
 
 def train(
+    architecture: str,
     stream: torch.Tensor,
     windows: torch.Tensor,
     budget: float,
     seed: int,
     state: dict[str, Any],
     checkpoint: Path,
-) -> GPT2LMHeadModel:
+) -> PreTrainedModel:
     """Train until `budget` seconds are used up, keeping `state` and its file up to date."""
     torch.manual_seed(seed)
-    model = build_model()
+    model = build_model(architecture)
     matrices = [p for p in model.parameters() if p.dim() == 2]
     others = [p for p in model.parameters() if p.dim() != 2]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
@@ -249,11 +295,11 @@ def train(
 
 
 def measure(
-    model: GPT2LMHeadModel, windows: torch.Tensor, reference: GPT2LMHeadModel | None = None
+    model: PreTrainedModel, windows: torch.Tensor, reference: PreTrainedModel | None = None
 ) -> tuple[float, float]:
     """(mean negative log likelihood of a token, mean KL divergence from the reference), nats."""
 
-    def log_probabilities(model: GPT2LMHeadModel, batch: torch.Tensor) -> torch.Tensor:
+    def log_probabilities(model: PreTrainedModel, batch: torch.Tensor) -> torch.Tensor:
         logits = model(batch, use_cache=False).logits[:, :-1]
         return F.log_softmax(logits.flatten(0, 1).float(), dim=-1)
 
@@ -281,20 +327,22 @@ def nf2(weight: torch.Tensor) -> torch.Tensor:
     return (NF2_LEVELS[codes] * scale).view_as(weight)
 
 
-def load(directory: Path) -> GPT2LMHeadModel:
-    return GPT2LMHeadModel.from_pretrained(directory, dtype=torch.float32).eval()
+def load(directory: Path) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
 
 
-def quantized(directory: Path, rounding: Callable[[torch.Tensor], torch.Tensor]) -> GPT2LMHeadModel:
+def quantized(directory: Path, rounding: Callable[[torch.Tensor], torch.Tensor]) -> PreTrainedModel:
     """The saved model with every linear layer's weight rounded; embeddings stay as they are."""
     model = load(directory)
     for module in model.modules():
         if isinstance(module, Conv1D):  # stores in x out; bitsandbytes packs out x in
             module.weight.data = rounding(module.weight.data.T.contiguous()).T.contiguous()
+        elif isinstance(module, nn.Linear) and module is not model.get_output_embeddings():
+            module.weight.data = rounding(module.weight.data)  # the head is tied to the embeddings
     return model
 
 
-def sample(model: GPT2LMHeadModel, tokenizer: Tokenizer, prompt: str, **options: Any) -> str:
+def sample(model: PreTrainedModel, tokenizer: Tokenizer, prompt: str, **options: Any) -> str:
     torch.manual_seed(0)
     inputs = torch.tensor([tokenizer.encode(prompt).ids])
     tokens = model.generate(
@@ -344,21 +392,33 @@ def write_card(
     sampled = sample(
         reference, tokenizer, sampled_prompt, do_sample=True, temperature=0.8, top_k=50
     )
+    architecture, parameters = reference.config.model_type, reference.num_parameters()
+    if architecture == "gpt2":
+        title, kind = "`demo`: the model built into `loftq`", "GPT-2"
+        tags, option, folder = "gpt2, demo", "", "demo"
+        purpose = """\
+It exists so that every command of `loftq` has a real, trained model to work on, at once
+and without a network."""
+    else:
+        title, kind = f"A small model for trying `loftq`: {architecture}", f"`{architecture}` model"
+        tags, option, folder = architecture, f"--architecture {architecture} ", architecture
+        purpose = """\
+It exists to try `loftq` on a real, trained model of another architecture than that of
+its built-in one."""
     card = f"""\
 ---
 license: apache-2.0
 language: code
 library_name: transformers
 pipeline_tag: text-generation
-tags: [python, gpt2, demo]
+tags: [python, {tags}]
 ---
 
-# `demo`: the model built into `loftq`
+# {title}
 
-A GPT-2 of {reference.num_parameters():,} parameters ({LAYERS} layers, width {WIDTH}, {HEADS} heads,
+A {kind} of {parameters:,} parameters ({LAYERS} layers, width {WIDTH}, {HEADS} heads,
 context {CONTEXT} tokens, vocabulary {VOCABULARY}, tied head) that has read the Python standard
-library. It exists so that every command of `loftq` has a real, trained model to work on, at once
-and without a network. All numbers here were measured by the script that made it, those under
+library. {purpose} All numbers here were measured by the script that made it, those under
 Evaluation from the files beside this card.
 
 ## Data
@@ -372,6 +432,7 @@ Before that, 3 % of all files (by hash of the path) were set aside, never to be 
 line with its path: {heldout_bytes:,} bytes, {heldout_tokens:,} tokens. Of its lines of 30 or more
 characters, {known_share(heldout, known):.1%} also occur somewhere in the training files (common
 idioms, licence headers). No choice was made by looking at it: no early stopping.
+`calibration.txt` is an excerpt of the training files, to calibrate quantization with.
 
 ## Training
 
@@ -417,15 +478,15 @@ and testing tools, not for judging how a method does on models that people use.
 
 ## Licence
 
-The weights and the tokenizer are under Apache-2.0, like `loftq`. `heldout.txt` is an excerpt of
-the Python standard library, Copyright (c) 2001 Python Software Foundation; All Rights Reserved;
-it and the training text are under the PSF License Version 2, whose text is in `LICENSE-PSF.txt`
-(single files carry further notices in their own text). Changed in `heldout.txt`: a line with the
-path before each file, and blank lines at its end.
+The weights and the tokenizer are under Apache-2.0, like `loftq`. `heldout.txt` and
+`calibration.txt` are excerpts of the Python standard library, Copyright (c) 2001 Python Software
+Foundation; All Rights Reserved; they and the rest of the training text are under the PSF License
+Version 2, whose text is in `LICENSE-PSF.txt` (single files carry further notices in their own
+text). Changed in both: a line with the path before each file, and blank lines at its end.
 
 ## Make it again
 
-    python examples/train_demo.py --minutes {minutes:g} --seed {seed} --output demo
+    python examples/train_demo.py {option}--minutes {minutes:g} --seed {seed} --output {folder}
 
 {python}, torch {torch.__version__}, transformers {transformers_version}. The schedule follows the
 clock, so a faster machine takes more steps and ends with a better model.
@@ -435,6 +496,7 @@ clock, so a faster machine takes more steps and ends with a better model.
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train the model that ships inside loftq.")
+    parser.add_argument("--architecture", choices=SETTINGS, default="gpt2")
     parser.add_argument("--minutes", type=float, default=60, help="time budget of the training")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, required=True, help="directory to write")
@@ -445,15 +507,15 @@ def main() -> None:
     licence = find_licence()
 
     documents, heldout_documents = read_library()
-    identity = [options.seed, platform.python_version(), len(documents)]
+    identity = [options.architecture, options.seed, platform.python_version(), len(documents)]
     state: dict[str, Any] = {"step": 0, "seconds": 0.0, "cpu_seconds": 0.0, "train_loss": 0.0}
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True)
         if state["identity"] != identity:
             sys.exit(
                 f"error: {checkpoint} is of another run\n"
-                f"cause: its seed, Python and number of files are {state['identity']}, "
-                f"not {identity}\n"
+                f"cause: its architecture, seed, Python and number of files are "
+                f"{state['identity']}, not {identity}\n"
                 f"hint: rm {checkpoint}"
             )
         tokenizer = Tokenizer.from_str(state["tokenizer"])
@@ -468,7 +530,7 @@ def main() -> None:
         f"{len(heldout_documents)} files, {windows.numel()} tokens held out"
     )
     minutes, seed = options.minutes, options.seed
-    model = train(stream, windows, minutes * 60, seed, state, checkpoint)
+    model = train(options.architecture, stream, windows, minutes * 60, seed, state, checkpoint)
 
     model.generation_config = GenerationConfig(bos_token_id=0, eos_token_id=0, pad_token_id=0)
     model.to(torch.bfloat16).save_pretrained(output)
@@ -477,6 +539,8 @@ def main() -> None:
         tokenizer_object=tokenizer, model_max_length=CONTEXT, **ends
     ).save_pretrained(output)
     (output / "heldout.txt").write_text(heldout, encoding="utf-8", newline="\n")
+    calibration = calibration_text(documents)
+    (output / "calibration.txt").write_text(calibration, encoding="utf-8", newline="\n")
     (output / "LICENSE-PSF.txt").write_bytes(licence.read_bytes())
     write_card(output, tokenizer, documents, heldout_documents, len(stream), state, minutes, seed)
     size = sum(file.stat().st_size for file in output.iterdir())
