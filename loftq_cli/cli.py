@@ -53,6 +53,10 @@ COMMANDS = {
         "loftq_cli.commands.generate:generate",
         "Continue prompts with the model and its adapter, and time it.",
     ),
+    "compare": Command(
+        "loftq_cli.commands.compare:compare",
+        "Hold starts, bits and ranks against the original model, and say what they gain.",
+    ),
     "check": Command(
         "loftq_cli.commands.check:check",
         "Test this box and a model on it, kernels first; exit 3 if anything fails.",

@@ -47,24 +47,37 @@ def adapter_config(
     lora_alpha: float,
     use_rslora: bool,
     target_modules: list[str],
+    rank_pattern: dict[str, int],
+    alpha_pattern: dict[str, float],
+    fan_in_fan_out: bool,
 ) -> dict[str, Any]:
     """What `LoraConfig` needs to put the adapter back exactly as it was computed.
 
+    The patterns hold, by whole module path, what differs from ``rank`` and ``lora_alpha``.
+
     `init_lora_weights` is true, not "loftq": PEFT would run its own LoftQ over the 4-bit weights
     again. Dropout is 0 because any dropout also drops part of the correction. `fan_in_fan_out`
-    is false even for Conv1D layers, whose 4-bit replacements are stored (out, in).
+    is false even for Conv1D layers, whose 4-bit replacements are stored (out, in); only where
+    they are left in 16 bits it is not.
     """
     return {
         "peft_type": "LORA",
         "task_type": task_type,
         "base_model_name_or_path": base_model,
         "r": rank,
-        "lora_alpha": int(lora_alpha) if float(lora_alpha).is_integer() else lora_alpha,
+        "lora_alpha": _plain(lora_alpha),
+        "rank_pattern": rank_pattern,
+        "alpha_pattern": {name: _plain(alpha) for name, alpha in alpha_pattern.items()},
         "use_rslora": use_rslora,
         "target_modules": target_modules,
         "lora_dropout": 0.0,
         "bias": "none",
-        "fan_in_fan_out": False,
+        "fan_in_fan_out": fan_in_fan_out,
         "init_lora_weights": True,
         "inference_mode": False,
     }
+
+
+def _plain(alpha: float) -> float:
+    """Without a point where it is whole, as people write it."""
+    return int(alpha) if float(alpha).is_integer() else alpha

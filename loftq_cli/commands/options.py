@@ -11,11 +11,13 @@ import re
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Literal, TypeAlias
+from typing import Annotated, Literal, TypeAlias, get_args
 
 import typer
 
 from loftq_cli.errors import UsageError
+
+ALL_LINEAR = "all-linear"
 
 
 def _complete_model(incomplete: str) -> Iterator[str]:
@@ -78,27 +80,59 @@ Seed: TypeAlias = Annotated[
 Rank: TypeAlias = Annotated[
     int, typer.Option("--rank", min=1, metavar="R", help="Rank of the adapter.")
 ]
-BitsNumber: TypeAlias = Literal[4, 8]
 Bits: TypeAlias = Annotated[
-    BitsNumber, typer.Option("--bits", metavar="4|8", help="Bits of a quantized weight.")
+    str,
+    typer.Option(
+        "--bits",
+        metavar="2|3|4|8|BxN,B",
+        help="Bits of a quantized weight; 4x8,2 is 4 bits in the first 8 blocks and 2 in the rest. "
+        "2 and 3 bits are stored in the 4-bit container.",
+        autocompletion=lambda: ["2", "3", "4", "8"],
+    ),
+]
+TargetBits: TypeAlias = Annotated[
+    float | None,
+    typer.Option(
+        "--target-bits",
+        metavar="X",
+        help="The average of 2, 3 and 4 bits: each layer gets what it needs, as measured first.",
+    ),
+]
+RankBudget: TypeAlias = Annotated[
+    bool,
+    typer.Option(
+        "--rank-budget",
+        help="As many parameters as --rank everywhere, spread over the layers to where a rank "
+        "takes away the most error.",
+    ),
+]
+UniformRank: TypeAlias = Annotated[
+    bool,
+    typer.Option(
+        "--uniform-rank",
+        help="With --rank-budget: pad all ranks to the largest, for servers that know only one.",
+    ),
 ]
 Ranks: TypeAlias = Annotated[
     str, typer.Option("--ranks", metavar="R,R,…", help="Ranks to try, separated by commas.")
 ]
-HeldBitsNumber: TypeAlias = Literal[4, 8, 16]
+HeldBitsNumber: TypeAlias = Literal[2, 3, 4, 8, 16]
 HeldBits: TypeAlias = Annotated[
     HeldBitsNumber,
     typer.Option(
-        "--bits", metavar="4|8|16", help="Bits of a weight while fine-tuning; 16 is plain LoRA."
+        "--bits",
+        metavar="2|3|4|8|16",
+        help="Bits of a weight while fine-tuning; 2 and 3 take the memory of 4, 16 is plain LoRA.",
     ),
 ]
 Iterations: TypeAlias = Annotated[
-    int,
+    str,
     typer.Option(
         "--iterations",
-        min=1,
-        metavar="T",
-        help="Alternations of quantization and SVD; the best of them is kept.",
+        metavar="T|auto",
+        help="Alternations of quantization and SVD, or until another hardly pays; the best of them "
+        "is kept.",
+        autocompletion=lambda: ["auto", "1", "5"],
     ),
 ]
 SvdName: TypeAlias = Literal["auto", "exact", "randomized"]
@@ -131,13 +165,27 @@ LoraAlpha: TypeAlias = Annotated[
 RsLora: TypeAlias = Annotated[
     bool, typer.Option("--rslora", help="Scale by X / √rank (rank-stabilized LoRA).")
 ]
-InitName: TypeAlias = Literal["loftq", "qlora"]
+InitName: TypeAlias = Literal[
+    "loftq", "loftq-plain", "qlora", "lora", "pissa", "qera", "qera-diagonal", "calibrated"
+]
 Init: TypeAlias = Annotated[
     InitName,
     typer.Option(
         "--init",
-        metavar="loftq|qlora",
-        help="How the adapter starts: loftq corrects the quantization error, qlora is zero.",
+        metavar="INIT",
+        help="How backbone and adapter start: loftq corrects the quantization error; loftq-plain "
+        "does it as published; pissa begins with the weight's own low rank; qlora corrects "
+        "nothing; lora does not quantize; calibrated, qera and qera-diagonal look at what the "
+        "layers are given for --calibration-text.",
+        autocompletion=lambda: list(get_args(InitName)),
+    ),
+]
+CalibrationText: TypeAlias = Annotated[
+    Path | None,
+    typer.Option(
+        "--calibration-text",
+        metavar="FILE",
+        help="Text like that the model was made for; a few hundred kilobytes do.",
     ),
 ]
 QuantTypeName: TypeAlias = Literal["nf4", "fp4"]
@@ -278,6 +326,28 @@ def ranks(text: str) -> list[int]:
     if not all(item.isascii() and item.isdigit() and int(item) > 0 for item in items):
         raise UsageError(f"--ranks takes positive whole numbers, not {text!r}")
     return list(dict.fromkeys(int(item) for item in items))
+
+
+def iterations(text: str) -> int | None:
+    """The value of --iterations: a positive whole number, or None for auto."""
+    if text == "auto":
+        return None
+    if not (text.isascii() and text.isdigit() and 0 < int(text) <= 1000):
+        raise UsageError(f"--iterations takes auto or a number from 1 to 1000, not {text!r:.80}")
+    return int(text)
+
+
+def bits(text: str) -> tuple[int, tuple[int, int] | None]:
+    """`4` as (4, None), and `4x8,2` as (2, (8, 4)): 4 bits in the first 8 blocks, then 2."""
+    if text in ("2", "3", "4", "8"):
+        return int(text), None
+    match = re.fullmatch(r"([234])x(\d{1,4}),([234])", text, re.ASCII)
+    if match is None:
+        raise UsageError(
+            f"--bits {text!r:.80} is not supported",
+            hint="--bits 2, 3, 4 or 8, or --bits 4x8,2 for 4 bits in the first 8 blocks and then 2",
+        )
+    return int(match[3]), (int(match[2]), int(match[1]))
 
 
 _UNITS = {"MB": 10**6, "GB": 10**9, "TB": 10**12, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loftq_cli import schema
-from loftq_cli.engines.plan import Plan, PlannedLayer, Settings
+from loftq_cli.engines.plan import Plan, PlannedLayer, Settings, stored
 from loftq_cli.errors import LoftqError, OutputExists
 from loftq_cli.models.layers import last_part
 from loftq_cli.models.source import REPORT_FILE
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from loftq_cli.checkpoint.staging import Staging
     from loftq_cli.checkpoint.writer import WrittenFile
     from loftq_cli.engines.tasks import LayerOutcome
+    from loftq_cli.models.calibration import Calibration
     from loftq_cli.models.spec import ResolvedModel
 
 Report = schema.Document[schema.QuantizeResults]
@@ -35,6 +36,7 @@ def results_of(
     outcomes: Sequence[LayerOutcome] = (),
     files: Sequence[WrittenFile] = (),
     fingerprint: str | None = None,
+    calibration: schema.Calibration | None = None,
     seconds: float | None = None,
     peak_memory_bytes: int | None = None,
 ) -> schema.QuantizeResults:
@@ -52,11 +54,11 @@ def results_of(
         return schema.AdaptedLayer(
             name=planned.layer.module,
             shape=planned.shape,
-            bits=plan.settings.bits,
-            rank=plan.settings.rank,
-            weight_error_relative=outcome.error if outcome else None,
-            quantized_only_error_relative=outcome.quantized_only_error if outcome else None,
-            iterations=plan.settings.iterations if plan.settings.init == "loftq" else 0,
+            bits=planned.bits,
+            rank=planned.rank,
+            stored_rank=planned.stored_rank if planned.padding else None,
+            **_errors(outcome),
+            iterations=len(outcome.error_curve) if outcome else plan.settings.iterations or 0,
             best_iteration=outcome.best_iteration if outcome else None,
             error_curve=outcome.error_curve if outcome else [],
             seconds=outcome.seconds if outcome else None,
@@ -65,18 +67,18 @@ def results_of(
         )
 
     def plain(planned: PlannedLayer) -> schema.PlainLayer:
-        outcome = measured.get(planned.layer.module)
         nbytes, share_of_bytes = share(planned.layer.tensor)
         return schema.PlainLayer(
             name=planned.layer.module,
             shape=planned.shape,
-            bits=plan.settings.bits,
+            bits=planned.bits,
             reason="not among --target-modules",
-            quantized_only_error_relative=outcome.quantized_only_error if outcome else None,
+            **_errors(measured.get(planned.layer.module)),
             bytes=nbytes,
             share_of_bytes=share_of_bytes,
         )
 
+    stored_bits, information_bits = _bits_a_weight(plan)
     return schema.QuantizeResults(
         output=output,
         dry_run=not outcomes,
@@ -86,7 +88,7 @@ def results_of(
             {last_part(each.layer.module) for each in plan.layers if each.layer.transposed}
         ),
         fingerprint=fingerprint,
-        settings=_settings(plan.settings),
+        settings=_settings(plan.settings, calibration),
         layers=[adapted(planned) for planned in plan.layers if planned.adapted],
         without_adapter=[plain(planned) for planned in plan.layers if not planned.adapted],
         untouched=[
@@ -105,8 +107,14 @@ def results_of(
             for name, header in sorted(checkpoint.headers.items())
         ],
         totals=schema.QuantizeTotals(
-            weight_error_relative=_overall(outcomes, "error"),
-            quantized_only_error_relative=_overall(outcomes, "quantized_only_error"),
+            weight_error_relative=_overall(outcomes, "error", "norm"),
+            quantized_only_error_relative=_overall(outcomes, "quantized_only_error", "norm"),
+            output_error_relative=_overall(outcomes, "output_error", "output_norm"),
+            quantized_only_output_error_relative=_overall(
+                outcomes, "quantized_only_output_error", "output_norm"
+            ),
+            stored_bits=stored_bits,
+            information_bits=information_bits,
             input_bytes=total_bytes,
             output_bytes=plan.model_bytes,
             adapter_bytes=plan.adapter_bytes,
@@ -118,31 +126,78 @@ def results_of(
     )
 
 
-def _settings(settings: Settings) -> schema.QuantizeSettings:
-    four_bits = settings.bits == 4
+def _errors(outcome: LayerOutcome | None) -> dict[str, float | None]:
+    if outcome is None:
+        return {}
+    return {
+        "weight_error_relative": outcome.error,
+        "quantized_only_error_relative": outcome.quantized_only_error,
+        "output_error_relative": outcome.output_error,
+        "quantized_only_output_error_relative": outcome.quantized_only_output_error,
+    }
+
+
+def _settings(
+    settings: Settings, calibration: schema.Calibration | None
+) -> schema.QuantizeSettings:
+    by_blocks = settings.container_bits == 4
+    number_type = {4: settings.quant_type, 8: "int8", 16: "none"}[settings.container_bits]
     return schema.QuantizeSettings(
         bits=settings.bits,
-        quant_type=settings.quant_type if four_bits else "int8",
-        block_size=settings.block_size if four_bits else None,
-        double_quant=settings.double_quant and four_bits,
+        leading=settings.leading,
+        target_bits=settings.target_bits,
+        quant_type=number_type,
+        block_size=settings.block_size if by_blocks else None,
+        double_quant=settings.double_quant and by_blocks,
         rank=settings.rank,
+        rank_budget=settings.rank_budget,
+        uniform_rank=settings.uniform_rank,
         lora_alpha=settings.lora_alpha,
         rslora=settings.use_rslora,
         iterations=settings.iterations,
         init=settings.init,
+        calibration=calibration,
         svd=settings.svd,
         target_modules=list(settings.target_modules),
         seed=settings.seed,
     )
 
 
-def _overall(outcomes: Sequence[LayerOutcome], field: str) -> float | None:
-    """The relative error of all quantized weights taken as one long vector."""
-    norm = math.fsum(outcome.norm**2 for outcome in outcomes)
-    if not outcomes:
+def calibration_of(
+    settings: Settings, calibration: Calibration | None = None
+) -> schema.Calibration | None:
+    """What the report says of the calibration text; ``calibration`` once it was looked at."""
+    if settings.calibration is None:
         return None
-    lost = math.fsum((getattr(outcome, field) * outcome.norm) ** 2 for outcome in outcomes)
-    return math.sqrt(lost / norm) if norm else 0.0
+    return schema.Calibration(
+        sha256=settings.calibration.sha256,
+        windows=None if calibration is None else calibration.windows,
+        tokens=None if calibration is None else calibration.tokens,
+    )
+
+
+def _bits_a_weight(plan: Plan) -> tuple[float, float]:
+    """(what a weight takes in the file, what its code and scale tell), over the planned layers."""
+    in_file = 8 * sum(
+        tensor.nbytes for each in plan.layers for tensor in stored(each, plan.settings)
+    )
+    weights = sum(planned.layer.parameters for planned in plan.layers)
+    spared = sum(
+        (plan.settings.container_bits - planned.bits) * planned.layer.parameters
+        for planned in plan.layers
+    )
+    return in_file / weights, (in_file - spared) / weights
+
+
+def _overall(outcomes: Sequence[LayerOutcome], field: str, norm: str) -> float | None:
+    """The relative error of all layers taken as one long vector; None where one is not known."""
+    errors = [getattr(outcome, field) for outcome in outcomes]
+    if not outcomes or None in errors:
+        return None
+    norms = [getattr(outcome, norm) for outcome in outcomes]
+    lost = math.hypot(*(error * size for error, size in zip(errors, norms, strict=True)))
+    whole = math.hypot(*norms)
+    return lost / whole if whole else 0.0
 
 
 def identity_of(model: ResolvedModel) -> schema.ModelIdentity:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loftq_cli.commands import options
 from loftq_cli.commands.options import (
     BatchSize,
     BlockSize,
+    CalibrationText,
     Device,
     HeldBits,
     MeasureError,
@@ -22,11 +24,8 @@ from loftq_cli.commands.run import Run, command
 from loftq_cli.errors import DoesNotFit, UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from loftq_cli import schema
-    from loftq_cli.engines.plan import PlannedLayer, Settings
-    from loftq_cli.engines.rank_errors import ErrorCurve
+    from loftq_cli.engines.plan import PlannedLayer
     from loftq_cli.models.costs import Memory, Training
     from loftq_cli.models.lookup import FoundModel
 
@@ -46,6 +45,7 @@ def sweep_ranks(
     sequence_length: SequenceLength = None,
     vram: Vram = None,
     error: MeasureError = False,
+    calibration_text: CalibrationText = None,
     device: Device = "auto",
 ) -> None:
     """
@@ -53,11 +53,14 @@ def sweep_ranks(
     loftq sweep-ranks --model gpt2
     loftq sweep-ranks --model meta-llama/Llama-3.1-8B --vram 24GB
     loftq sweep-ranks --error                 (the built-in model, measured)
+    loftq sweep-ranks --error --bits 2 --calibration-text FILE
 
     Shows what every rank trains and what memory fine-tuning takes, term by term with --json. Only
     configs and headers are read, and well-known models need no files at all; with --error the
-    weights are read too, each of them once for all ranks.
+    weights are read too, each of them once for all ranks, and with --calibration-text it is told
+    as well what each rank leaves of the error in the layers' outputs.
     """
+    from loftq_cli.commands.sweep_errors import errors_at, measure_errors
     from loftq_cli.commands.verdict import verdict
     from loftq_cli.engines.plan import Settings, make_plan
     from loftq_cli.models.costs import Training
@@ -66,20 +69,14 @@ def sweep_ranks(
 
     wanted = options.ranks(ranks)
     vram_bytes = None if vram is None else options.size(vram, "--vram")
-    if error and bits == 16:
-        raise UsageError(
-            "at 16 bits there is no quantization error to measure", hint="--bits 4 or --bits 8"
-        )
-    if not error and device != "auto":
-        raise UsageError("--device has no effect without --error", hint="add --error")
-    if bits != 4 and (quant_type, block_size) != ("nf4", 64):
-        raise UsageError(f"{bits} bits have no --quant-type and no --block-size")
+    _require_meaning(bits, quant_type, block_size, error, device, calibration_text)
+    in_blocks = bits <= 4
     run.quiet_libraries()
     with run.timing("resolve"):
         found = fetch_model(model) if error else find_model(model, run.note)
     run.resolved("model", found.source, found.reason)
     settings = Settings(
-        bits=4 if bits == 4 else 8,  # at 16 bits there are no blocks either that could not fit
+        bits=bits,
         quant_type=quant_type,
         block_size=block_size,
         rank=1,
@@ -87,18 +84,21 @@ def sweep_ranks(
     )
     planned = make_plan(found.outline.inventory, settings).layers
     _warn_of_large_ranks(run, planned, wanted)
-    plain_error: float | None = None
-    errors: Sequence[float | None] = [None] * len(wanted)
+    measured, calibration = None, None
     if error:
-        curve = _measure(run, found, planned, settings, wanted, device)
-        plain_error, errors = curve.quantized_only, curve.by_rank
+        measured, calibration = measure_errors(
+            run, found, planned, settings, wanted, device, calibration_text
+        )
     tokens = _sequence_length(run, sequence_length, found.outline.context)
-    training = Training(bits, block_size, batch_size, tokens)
+    training = Training(settings.container_bits, block_size, batch_size, tokens)
     costs = [
-        _rank_cost(found, planned, rank, training, vram_bytes, error_left)
-        for rank, error_left in zip(wanted, errors, strict=True)
+        _rank_cost(found, planned, rank, training, vram_bytes, errors_at(measured, place))
+        for place, rank in enumerate(wanted)
     ]
-    outcome = verdict(costs, plain_error, vram_bytes)
+    plain_error = None if measured is None else measured.weights.quantized_only
+    outputs = None if measured is None else measured.outputs
+    plain_output_error = None if outputs is None else outputs.quantized_only
+    outcome = verdict(costs, plain_error, vram_bytes, plain_output_error)
     results = SweepRanksResults(
         architecture=found.outline.architecture,
         base_parameters=found.outline.parameters,
@@ -107,13 +107,15 @@ def sweep_ranks(
         settings=SweepSettings(
             target_modules=list(settings.target_modules),
             bits=bits,
-            quant_type=quant_type if bits == 4 else None,
-            block_size=block_size if bits == 4 else None,
+            quant_type=quant_type if in_blocks else None,
+            block_size=block_size if in_blocks else None,
             batch_size=batch_size,
             sequence_length=tokens,
             vram_bytes=vram_bytes,
+            calibration=calibration,
         ),
         quantized_only_error_relative=plain_error,
+        quantized_only_output_error_relative=plain_output_error,
         ranks=costs,
         verdict=outcome,
     )
@@ -125,6 +127,35 @@ def sweep_ranks(
             cause=outcome.sentence,
             hint="a shorter --sequence-length, a smaller --batch-size, fewer --target-modules"
             + (", or --bits 4" if bits > 4 else ", or a smaller model"),
+        )
+
+
+def _require_meaning(
+    bits: int,
+    quant_type: str,
+    block_size: int,
+    error: bool,
+    device: str,
+    calibration_text: Path | None,
+) -> None:
+    """Refuses what there is not, and options that would have no effect."""
+    if error and bits == 16:
+        raise UsageError(
+            "at 16 bits there is no quantization error to measure", hint="--bits 4 or --bits 8"
+        )
+    if not error and device != "auto":
+        raise UsageError("--device has no effect without --error", hint="add --error")
+    if not error and calibration_text is not None:
+        raise UsageError("--calibration-text has no effect without --error", hint="add --error")
+    if bits > 4 and (quant_type, block_size) != ("nf4", 64):
+        raise UsageError(f"{bits} bits have no --quant-type and no --block-size")
+    if bits < 4 and quant_type != "nf4":
+        raise UsageError(f"{quant_type} has 4 bits only", hint="--quant-type nf4")
+    if bits == 8 and calibration_text is not None:
+        raise UsageError(
+            "--calibration-text is for 4 bits and fewer",
+            cause="8-bit layers round the activations too, which no start corrects",
+            hint="--bits 4",
         )
 
 
@@ -151,33 +182,13 @@ def _warn_of_large_ranks(run: Run, planned: list[PlannedLayer], ranks: list[int]
         )
 
 
-def _measure(
-    run: Run,
-    found: FoundModel,
-    planned: list[PlannedLayer],
-    settings: Settings,
-    ranks: list[int],
-    device: str,
-) -> ErrorCurve:
-    from loftq_cli import hardware
-    from loftq_cli.engines.rank_errors import measure
-
-    assert found.checkpoint is not None
-    chosen = hardware.resolve_device(device)
-    run.resolved("device", *chosen)
-    with run.timing("measure"), run.progress("measuring", len(planned)) as progress:
-        return measure(
-            planned, found.checkpoint, settings, ranks, device=chosen.value, progress=progress
-        )
-
-
 def _rank_cost(
     found: FoundModel,
     planned: list[PlannedLayer],
     rank: int,
     training: Training,
     vram_bytes: int | None,
-    error: float | None,
+    errors: dict[str, float],
 ) -> schema.RankCost:
     from loftq_cli.models.costs import memory, trainable_parameters
     from loftq_cli.schema import RankCost
@@ -198,7 +209,7 @@ def _rank_cost(
         fits_with_checkpointing=None
         if vram_bytes is None
         else needed.total_checkpointed <= vram_bytes,
-        weight_error_relative=error,
+        **errors,
     )
 
 

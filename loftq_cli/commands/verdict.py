@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Literal
 
 from loftq_cli.report import units
 from loftq_cli.schema import RankCost, Verdict
@@ -16,9 +17,15 @@ SMALL_SHARE = 0.05
 
 
 def verdict(
-    costs: Sequence[RankCost], quantized_only_error: float | None, vram_bytes: int | None
+    costs: Sequence[RankCost],
+    quantized_only_error: float | None,
+    vram_bytes: int | None,
+    quantized_only_output_error: float | None = None,
 ) -> Verdict:
-    """The recommendation; by the error where it was measured, else by what fits, else by cost."""
+    """The recommendation; by the error where it was measured, else by what fits, else by cost.
+
+    Where the error of outputs is known, it is that.
+    """
     costs = sorted(costs, key=lambda cost: cost.rank)
     fitting = [cost for cost in costs if cost.fits is not False]
     condition = ""
@@ -28,7 +35,10 @@ def verdict(
     if vram_bytes is not None and not fitting:
         return _nothing_fits(costs[0], vram_bytes)
     if quantized_only_error is not None:
-        found = _by_error(fitting, quantized_only_error)
+        if quantized_only_output_error is not None:
+            found = _by_error(fitting, "output", quantized_only_output_error)
+        else:
+            found = _by_error(fitting, "weight", quantized_only_error)
         limited = len(fitting) < len(costs)
         where = f" among those that fit in {units.size(vram_bytes or 0)}" if limited else ""
         return _verdict(found[0], "error", f"rank {found[0]}{where}{condition}: {found[1]}")
@@ -47,16 +57,23 @@ def verdict(
     return _by_cost(costs)
 
 
-def _by_error(costs: Sequence[RankCost], plain: float) -> tuple[int, str]:
+def _by_error(
+    costs: Sequence[RankCost], what: Literal["weight", "output"], plain: float
+) -> tuple[int, str]:
     """The last rank that a worthwhile doubling leads to, and why."""
     chosen = 0
-    gains = [_gain_of_doubling(*pair) for pair in pairwise(costs)]
+    errors = [getattr(cost, f"{what}_error_relative") or 0.0 for cost in costs]
+    steps = pairwise(zip(costs, errors, strict=True))
+    gains = [
+        _gain_of_doubling(after / before, high.rank / low.rank) if before else 0.0
+        for (low, before), (high, after) in steps
+    ]
     for number, gain in enumerate(gains, start=1):
         if gain >= WORTHWHILE_SHARE:
             chosen = number
     best = costs[chosen]
-    error = best.weight_error_relative or 0.0
-    change = f"the weight error falls from {units.percent(plain)} to {units.percent(error)}"
+    error = units.percent(errors[chosen])
+    change = f"the {what} error falls from {units.percent(plain)} to {error}"
     if chosen < len(gains):
         later = units.percent(max(gains[chosen:]))
         return best.rank, f"{change}, and no further doubling takes away more than {later} of it"
@@ -66,12 +83,9 @@ def _by_error(costs: Sequence[RankCost], plain: float) -> tuple[int, str]:
     return best.rank, change
 
 
-def _gain_of_doubling(low: RankCost, high: RankCost) -> float:
-    """The share of the error that one doubling takes away, on the way from one rank to the next."""
-    before, after = low.weight_error_relative or 0.0, high.weight_error_relative or 0.0
-    if before == 0:
-        return 0.0
-    return float(1 - (after / before) ** (1 / math.log2(high.rank / low.rank)))
+def _gain_of_doubling(left: float, growth: float) -> float:
+    """The share of the error that one doubling takes away, if so much is left after ``growth``."""
+    return float(1 - left ** (1 / math.log2(growth)))
 
 
 def _by_cost(costs: Sequence[RankCost]) -> Verdict:

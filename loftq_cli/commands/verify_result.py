@@ -11,7 +11,7 @@ from loftq_cli import schema
 from loftq_cli.checkpoint.index import parse_json
 from loftq_cli.checkpoint.safetensors import read_file
 from loftq_cli.commands.quantize_result import Report
-from loftq_cli.engines.plan import BLOCK_SIZES
+from loftq_cli.engines.plan import BLOCK_SIZES, UNCORRECTED_INITS
 from loftq_cli.engines.verification.written import ClaimedFile, ClaimedLayer, Claims
 from loftq_cli.errors import CorruptCheckpoint, LoftqError, ModelNotFound
 from loftq_cli.models.source import REPORT_FILE
@@ -60,43 +60,83 @@ def claims_of(report: Report) -> Claims:
     """
     results = report.results
     settings = results.settings
-    known = settings.bits == 8 or (
-        settings.bits == 4
-        and settings.quant_type in ("nf4", "fp4")
-        and settings.block_size in BLOCK_SIZES
-    )
-    if not known or settings.rank < 1 or not settings.lora_alpha > 0:
-        raise CorruptCheckpoint(
-            f"{REPORT_FILE} cannot be used",
-            cause="its settings are none that loftq writes: "
+    if not _is_known(settings) or settings.rank < 1 or not settings.lora_alpha > 0:
+        raise _unusable(
             f"{settings.bits} bits, {settings.quant_type!r:.40}, block size {settings.block_size}, "
-            f"rank {settings.rank}, lora_alpha {settings.lora_alpha}",
-            hint=_NOT_OURS,
+            f"rank {settings.rank}, lora_alpha {settings.lora_alpha}"
         )
-    adapted = [
-        ClaimedLayer(layer.name, layer.shape, True, layer.weight_error_relative)
-        for layer in results.layers
-    ]
-    plain = [
-        ClaimedLayer(layer.name, layer.shape, False, layer.quantized_only_error_relative)
-        for layer in results.without_adapter
-    ]
     return Claims(
         source=_source_name(report),
-        bits=settings.bits,
+        bits=max(settings.bits, 4),
         quant_type=settings.quant_type,
         block_size=settings.block_size,
         double_quant=settings.double_quant,
         rank=settings.rank,
         lora_alpha=settings.lora_alpha,
         use_rslora=settings.rslora,
+        corrects=settings.init not in UNCORRECTED_INITS,
         task_type=results.task_type,
         auto_class=auto_class(results),
-        layers=[*adapted, *plain],
+        layers=_layers(results),
         files=[ClaimedFile(file.name, file.bytes, file.sha256) for file in results.files],
         source_files=frozenset(
             (file.name, file.bytes, file.header_sha256) for file in results.source_files
         ),
+    )
+
+
+def _is_known(settings: schema.QuantizeSettings) -> bool:
+    if settings.bits in (8, 16):
+        return True
+    in_blocks = settings.quant_type in ("nf4", "fp4") and settings.block_size in BLOCK_SIZES
+    return settings.bits in (2, 3, 4) and in_blocks
+
+
+def _layers(results: schema.QuantizeResults) -> list[ClaimedLayer]:
+    """All layers, once their bits and ranks have been seen to be such as loftq writes."""
+    settings = results.settings
+    possible = {settings.bits} if settings.bits in (8, 16) else {2, 3, 4}
+    if settings.quant_type == "fp4":
+        possible &= {4}
+    adapted = [
+        ClaimedLayer(
+            layer.name,
+            layer.shape,
+            layer.bits,
+            layer.rank,
+            layer.stored_rank or layer.rank,
+            layer.weight_error_relative,
+        )
+        for layer in results.layers
+    ]
+    # Before there was a search for the absmax, plain quantization was all that such a layer had.
+    plain = [
+        ClaimedLayer(
+            layer.name,
+            layer.shape,
+            layer.bits,
+            0,
+            0,
+            layer.quantized_only_error_relative
+            if layer.weight_error_relative is None
+            else layer.weight_error_relative,
+        )
+        for layer in results.without_adapter
+    ]
+    for layer in adapted:
+        if not 1 <= layer.rank <= layer.stored_rank:
+            raise _unusable(f"{layer.name} has rank {layer.rank}, stored as {layer.stored_rank}")
+    for layer in (*adapted, *plain):
+        if layer.bits not in possible:
+            raise _unusable(f"{layer.name} has {layer.bits} bits in {settings.quant_type!r:.40}")
+    return [*adapted, *plain]
+
+
+def _unusable(cause: str) -> CorruptCheckpoint:
+    return CorruptCheckpoint(
+        f"{REPORT_FILE} cannot be used",
+        cause=f"its settings are none that loftq writes: {cause}",
+        hint=_NOT_OURS,
     )
 
 
@@ -124,7 +164,7 @@ def results_of(
     return schema.VerifyResults(
         directory=str(directory),
         source=None if residuals.source is None else residuals.source.id,
-        quantized_layers=len(claims.layers),
+        quantized_layers=len(claims.quantized),
         measured_layers=len(residuals.measured),
         tests=tests,
         layers=[_layer(each) for each in residuals.measured],

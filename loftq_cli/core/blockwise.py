@@ -9,6 +9,9 @@ Double quantization stores the absmax themselves in eight bits: their mean is ta
 rest quantized blockwise to the dynamic map, 256 at a time. The codes do not see it: they were
 chosen for the exact absmax.
 
+With a search the absmax are those of ``absmax.py``, which leave less and may be negative, and the
+codes are the nearest for the absmax that will be read back. All else is the same.
+
 Held to bitsandbytes 0.50.2 on the CPU. Its dequantization agrees with the line above in every bit
 with three exceptions, and in all of them this module keeps to the line above:
 
@@ -26,7 +29,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from loftq_cli.core.codebooks import codebook, dynamic_map
+from loftq_cli.core.absmax import SMALLEST, largest_absmax, search_absmax
+from loftq_cli.core.codebooks import Codebook, codebook, dynamic_map
 from loftq_cli.core.streamed import RowsOnDemand
 from loftq_cli.errors import InvalidSetting, NonFiniteWeight
 
@@ -36,9 +40,6 @@ SOURCE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # Work goes by this many values, so that no temporary grows with the weight: 4 MiB of float32.
 _CHUNK = 1 << 20
-# bitsandbytes divides by no absmax smaller than this. It *stores* the larger one for a ragged
-# last block, and the true one elsewhere.
-_SMALLEST_ABSMAX = 1e-38
 
 
 @dataclass(frozen=True)
@@ -48,9 +49,10 @@ class BlockwiseFormat:
     quant_type: Literal["nf4", "fp4"] = "nf4"
     block_size: int = 64
     double_quant: bool = False
+    bits: int = 4  # 2 and 3 make do with some of the levels, stored as the same four bits
 
     def __post_init__(self) -> None:
-        codebook(self.quant_type)
+        codebook(self.quant_type, self.bits)
         if self.block_size not in BLOCK_SIZES:
             sizes = ", ".join(map(str, BLOCK_SIZES))
             raise InvalidSetting(f"block size {self.block_size} is not one of {sizes}")
@@ -71,29 +73,48 @@ class QuantizedBlockwise:
 
 @torch.no_grad()
 def quantize_blockwise(
-    W: Tensor, fmt: BlockwiseFormat, *, dtype: torch.dtype | None = None
+    W: Tensor,
+    fmt: BlockwiseFormat,
+    *,
+    dtype: torch.dtype | None = None,
+    search: bool = False,
+    previous: Tensor | None = None,
 ) -> QuantizedBlockwise:
     """What ``bitsandbytes.functional.quantize_4bit`` stores for ``W``, on ``W``'s device.
 
-    ``dtype`` is the one that the stored weight is to dequantize to, ``W``'s own unless given.
-    A transposed view is copied once; beyond that, temporaries stay at a few chunks.
+    Or better, with a ``search`` for each block's absmax, which begins with the ``previous`` ones
+    (as they are read back) if given. ``dtype`` is the one that the stored weight is to dequantize
+    to, ``W``'s own unless given. A transposed view is copied once; beyond that, temporaries stay
+    at a few chunks.
     """
     check_weight(W)
-    flat = W.reshape(-1)
-    n, device = flat.numel(), W.device
+    flat, dtype = W.reshape(-1), dtype or W.dtype
+    n, device, size = flat.numel(), W.device, fmt.block_size
+    book = codebook(fmt.quant_type, fmt.bits)
     packed = torch.empty((n + 1) // 2, dtype=torch.uint8, device=device)
-    absmax = torch.empty(-(-n // fmt.block_size), dtype=torch.float32, device=device)
+    absmax = torch.empty(-(-n // size), dtype=torch.float32, device=device)
     for start, stop in _chunks(n):
-        first, last = start // fmt.block_size, -(-stop // fmt.block_size)
-        codes, absmax[first:last] = _quantize_chunk(flat[start:stop].float(), fmt)
-        packed[start // 2 : (stop + 1) // 2] = codes[0::2] << 4 | codes[1::2]
-    return QuantizedBlockwise(
-        packed.view(-1, 1),
-        *double_quantize(absmax, fmt),
-        (W.shape[0], W.shape[1]),
-        fmt,
-        W.dtype if dtype is None else dtype,
-    )
+        values, blocks = flat[start:stop].float(), slice(start // size, -(-stop // size))
+        if search:
+            around = None if previous is None else previous[blocks]
+            whole = _whole_blocks(values, size)
+            absmax[blocks] = search_absmax(whole, around, book, largest_absmax(dtype))
+        else:
+            scaled, absmax[blocks] = _scale_chunk(values, size)
+            packed[start // 2 : (stop + 1) // 2] = _pack(scaled, book)
+    shape = (W.shape[0], W.shape[1])
+    stored = double_quantize(absmax, fmt)
+    quantized = QuantizedBlockwise(packed.view(-1, 1), *stored, shape, fmt, dtype)
+    if search:
+        # The codes are those for the absmax that will be read back.
+        absmax = restore_absmax(quantized)
+        scale = 1.0 / absmax.abs().clamp(min=SMALLEST)
+        scale = torch.where(absmax < 0, -scale, scale)
+        for start, stop in _chunks(n):
+            blocks = slice(start // size, -(-stop // size))
+            whole = _whole_blocks(flat[start:stop].float(), size) * scale[blocks, None]
+            packed[start // 2 : (stop + 1) // 2] = _pack(whole.view(-1)[: stop - start], book)
+    return quantized
 
 
 def double_quantize(
@@ -195,24 +216,35 @@ def _chunks(n: int) -> Iterator[tuple[int, int]]:
     return ((start, min(start + _CHUNK, n)) for start in range(0, n, _CHUNK))
 
 
-def _quantize_chunk(values: Tensor, fmt: BlockwiseFormat) -> tuple[Tensor, Tensor]:
-    """Codes, padded to an even number, and absmax of whole blocks and at most one ragged one."""
-    book = codebook(fmt.quant_type)
-    whole = values.numel() - values.numel() % fmt.block_size
-    blocks = values[:whole].view(-1, fmt.block_size)
+def _scale_chunk(values: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Values in [-1, 1] and absmax of whole blocks and at most one ragged one: bitsandbytes'."""
+    whole = values.numel() - values.numel() % size
+    blocks = values[:whole].view(-1, size)
     absmax = blocks.abs().amax(dim=1) if whole else values.new_zeros(0)
     # Times the reciprocal, not divided: the two differ in the last bit, which moves ties.
-    scaled = blocks * (1.0 / absmax.clamp(min=_SMALLEST_ABSMAX)).view(-1, 1)
+    scaled = blocks * (1.0 / absmax.clamp(min=SMALLEST)).view(-1, 1)
     scaled = scaled.clamp_(-1, 1).view(-1)
     if whole < values.numel():
         ragged = values[whole:]
-        peak = ragged.abs().max().clamp(min=_SMALLEST_ABSMAX)
+        # It *stores* this one as it was used, unlike those of whole blocks.
+        peak = ragged.abs().max().clamp(min=SMALLEST)
         absmax = torch.cat((absmax, peak.view(1)))
         # And here divided.
         scaled = torch.cat((scaled, (ragged / peak).clamp_(-1, 1)))
-        scaled = torch.nn.functional.pad(scaled, (0, scaled.numel() % 2))
-    nearest = torch.bucketize(scaled, book.midpoints(values.device), out_int32=True)
-    return book.order_tensor(values.device)[nearest], absmax
+    return scaled, absmax
+
+
+def _whole_blocks(values: Tensor, size: int) -> Tensor:
+    """The values as blocks (count × size), the last filled up with zeros."""
+    return torch.nn.functional.pad(values, (0, -values.numel() % size)).view(-1, size)
+
+
+def _pack(scaled: Tensor, book: Codebook) -> Tensor:
+    """The codes of the levels nearest to the values, two a byte."""
+    scaled = torch.nn.functional.pad(scaled, (0, scaled.numel() % 2))
+    nearest = torch.bucketize(scaled, book.midpoints(scaled.device), out_int32=True)
+    codes = book.order_tensor(scaled.device)[nearest]
+    return codes[0::2] << 4 | codes[1::2]
 
 
 def _quantize_dynamic(values: Tensor) -> tuple[Tensor, Tensor]:

@@ -36,6 +36,13 @@ NF4_LEVELS = (
     1.0,
 )
 
+# NormalFloat of two bits as LoftQ has it (arXiv 2310.08659): -1, 0, 0.3379 and 1.
+NF2_CODES = (0, 7, 11, 15)
+# Of the 1287 choices of eight that hold -1, 0 and 1 the one with the least squared error on normal
+# values, in blocks of 64 with the absmax of least error: 0.02935 of their square over 40 000
+# blocks. The next best leaves 5.2 % more.
+NF3_CODES = (0, 1, 3, 5, 7, 10, 13, 15)
+
 # A 4-bit float, one sign bit, two exponent bits (bias 2), one mantissa bit, divided by its largest
 # value, 12. Listed by bit pattern 0b000 .. 0b111; the exponent is stored inverted, hence the order.
 _FP4_MAGNITUDES = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)
@@ -51,8 +58,8 @@ class Codebook:
     """Sixteen levels by code, and the codes that a quantizer may choose, ascending by level.
 
     FP4 has two zeros, code 0 (+0) and code 8; a tie at zero goes to code 0, so ``order`` lists it
-    first. A codebook of fewer bits that lives in this container is the same ``levels`` with a
-    shorter ``order``.
+    first. A codebook of fewer bits has the same ``levels`` and a shorter ``order``: every runtime
+    that reads four bits reads it.
     """
 
     quant_type: str
@@ -75,19 +82,28 @@ class Codebook:
         return ((ascending[:-1] + ascending[1:]) / 2).to(device)
 
 
-_CODEBOOKS = {
-    "nf4": Codebook("nf4", NF4_LEVELS, tuple(range(16))),
-    "fp4": Codebook("fp4", FP4_LEVELS, (11, 10, 13, 12, 15, 14, 9, 0, 8, 1, 6, 7, 4, 5, 2, 3)),
+# Which codes each number of bits may choose.
+_ORDERS: dict[str, dict[int, tuple[int, ...]]] = {
+    "nf4": {4: tuple(range(16)), 3: NF3_CODES, 2: NF2_CODES},
+    "fp4": {4: (11, 10, 13, 12, 15, 14, 9, 0, 8, 1, 6, 7, 4, 5, 2, 3)},
 }
+_LEVELS = {"nf4": NF4_LEVELS, "fp4": FP4_LEVELS}
 
 
-def codebook(quant_type: str) -> Codebook:
-    """The codebook called ``quant_type``."""
-    try:
-        return _CODEBOOKS[quant_type]
-    except KeyError:
-        names = ", ".join(_CODEBOOKS)
-        raise InvalidSetting(f"quantization type {quant_type!r} is not one of {names}") from None
+def codebook(quant_type: str, bits: int = 4) -> Codebook:
+    """The codebook called ``quant_type``, with 2^bits of its levels to choose from.
+
+    Stored are the container's 4-bit codes in any case: fewer bits are what a runtime with a
+    container of its own for them would need, and what quantizing to them costs can be seen here.
+    """
+    if quant_type not in _ORDERS:
+        names = ", ".join(_ORDERS)
+        raise InvalidSetting(f"quantization type {quant_type!r} is not one of {names}")
+    orders = _ORDERS[quant_type]
+    if bits not in orders:
+        possible = ", ".join(map(str, sorted(orders)))
+        raise InvalidSetting(f"{quant_type} with {bits} bits is not possible: only {possible}")
+    return Codebook(quant_type, _LEVELS[quant_type], orders[bits])
 
 
 @lru_cache(maxsize=1)

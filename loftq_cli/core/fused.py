@@ -19,7 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from loftq_cli.core import kernels
+from loftq_cli.core import kernels, search_kernel
+from loftq_cli.core.absmax import COLD, WARM, largest_absmax
 from loftq_cli.core.blockwise import (
     BlockwiseFormat,
     QuantizedBlockwise,
@@ -53,41 +54,56 @@ def step(
     fmt: BlockwiseFormat,
     dtype: torch.dtype,
     *,
+    search: bool = False,
+    previous: Tensor | None = None,
     products: torch.dtype = torch.float32,
     probe: Tensor | None = None,
     spare: Residual | None = None,
 ) -> tuple[QuantizedBlockwise, Residual]:
-    """The codes of W − left · right and what they leave of W, held in the dtype ``products``."""
+    """The codes of W − left · right and what they leave of W, held in the dtype ``products``.
+
+    The absmax are bitsandbytes' own, or searched for, from the ``previous`` ones if given.
+    """
     pieces = _Pieces(W, fmt)
     packed = _empty(((W.numel() + 1) // 2,), torch.uint8)
     absmax = _empty((-(-W.numel() // fmt.block_size),), torch.float32)
-    # Double-quantized, what will be read back is not known before the last block.
-    residual = None if fmt.double_quant else _in_the_making(pieces, products, probe, spare)
     nothing = torch.empty(0, dtype=products)
     left, right = (None, None) if carried is None else (part.to(products) for part in carried)
-    choices = _choices(fmt.quant_type)
+    choices = _choices(fmt.quant_type, fmt.bits)
+    starts = COLD if previous is None else WARM
+    factors = np.array(starts.factors, np.float32)
+    around = (torch.empty(0) if previous is None else previous).numpy()
+    largest = np.float32(largest_absmax(dtype))
+    # Double-quantized, what will be read back is not known before the last block.
+    twice = search and fmt.double_quant
+    residual = None if fmt.double_quant else _in_the_making(pieces, products, probe, spare)
 
-    def work(piece: int) -> None:
-        rows, w = pieces.rows(piece), pieces.weight(piece)
+    def work(piece: int, scales: Tensor, *, find: bool, encode: bool) -> None:
+        rows, blocks = pieces.rows(piece), pieces.blocks(piece)
+        w = _flat(pieces.weight(piece))
+        product = _flat(nothing if left is None else left[rows] @ right)
+        scale = scales[blocks].numpy()
+        if find:
+            begin = around[blocks], factors, starts.passes, largest
+            search_kernel.search(w, product, fmt.block_size, *choices[:2], *begin, scale)
+        if not encode:
+            return
         rest = nothing if residual is None else residual.place(piece)
-        energy = kernels.quantize(
-            _flat(w),
-            _flat(nothing if left is None else left[rows] @ right),
-            fmt.block_size,
-            *choices,
-            _ROUNDING[dtype],
-            packed[pieces.bytes(piece)].numpy(),
-            absmax[pieces.blocks(piece)].numpy(),
-            _flat(rest),
-        )
+        part = packed[pieces.bytes(piece)].numpy()
+        into = _ROUNDING[dtype], part, scale, _flat(rest)
+        energy = kernels.quantize(w, product, fmt.block_size, *choices, search, *into)
         if residual is not None:
             residual.finish(piece, rest, energy)
 
-    each(work, pieces.count)
+    each(lambda piece: work(piece, absmax, find=search, encode=not twice), pieces.count)
     with all_threads():
         stored = double_quantize(absmax, fmt)
     shape = (W.shape[0], W.shape[1])
     quantized = QuantizedBlockwise(packed.view(-1, 1), *stored, shape, fmt, dtype)
+    if twice:
+        residual = _in_the_making(pieces, products, probe, spare)
+        absmax = restore_absmax(quantized)
+        each(lambda piece: work(piece, absmax, find=False, encode=True), pieces.count)
     if residual is None:
         return quantized, leave(W, quantized, products=products, probe=probe, spare=spare)
     return quantized, residual.of(quantized)
@@ -284,13 +300,22 @@ def _flat(matrix: Tensor) -> Any:
     return (flat if flat.dtype == torch.float32 else flat.view(torch.uint16)).numpy()
 
 
-@lru_cache(maxsize=4)
-def _choices(quant_type: str) -> tuple[tuple[Any, ...], tuple[Any, ...], tuple[Any, ...]]:
-    """Borders, levels and codes in ascending order, as the kernels want them."""
-    book = codebook(quant_type)
-    order = list(book.order)
+@lru_cache(maxsize=8)
+def _choices(
+    quant_type: str, bits: int
+) -> tuple[tuple[Any, ...], tuple[Any, ...], tuple[Any, ...]]:
+    """Borders, levels and codes in ascending order, as the kernels want them: always sixteen.
+
+    Fewer are filled up on either side, behind borders that nothing is below or above, so that the
+    zero is where that of sixteen is: the eighth.
+    """
+    book = codebook(quant_type, bits)
+    levels = book.level_tensor()[list(book.order)]
+    before = 7 - levels.tolist().index(0.0)
+    after = 16 - len(book.order) - before
+    borders = book.midpoints().numpy()
     return (
-        tuple(book.midpoints().numpy()),
-        tuple(book.level_tensor()[order].numpy()),
-        tuple(book.order_tensor().numpy()),
+        tuple(np.pad(borders, (before, after), constant_values=(-np.inf, np.inf))),
+        tuple(np.pad(levels.numpy(), (before, after), mode="edge")),
+        tuple(np.pad(book.order_tensor().numpy(), (before, after), mode="edge")),
     )

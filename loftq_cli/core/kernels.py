@@ -125,6 +125,7 @@ def _encode(
     borders: Any,
     levels: Any,
     codes: Any,
+    given: Any,
     rounding: Any,
     packed: Any,
     absmax: Any,
@@ -167,7 +168,11 @@ def _encode(
                 top = magnitude if magnitude > top else top
         peak = _float(top)
         scale = np.float32(1.0) / max(peak, smallest)
-        if target.size < size:
+        if given:
+            peak = absmax[block]
+            scale = np.float32(1.0) / max(abs(peak), smallest)
+            scale = -scale if peak < 0 else scale
+        elif target.size < size:
             # The ragged block is divided, and its peak is stored as it was used.
             peak = max(peak, smallest)
             scale = np.float32(1.0)
@@ -248,12 +253,15 @@ def quantize(
     borders: Any,
     levels: Any,
     codes: Any,
+    given: Any,
     rounding: Any,
     packed: Any,
     absmax: Any,
     residual: Any,
 ) -> Any:
     """Quantize W − product, leave W − Q in ``residual`` and return ‖W − Q‖².
+
+    Each block's ``absmax`` is ``given``, or becomes its largest magnitude.
 
     An empty ``product`` is none, an empty ``residual`` is not wanted. Both are float32, or bfloat16
     bits in uint16.
@@ -271,6 +279,7 @@ def quantize(
             borders,
             levels,
             codes,
+            given,
             rounding,
             packed[start // 2 : (stop + 1) // 2],
             absmax[start // size : (stop + size - 1) // size],

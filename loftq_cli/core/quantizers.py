@@ -1,6 +1,6 @@
 """The step that every quantizer offers to the alternation: quantize what the low rank leaves."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -11,6 +11,7 @@ from loftq_cli.core.blockwise import (
     QuantizedBlockwise,
     dequantize_blockwise,
     quantize_blockwise,
+    restore_absmax,
 )
 from loftq_cli.core.int8 import QuantizedInt8, dequantize_int8, quantize_int8
 from loftq_cli.core.parallel import each
@@ -30,17 +31,26 @@ class Quantizer(Protocol):
         W: Tensor,
         carried: Product | None,
         *,
+        previous: Any = None,
         probe: Tensor | None = None,
         fast: bool = False,
         spare: Residual | None = None,
     ) -> tuple[Any, Residual]:
         """(the stored form of W − left·right, the residual W − Q with Q as the runtime sees it).
 
+        ``previous`` is the stored form of a similar matrix, where a search for a better one begins.
         ``probe`` says which product with the residual is wanted first. ``fast`` allows products
         with the residual, and the product that is carried, to be rounded to bfloat16; the stored
         form and what it leaves are exact all the same. ``spare`` is a residual that nobody needs
         any more: its memory may be taken.
         """
+
+    @property
+    def searches(self) -> bool:
+        """Whether a step from the ``previous`` form leaves no more of its target than that did."""
+
+    def plain(self) -> "Quantizer":
+        """The same way of storing, filled as its runtime's own library would, without a search."""
 
     def takes_rows(self, W: RowsOnDemand) -> bool:
         """Whether all of this can be done with the rows of this weight, none of them held."""
@@ -56,31 +66,51 @@ class Quantizer(Protocol):
 class Blockwise:
     """4-bit blocks, dequantized by the runtime to ``dtype`` (the source's own unless given).
 
-    On the CPU compiled kernels do the work; ``readable`` keeps to the reference.
+    Every block's absmax is searched for, or bitsandbytes' own without ``search``. On the CPU
+    compiled kernels do the work; ``readable`` keeps to the reference.
     """
 
     format: BlockwiseFormat
     dtype: torch.dtype | None = None
     readable: bool = False
+    search: bool = True
+
+    @property
+    def searches(self) -> bool:
+        return self.search
+
+    def plain(self) -> "Blockwise":
+        return replace(self, search=False)
 
     def step(
         self,
         W: Tensor,
         carried: Product | None,
         *,
+        previous: QuantizedBlockwise | None = None,
         probe: Tensor | None = None,
         fast: bool = False,
         spare: Residual | None = None,
     ) -> tuple[QuantizedBlockwise, Residual]:
         dtype = self.dtype or W.dtype
+        around = restore_absmax(previous) if self.search and previous is not None else None
         if self._compiled(W):
             from loftq_cli.core import fused
 
-            products = fused.product_dtype() if fast else torch.float32
             return fused.step(
-                W, carried, self.format, dtype, products=products, probe=probe, spare=spare
+                W,
+                carried,
+                self.format,
+                dtype,
+                search=self.search,
+                previous=around,
+                products=fused.product_dtype() if fast else torch.float32,
+                probe=probe,
+                spare=spare,
             )
-        quantized = quantize_blockwise(_target(W, carried), self.format, dtype=dtype)
+        quantized = quantize_blockwise(
+            _target(W, carried), self.format, dtype=dtype, search=self.search, previous=around
+        )
         return quantized, Residual.of(W.float() - self.dequantize(quantized).float())
 
     def takes_rows(self, W: RowsOnDemand) -> bool:
@@ -104,11 +134,19 @@ class Blockwise:
 class Int8:
     """8-bit rows. The runtime dequantizes them to float32, whatever the source was."""
 
+    @property
+    def searches(self) -> bool:
+        return False
+
+    def plain(self) -> "Int8":
+        return self
+
     def step(
         self,
         W: Tensor,
         carried: Product | None,
         *,
+        previous: QuantizedInt8 | None = None,
         probe: Tensor | None = None,
         fast: bool = False,
         spare: Residual | None = None,

@@ -4,6 +4,14 @@ With one iteration Q = q(W) does not depend on the rank, and the best correction
 residual R = W − Q is its truncated SVD, so what remains is known for every r at once:
 
     ‖W − Q − B·A‖² = ‖R‖² − Σ_{i≤r} σᵢ²
+
+With the second moments G = E[x·xᵀ] of the layer's inputs, the same is known of its outputs. The
+correction that is best for them is U_r·U_rᵀ·R, with U the left singular vectors of R·S, S·Sᵀ = G
+(`whitening.py`), and whatever S they were found with, what they leave is
+
+    E‖(R − U_r·U_rᵀ·R)·x‖² = tr(R·G·Rᵀ) − Σ_{i≤r} uᵢᵀ·R·G·Rᵀ·uᵢ
+
+So the errors of outputs are exact for a correction that was found with slightly damped moments.
 """
 
 import math
@@ -16,41 +24,89 @@ from torch import Tensor
 from loftq_cli.core.blockwise import check_finite, check_weight
 from loftq_cli.core.lowrank import truncated_svd
 from loftq_cli.core.quantizers import Quantizer
-from loftq_cli.core.residual import sum_of_squares
+from loftq_cli.core.residual import Residual, rows_times, sum_of_squares, transposed_times
+from loftq_cli.core.whitening import Inputs, check_moments, output_energy
 
 # The curve is the result here, and is not iterated on: with this, a randomized SVD's is within
 # 5e-4 of the exact one's at the largest rank, and much nearer at the others.
 TOLERANCE = 1e-5
+# Added to the moments' diagonal, as a share of its mean, more where Cholesky needs it.
+_DAMPING = 1e-5
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Norms, not relative: they add up over layers as squares."""
+
+    whole: float  # ‖W‖, or √E‖W·x‖²
+    quantized_only: float  # the same of what plain quantization leaves
+    uncorrected: float  # of what Q leaves, which is searched for where the quantizer does that
+    by_rank: list[float]  # of what is left of that, in the order the ranks were given
 
 
 @dataclass(frozen=True)
 class RankErrors:
-    """Frobenius norms, not relative: they add up over layers as squares."""
+    """``outputs`` is None without moments. Each curve is of the corrections best for it."""
 
-    weight: float  # ‖W‖
-    quantized_only: float  # ‖W − Q‖
-    by_rank: list[float]  # ‖W − Q − B·A‖, in the order the ranks were given
+    weights: Curve
+    outputs: Curve | None = None
 
 
 @torch.no_grad()
-def rank_errors(W: Tensor, quantizer: Quantizer, ranks: Sequence[int]) -> RankErrors:
+def rank_errors(
+    W: Tensor, quantizer: Quantizer, ranks: Sequence[int], moments: Tensor | None = None
+) -> RankErrors:
     """The errors of the weight ``W`` (out × in); no ranks, no decomposition.
 
     A rank above min(out, in) leaves what the full rank leaves.
     """
     check_weight(W)
     check_finite(W)
-    norm = math.sqrt(sum_of_squares(W))
-    _, residual = quantizer.step(W, None)
+    if moments is not None:
+        check_moments(moments, W.shape[1])
+    residual = quantizer.step(W, None)[1].exact()
+    plain = quantizer.plain().step(W, None)[1].exact() if quantizer.searches else residual
+    weights = Curve(
+        math.sqrt(sum_of_squares(W)),
+        math.sqrt(plain.energy),
+        math.sqrt(residual.energy),
+        _left(residual.energy, _decompose(residual, ranks)[1], ranks),
+    )
+    if moments is None:
+        return RankErrors(weights)
+    return RankErrors(weights, _outputs(W, plain.matrix, residual.matrix, ranks, moments))
+
+
+def _outputs(W: Tensor, plain: Tensor, R: Tensor, ranks: Sequence[int], moments: Tensor) -> Curve:
+    energy = output_energy(R, moments)
+    removed = torch.zeros(0, dtype=torch.float64)
+    if ranks:
+        weighted = Residual.of(rows_times(R, Inputs.of(moments, _DAMPING).root))
+        U, _ = _decompose(weighted, ranks)
+        Y = transposed_times(U, R).to(R)
+        removed = (Y @ moments).mul_(Y).sum(dim=1, dtype=torch.float64).cpu()
+    return Curve(
+        math.sqrt(output_energy(W.float(), moments)),
+        math.sqrt(output_energy(plain, moments)),
+        math.sqrt(energy),
+        _left(energy, removed, ranks),
+    )
+
+
+def _decompose(residual: Residual, ranks: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """(U, σ²) up to the largest of the ranks."""
     if not ranks:
-        return RankErrors(norm, math.sqrt(residual.energy), [])
-    largest = min(max(ranks), *W.shape)
+        return residual.matrix[:, :0], torch.zeros(0, dtype=torch.float64)
     svd = truncated_svd(
         residual,
-        largest,
+        min(max(ranks), *residual.shape),
         generator=torch.Generator().manual_seed(0),
         tolerance=TOLERANCE,
     )
-    removed = svd.S.double().square().cumsum(0)
-    left = (residual.energy - float(removed[min(rank, largest) - 1]) for rank in ranks)
-    return RankErrors(norm, math.sqrt(residual.energy), [math.sqrt(max(e, 0.0)) for e in left])
+    return svd.U, svd.S.double().square().cpu()
+
+
+def _left(energy: float, removed: Tensor, ranks: Sequence[int]) -> list[float]:
+    """√(energy − what so many directions take away of it), for each rank."""
+    sums = removed.cumsum(0).tolist()
+    return [math.sqrt(max(energy - sums[min(rank, len(sums)) - 1], 0.0)) for rank in ranks]

@@ -7,12 +7,13 @@ residual reads the weight and the codes once more.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from loftq_cli.core.parallel import each
-from loftq_cli.core.residual import Residual, rows_a_piece, rows_times
+from loftq_cli.core.residual import Residual, rows_a_piece, rows_times, sum_of_squares
 from loftq_cli.core.sketches import COLUMNS, slab_columns
 
 
@@ -108,3 +109,21 @@ class StreamedResidual(Residual):
         part = self.matrix.new_empty(rows.stop - rows.start, columns.stop - columns.start)
         self.leave(rows, columns, part)
         return part
+
+
+def weight_as_residual(W: Tensor | RowsOnDemand) -> Residual:
+    """The weight itself, as something to decompose; on demand, nothing of it is held."""
+    if not isinstance(W, RowsOnDemand):
+        return Residual.of(W.float())
+
+    def leave(rows: slice, columns: slice, out: Tensor) -> None:
+        out.copy_(W[rows][:, columns])
+
+    return StreamedResidual(
+        torch.empty(0),
+        sum_of_squares(cast(Tensor, W)),
+        out_features=W.shape[0],
+        in_features=W.shape[1],
+        unit=1,
+        leave=leave,
+    )

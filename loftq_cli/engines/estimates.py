@@ -33,7 +33,13 @@ from typing import NamedTuple
 
 from loftq_cli.checkpoint.safetensors import DTYPE_BITS
 from loftq_cli.core.sketches import PIECE, sketch_width, slab_columns, takes_exact
-from loftq_cli.engines.plan import Plan, PlannedLayer, Settings
+from loftq_cli.engines.plan import (
+    CALIBRATED_INITS,
+    UNCORRECTED_INITS,
+    Plan,
+    PlannedLayer,
+    Settings,
+)
 
 # Python, torch, transformers and the compiled kernels, resident after a run on a tiny model:
 # 510 MB were measured there, and more is wanted where the kernels are compiled first.
@@ -50,6 +56,12 @@ _VECTORS = 10
 _SECONDS_A_WEIGHT = 1.3e-9
 _SECONDS_A_WEIGHT_AND_RANK = 2.0e-11
 _SECONDS_EXACT = 2.0e-10
+# Steps until another hardly pays, as a rule.
+_ITERATIONS = 10
+# Calibrated, seconds a weight and input of its layer; and in float32, what is held: copies of the
+# weight, and matrices of the moments' size.
+_SECONDS_CALIBRATED = 2.0e-10
+_CALIBRATED, _MOMENTS = 8, 8
 
 # Smaller layers are never streamed: as `core` has it, the compiled kernels are not used for them.
 _WORTH_STREAMING = 1 << 16
@@ -73,14 +85,15 @@ class Machine(NamedTuple):
 def by_rows(planned: PlannedLayer, settings: Settings) -> bool:
     """Whether this layer can be worked on by rows.
 
-    Not if the rows on disk are columns, if an exact SVD wants all of it, or in 8 bits.
+    Not if the rows on disk are columns, if an exact SVD wants all of it, if rounding errors are
+    passed on along its rows, or in 8 bits.
     """
-    alternates = planned.adapted and settings.init == "loftq"
     return (
-        settings.bits == 4
+        planned.bits <= 4
+        and settings.init not in CALIBRATED_INITS
         and not planned.layer.transposed
         and planned.layer.parameters >= _WORTH_STREAMING
-        and not (alternates and takes_exact(planned.shape, settings.rank, settings.svd))
+        and not _takes_exact(planned, settings)
     )
 
 
@@ -92,6 +105,15 @@ def memory_bytes(plan: Plan, level: Level, machine: Machine) -> int:
         sum(tensor.nbytes for tensor in plan.adapter_tensors(task.layers)) for task in plan.tasks
     )
     return LIBRARY_BYTES + _COPYING_BYTES + layer + adapters
+
+
+def calibration_bytes(plan: Plan, limit: int | None) -> int:
+    """What of the model is held while it runs on a calibration text; the rest stays on the disk."""
+    if plan.settings.calibration is None:
+        return 0
+    layers = sum(each.layer.parameters * DTYPE_BITS[each.layer.dtype] // 8 for each in plan.layers)
+    weights = layers + sum(left.bytes for left in plan.left)
+    return weights if limit is None else min(weights, limit // 2)
 
 
 def largest_layer(plan: Plan, level: Level, machine: Machine) -> PlannedLayer | None:
@@ -109,14 +131,15 @@ def layer_bytes(plan: Plan, planned: PlannedLayer, level: Level, machine: Machin
     settings, layer = plan.settings, planned.layer
     weights, (out_features, in_features) = layer.parameters, planned.shape
     stored = DTYPE_BITS[layer.dtype] // 8
-    alternates = planned.adapted and settings.init == "loftq"
-    exact = alternates and takes_exact(planned.shape, settings.rank, settings.svd)
-    vectors = _VECTORS * 4 * sketch_width(settings.rank) if alternates else 0
+    if planned.bits == 16:
+        return 0  # copied
+    exact = _takes_exact(planned, settings)
+    vectors = _VECTORS * 4 * sketch_width(planned.rank) if _alternates(planned, settings) else 0
     working = vectors * (out_features + in_features)
     # A piece as it is stored, in float32, its part of the low rank and of the residual.
     piece = min(max(PIECE, 16 * in_features), weights) * (stored + 4 + 2 * product_bytes)
     working += min(machine.threads, -(-weights // PIECE)) * piece
-    if settings.bits == 8:
+    if planned.bits == 8:
         # Codes of a byte; the residual and, for the last one, what it is made of: five float32.
         codes, product_bytes = 3 * weights, 20
     else:
@@ -124,6 +147,8 @@ def layer_bytes(plan: Plan, planned: PlannedLayer, level: Level, machine: Machin
     if level == Level.ROWS and by_rows(planned, settings):
         columns = min(slab_columns(out_features, settings.block_size), in_features)
         return codes + working + out_features * columns * product_bytes
+    if settings.init in CALIBRATED_INITS:
+        return _CALIBRATED * 4 * weights + _MOMENTS * 4 * in_features**2 + codes + working
     held = (1 if level >= Level.ALONE else 2) + layer.transposed
     if exact:
         return weights * (held * stored + 32) + working
@@ -136,11 +161,25 @@ def seconds(plan: Plan) -> float:
     total = 0.0
     for planned in plan.layers:
         weights = planned.layer.parameters
-        if not planned.adapted or settings.init == "qlora":
+        iterations = settings.iterations or _ITERATIONS
+        if planned.bits == 16:
+            continue
+        if settings.init in CALIBRATED_INITS:
+            total += weights * planned.layer.in_features * _SECONDS_CALIBRATED
+        elif not _alternates(planned, settings):
             total += weights * _SECONDS_A_WEIGHT
-        elif settings.svd == "exact":
-            total += weights * min(planned.shape) * settings.iterations * _SECONDS_EXACT
+        elif _takes_exact(planned, settings):
+            total += weights * min(planned.shape) * iterations * _SECONDS_EXACT
         else:
-            each = _SECONDS_A_WEIGHT + settings.rank * _SECONDS_A_WEIGHT_AND_RANK
-            total += weights * settings.iterations * each
+            each = _SECONDS_A_WEIGHT + planned.rank * _SECONDS_A_WEIGHT_AND_RANK
+            total += weights * iterations * each
     return total
+
+
+def _alternates(planned: PlannedLayer, settings: Settings) -> bool:
+    return planned.adapted and settings.init not in (*UNCORRECTED_INITS, *CALIBRATED_INITS)
+
+
+def _takes_exact(planned: PlannedLayer, settings: Settings) -> bool:
+    svd = "exact" if settings.init == "loftq-plain" else settings.svd
+    return _alternates(planned, settings) and takes_exact(planned.shape, planned.rank, svd)

@@ -12,7 +12,7 @@ from loftq_cli.checkpoint.writer import write_safetensors
 from loftq_cli.engines.estimates import Level
 from loftq_cli.engines.pipeline import Timings, write_behind
 from loftq_cli.engines.plan import Plan
-from loftq_cli.engines.tasks import LayerOutcome, Progress, RunningTask
+from loftq_cli.engines.tasks import LayerOutcome, Moments, Progress, RunningTask
 
 
 def run_tasks(
@@ -25,6 +25,7 @@ def run_tasks(
     timings: Timings,
     warn: Callable[[str], None],
     level: Level = Level.AHEAD,
+    moments: Moments | None = None,
 ) -> list[LayerOutcome]:
     """Makes every output file that an earlier run has not finished.
 
@@ -43,7 +44,7 @@ def run_tasks(
                 progress.advance(planned.layer.module)
             continue
         running = RunningTask(
-            task, plan.settings, checkpoint, device, progress, timings, warn, level
+            task, plan.settings, checkpoint, device, progress, timings, warn, level, moments
         )
         model_file = write_behind(
             staging.path(task.file_name), plan.model_tensors(task), running.chunks(), timings

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from loftq_cli.engines.estimates import (
     Level,
     Machine,
+    calibration_bytes,
     largest_layer,
     layer_bytes,
     memory_bytes,
@@ -45,7 +46,8 @@ def plan_memory(plan: Plan, limit: int | None, machine: Machine) -> MemoryPlan:
     Raises:
         DoesNotFit: none is.
     """
-    estimates = {level: memory_bytes(plan, level, machine) for level in Level}
+    model = calibration_bytes(plan, limit)
+    estimates = {level: model + memory_bytes(plan, level, machine) for level in Level}
     if limit is None:
         level = Level.AHEAD
         return MemoryPlan(level, estimates[level], f"{_DOES[level]}; no --max-memory")

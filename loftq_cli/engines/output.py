@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +28,7 @@ from loftq_cli.checkpoint.writer import (
     write_bytes_atomically,
     write_safetensors,
 )
-from loftq_cli.engines.plan import Plan, Settings
+from loftq_cli.engines.plan import Plan, PlannedLayer, Settings
 
 if TYPE_CHECKING:
     from loftq_cli.models.architecture import Architecture
@@ -65,15 +66,40 @@ def join_adapter(
         )
     for task in plan.tasks:
         staging.path(adapter_part(task.file_name)).unlink(missing_ok=True)
+    settings = plan.settings
+    adapted = [planned for planned in plan.layers if planned.adapted]
+    # Ranks that are all the same, though another than was asked for, need no pattern.
+    same = {planned.stored_rank for planned in adapted}
+    rank = same.pop() if len(same) == 1 else settings.rank
+    others = {
+        _pattern(planned.layer.module, adapted): planned.stored_rank
+        for planned in adapted
+        if planned.stored_rank != rank
+    }
     config = adapter_config(
         base_model=base_model,
         task_type=architecture.task_type,
-        rank=plan.settings.rank,
-        lora_alpha=plan.settings.lora_alpha,
-        use_rslora=plan.settings.use_rslora,
+        rank=rank,
+        lora_alpha=settings.alpha_of(rank),
+        use_rslora=settings.use_rslora,
         target_modules=_target_modules(plan, architecture),
+        rank_pattern=others,
+        alpha_pattern={name: settings.alpha_of(other) for name, other in others.items()},
+        fan_in_fan_out=settings.container_bits == 16
+        and any(planned.layer.transposed for planned in adapted),
     )
     write_json(staging, f"{ADAPTER_DIRECTORY}/{ADAPTER_CONFIG}", config)
+
+
+def _pattern(module: str, adapted: Sequence[PlannedLayer]) -> str:
+    """What PEFT finds this module by, and no other that is adapted: its path where that will do.
+
+    PEFT takes a key for a regular expression that the end of a path has to match, so the path of
+    one module may be found in that of another (`layers.0.fc1` in `vision.layers.0.fc1`).
+    """
+    rule = re.compile(rf"(.*\.)?({module})")
+    found = [each.layer.module for each in adapted if rule.fullmatch(each.layer.module)]
+    return module if found == [module] else f"^{re.escape(module)}"
 
 
 def _target_modules(plan: Plan, architecture: Architecture) -> list[str]:
@@ -97,8 +123,9 @@ def write_model_files(
             staging.record(source.name, copy_file(source, staging.path(source.name)))
     if len(plan.tasks) > 1:
         write_json(staging, INDEX_FILE, _index(plan))
-    quantization = quantization_config(plan, architecture)
-    write_json(staging, "config.json", {**config, "quantization_config": quantization})
+    if plan.settings.container_bits < 16:
+        config = {**config, "quantization_config": quantization_config(plan, architecture)}
+    write_json(staging, "config.json", config)
 
 
 def quantization_config(plan: Plan, architecture: Architecture) -> dict[str, Any]:
@@ -107,8 +134,8 @@ def quantization_config(plan: Plan, architecture: Architecture) -> dict[str, Any
     skipped = architecture.skip_modules([planned.layer for planned in plan.layers])
     common = {
         "quant_method": "bitsandbytes",
-        "load_in_8bit": settings.bits == 8,
-        "load_in_4bit": settings.bits == 4,
+        "load_in_8bit": settings.container_bits == 8,
+        "load_in_4bit": settings.container_bits == 4,
         "llm_int8_skip_modules": skipped,
     }
     if settings.bits == 8:

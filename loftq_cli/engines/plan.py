@@ -11,7 +11,7 @@ import difflib
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 from loftq_cli.checkpoint import adapter, container
 from loftq_cli.checkpoint.writer import PlannedTensor
@@ -21,26 +21,52 @@ from loftq_cli.models.layers import Inventory, LeftTensor, LinearLayer, last_par
 # One output file is the unit of work that a killed run may lose.
 SHARD_BYTES = 1 << 30
 ALL_LINEAR = "all-linear"
+Init: TypeAlias = Literal[
+    "loftq", "loftq-plain", "qlora", "lora", "pissa", "qera", "qera-diagonal", "calibrated"
+]
+# Starts that need to know the layers' inputs, and those that correct nothing.
+CALIBRATED_INITS = ("qera", "qera-diagonal", "calibrated")
+UNCORRECTED_INITS = ("qlora", "lora")
 # Beyond these, float32 adapters lose the correction; nobody trains there.
 SCALINGS = (1e-6, 1e6)
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What decides the bytes of the result. The same settings give the same bytes."""
+class CalibrationText:
+    """The text that the moments come from, told apart from others by its content."""
 
-    bits: Literal[4, 8] = 4
+    sha256: str
+    tokens: int  # at most so many of it
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides the bytes of the result. The same settings give the same bytes.
+
+    ``bits`` is what a weight's code tells: 2 and 3 live in the 4-bit container, as fewer of its
+    levels; 16 leaves the weights as they are. ``leading`` (blocks, bits) says it for the first
+    blocks of the model, ``target_bits`` for the average of all layers, which get 2, 3 or 4 by what
+    each loses. With ``rank_budget`` the ranks differ too, with as many parameters in all as
+    ``rank`` everywhere would have; ``uniform_rank`` then pads them to the largest.
+    """
+
+    bits: Literal[2, 3, 4, 8, 16] = 4
+    leading: tuple[int, int] | None = None
+    target_bits: float | None = None
     quant_type: Literal["nf4", "fp4"] = "nf4"
     block_size: int = 64
     double_quant: bool = False
-    init: Literal["loftq", "qlora"] = "loftq"
+    init: Init = "loftq"
     rank: int = 16
-    iterations: int = 5
+    rank_budget: bool = False
+    uniform_rank: bool = False
+    iterations: int | None = None  # None: until another one hardly pays
     lora_alpha: float = 16
     use_rslora: bool = False
     svd: Literal["auto", "exact", "randomized"] = "auto"
     target_modules: tuple[str, ...] = (ALL_LINEAR,)
+    calibration: CalibrationText | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -50,9 +76,9 @@ class Settings:
                 cause="bitsandbytes has kernels for powers of two from 32 to 4096",
                 hint="--block-size 64",
             )
-        for name, value, least in (("rank", self.rank, 1), ("iterations", self.iterations, 1)):
-            if value < least:
-                raise UsageError(f"{name} {value} is too small", hint=f"--{name} {least}")
+        for name, value in (("rank", self.rank), ("iterations", self.iterations)):
+            if value is not None and value < 1:
+                raise UsageError(f"{name} {value} is too small", hint=f"--{name} 1")
         low, high = SCALINGS
         if not (math.isfinite(self.lora_alpha) and low <= self.scaling <= high):
             raise UsageError(
@@ -67,20 +93,53 @@ class Settings:
         """s in W ≈ Q + s·B·A."""
         return self.lora_alpha / (self.rank**0.5 if self.use_rslora else self.rank)
 
+    def alpha_of(self, rank: int) -> float:
+        """The lora_alpha that gives a layer of this rank the scaling that all have."""
+        if rank == self.rank:
+            return self.lora_alpha
+        return self.scaling * (rank**0.5 if self.use_rslora else rank)
+
+    @property
+    def container_bits(self) -> Literal[4, 8, 16]:
+        """Bits of a weight in the file: the container has no smaller codes than 4 bits."""
+        return 4 if self.bits < 4 else self.bits  # type: ignore[return-value]
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether bits or ranks follow from what the layers lose, which has to be seen first."""
+        return self.target_bits is not None or self.rank_budget
+
     def as_dict(self) -> dict[str, Any]:
         return {**asdict(self), "target_modules": list(self.target_modules)}
 
 
 @dataclass(frozen=True)
 class PlannedLayer:
-    """A linear layer that will be quantized; ``adapted`` if it also gets A and B."""
+    """A linear layer in ``bits`` bits, with an adapter of rank ``rank`` or, at 0, without one."""
 
     layer: LinearLayer
-    adapted: bool
+    bits: int
+    rank: int
+    padding: int = 0  # rows of A and columns of B beside those that are computed
+
+    @property
+    def adapted(self) -> bool:
+        """Whether it gets A and B."""
+        return self.rank > 0
+
+    @property
+    def stored_rank(self) -> int:
+        """Of A and B in the file."""
+        return self.rank + self.padding
 
     @property
     def shape(self) -> tuple[int, int]:
         return self.layer.out_features, self.layer.in_features
+
+    @property
+    def source_shape(self) -> tuple[int, int]:
+        """As the checkpoint has it."""
+        return self.shape[::-1] if self.layer.transposed else self.shape
 
 
 @dataclass(frozen=True)
@@ -112,6 +171,15 @@ class Plan:
             entry for task in self.tasks for entry in task.entries if isinstance(entry, LeftTensor)
         ]
 
+    def in_order(self, modules: Sequence[str]) -> Plan:
+        """The same, to be worked on in this order of modules; what is only copied comes first."""
+        places = {module: place for place, module in enumerate(modules)}
+        entries = [entry for task in self.tasks for entry in task.entries]
+        entries.sort(
+            key=lambda entry: places[entry.layer.module] if isinstance(entry, PlannedLayer) else -1
+        )
+        return Plan(self.settings, tuple(_tasks(entries, self.settings)))
+
     def model_tensors(self, task: Task) -> list[PlannedTensor]:
         """What the task's output file will hold."""
         return [tensor for entry in task.entries for tensor in stored(entry, self.settings)]
@@ -122,7 +190,9 @@ class Plan:
             tensor
             for planned in layers
             if planned.adapted
-            for tensor in adapter.plan_lora(planned.layer.module, planned.shape, self.settings.rank)
+            for tensor in adapter.plan_lora(
+                planned.layer.module, planned.shape, planned.stored_rank
+            )
         ]
 
     @property
@@ -141,6 +211,9 @@ class Plan:
 def make_plan(inventory: Inventory, settings: Settings) -> Plan:
     """Decides for every tensor of the checkpoint what becomes of it.
 
+    Bits and ranks that are to be measured first are those of the settings here (`allocation.py`
+    replaces them).
+
     Raises:
         UnsupportedModel: no layer of this model can be quantized.
         UnknownTargetModule: a target matches no layer.
@@ -154,21 +227,40 @@ def make_plan(inventory: Inventory, settings: Settings) -> Plan:
         )
     adapted = match_targets(inventory, settings.target_modules)
     entries = [
-        PlannedLayer(entry, entry.module in adapted) if isinstance(entry, LinearLayer) else entry
+        PlannedLayer(
+            entry,
+            _bits_of(entry.module, settings),
+            settings.rank if entry.module in adapted else 0,
+        )
+        if isinstance(entry, LinearLayer)
+        else entry
         for entry in inventory.entries
     ]
     for planned in (entry for entry in entries if isinstance(entry, PlannedLayer)):
         largest = min(planned.shape)
-        if planned.adapted and settings.rank > largest:
+        if planned.rank > largest:
             raise InvalidSetting(
                 f"rank {settings.rank} is too large for {planned.layer.module}",
                 cause=f"the layer is {planned.shape[0]}×{planned.shape[1]}, "
                 f"so its largest rank is {largest}",
                 hint=f"--rank {largest}, or leave the layer out with --target-modules",
             )
-    if settings.bits == 4:
+    if settings.container_bits == 4:
         _require_whole_blocks(inventory.layers, settings.block_size)
     return Plan(settings, tuple(_tasks(entries, settings)))
+
+
+def block_number(module: str) -> int | None:
+    """Which of its stack's blocks a module is in: the first number in its path."""
+    return next((int(part) for part in module.split(".") if part.isdecimal()), None)
+
+
+def _bits_of(module: str, settings: Settings) -> int:
+    if settings.leading is None:
+        return settings.bits
+    blocks, bits = settings.leading
+    number = block_number(module)
+    return bits if number is not None and number < blocks else settings.bits
 
 
 def _require_whole_blocks(layers: Sequence[LinearLayer], block_size: int) -> None:
@@ -210,7 +302,9 @@ def stored(entry: PlannedLayer | LeftTensor, settings: Settings) -> list[Planned
     """The tensors that an entry becomes in the output."""
     if isinstance(entry, LeftTensor):
         return [PlannedTensor(entry.tensor, entry.dtype, entry.shape)]
-    if settings.bits == 8:
+    if settings.container_bits == 16:
+        return [PlannedTensor(entry.layer.tensor, entry.layer.dtype, entry.source_shape)]
+    if settings.container_bits == 8:
         return container.plan_8bit(entry.layer.tensor, entry.shape)
     return container.plan_4bit(
         entry.layer.tensor,

@@ -4,21 +4,33 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from loftq_cli.checkpoint.index import Checkpoint
 from loftq_cli.checkpoint.tensors import load_tensor
 from loftq_cli.engines.plan import PlannedLayer, Settings
-from loftq_cli.engines.tasks import Progress, quantizer
+from loftq_cli.engines.tasks import Moments, Progress, quantizer
 from loftq_cli.errors import LoftqError
+
+if TYPE_CHECKING:
+    from loftq_cli.core.rank_errors import Curve
 
 
 @dataclass(frozen=True)
 class ErrorCurve:
-    """Relative errors of all quantized weights taken as one long vector, as `quantize` reports."""
+    """Relative errors of all layers taken as one long vector, as `quantize` reports them."""
 
     quantized_only: float
     by_rank: list[float]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """``outputs`` is None without a calibration."""
+
+    weights: ErrorCurve
+    outputs: ErrorCurve | None
 
 
 def measure(
@@ -29,32 +41,51 @@ def measure(
     *,
     device: str,
     progress: Progress,
-) -> ErrorCurve:
-    """The curve over ``layers``; those without an adapter are quantized and no more."""
+    moments: Moments | None = None,
+) -> Measured:
+    """The curves over ``layers``; those without an adapter are quantized and no more.
+
+    ``moments`` gives those of a module's inputs; it is asked in the order of ``layers``.
+    """
     from loftq_cli.core.rank_errors import rank_errors
 
-    method = quantizer(settings)
-    weight: list[float] = []
-    plain: list[float] = []
-    corrected: list[list[float]] = [[] for _ in ranks]
+    weights, outputs = _Sum(len(ranks)), _Sum(len(ranks))
     for planned in layers:
         layer = planned.layer
         progress.start(layer.module)
         W = load_tensor(*checkpoint.tensors[layer.tensor]).to(device)
         if layer.transposed:
             W = W.T.contiguous()
+        G = None if moments is None else moments(layer.module).to(device)
+        method = quantizer(settings, planned.bits)
         try:
-            errors = rank_errors(W, method, ranks if planned.adapted else [])
+            errors = rank_errors(W, method, ranks if planned.adapted else [], G)
         except LoftqError as error:
             raise error.within(layer.tensor) from error
-        weight.append(errors.weight)
-        plain.append(errors.quantized_only)
-        for norms, norm in zip(
-            corrected, errors.by_rank or [errors.quantized_only] * len(ranks), strict=True
-        ):
-            norms.append(norm)
+        weights.add(errors.weights)
+        if errors.outputs is not None:
+            outputs.add(errors.outputs)
         progress.advance(layer.module)
-    whole = math.hypot(*weight) or 1.0  # all-zero weights have errors of zero
-    return ErrorCurve(
-        math.hypot(*plain) / whole, [math.hypot(*norms) / whole for norms in corrected]
-    )
+    return Measured(weights.curve(), None if moments is None else outputs.curve())
+
+
+@dataclass
+class _Sum:
+    """The curves of several layers, to become one."""
+
+    ranks: int
+    curves: list[Curve] = field(default_factory=list)
+
+    def add(self, curve: Curve) -> None:
+        self.curves.append(curve)
+
+    def curve(self) -> ErrorCurve:
+        whole = math.hypot(*(each.whole for each in self.curves)) or 1.0  # zeros have no error
+        plain = math.hypot(*(each.quantized_only for each in self.curves))
+        left = [
+            math.hypot(
+                *(each.by_rank[place] if each.by_rank else each.uncorrected for each in self.curves)
+            )
+            for place in range(self.ranks)
+        ]
+        return ErrorCurve(plain / whole, [each / whole for each in left])

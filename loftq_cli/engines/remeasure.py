@@ -54,7 +54,8 @@ def residuals(
         if module is None:
             raise CheckFailed(f"the reloaded model has no layer {name}")
         with torch.no_grad():
-            Q = _dequantized(name, getattr(module, "base_layer", module))
+            layer = getattr(module, "base_layer", module)
+            Q = _plain(layer, planned) if planned.bits == 16 else _dequantized(name, layer)
             W = load_tensor(*checkpoint.tensors[planned.layer.tensor])
             W = (W.T if planned.layer.transposed else W).to(Q.device).double()
             norm = float(W.norm()) or 1.0
@@ -63,6 +64,12 @@ def residuals(
             if hasattr(module, "lora_A"):
                 rest.sub_(_correction(module))
             yield Residual(name, float(rest.norm()) / norm, plain)
+
+
+def _plain(module: Any, planned: PlannedLayer) -> Tensor:
+    """A weight that was not quantized (out, in), float64."""
+    weight: Tensor = module.weight.double()
+    return weight.T if planned.layer.transposed else weight
 
 
 def _dequantized(name: str, module: Any) -> Tensor:

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from loftq_cli.checkpoint import adapter, container
 from loftq_cli.checkpoint.index import Checkpoint
@@ -22,7 +22,13 @@ from loftq_cli.checkpoint.tensors import load_rows, load_tensor, torch_dtype
 from loftq_cli.engines.estimates import Level, by_rows
 from loftq_cli.engines.pipeline import Chunk, Timings, read_ahead
 from loftq_cli.engines.placement import to_device, with_fallback
-from loftq_cli.engines.plan import PlannedLayer, Settings, Task
+from loftq_cli.engines.plan import (
+    CALIBRATED_INITS,
+    UNCORRECTED_INITS,
+    PlannedLayer,
+    Settings,
+    Task,
+)
 from loftq_cli.errors import LoftqError
 from loftq_cli.models.layers import LeftTensor
 
@@ -37,7 +43,8 @@ if TYPE_CHECKING:
 class LayerOutcome:
     """What came out for one layer: plain data that a manifest can keep.
 
-    Errors are relative to ``norm``, the weight's Frobenius norm.
+    Errors are relative to ``norm``, the weight's Frobenius norm; those of the outputs, known after
+    a calibration, to ``output_norm``, the root mean square of the layer's output vectors.
     """
 
     name: str
@@ -47,6 +54,9 @@ class LayerOutcome:
     best_iteration: int
     norm: float
     seconds: float
+    output_error: float | None = None
+    quantized_only_output_error: float | None = None
+    output_norm: float | None = None
 
 
 class Progress(Protocol):
@@ -54,6 +64,10 @@ class Progress(Protocol):
 
     def start(self, name: str) -> None: ...
     def advance(self, name: str) -> None: ...
+
+
+# The second moments E[x·xᵀ] (in × in) of a module's inputs.
+Moments: TypeAlias = "Callable[[str], torch.Tensor]"
 
 
 class RunningTask:
@@ -69,6 +83,7 @@ class RunningTask:
         timings: Timings,
         warn: Callable[[str], None],
         level: Level = Level.AHEAD,
+        moments: Moments | None = None,
     ) -> None:
         self.task = task
         self.settings = settings
@@ -78,6 +93,7 @@ class RunningTask:
         self.timings = timings
         self.warn = warn
         self.level = level
+        self.moments = moments
         self.outcomes: list[LayerOutcome] = []
         self.adapters: list[Chunk] = []
 
@@ -85,19 +101,25 @@ class RunningTask:
         """Name and bytes of the output file's tensors; copied ones come in pieces."""
         ahead = self.level == Level.AHEAD
         for entry, W in read_ahead(self.task.entries, self._weight, self.timings, ahead=ahead):
-            if isinstance(entry, PlannedLayer):
-                assert W is not None
-                self.progress.start(entry.layer.module)
-                yield from self._quantized(entry, W)
-                self.progress.advance(entry.layer.module)
+            if isinstance(entry, LeftTensor):
+                yield from self._copied(entry.tensor)
+                continue
+            self.progress.start(entry.layer.module)
+            if W is None:
+                self._keep_plain_adapter(entry)
+                yield from self._copied(entry.layer.tensor)
             else:
-                for piece in read_pieces(*self.checkpoint.tensors[entry.tensor]):
-                    yield entry.tensor, bytes(piece)  # the piece's buffer is used again
+                yield from self._quantized(entry, W)
+            self.progress.advance(entry.layer.module)
             del W
+
+    def _copied(self, tensor: str) -> Iterator[Chunk]:
+        for piece in read_pieces(*self.checkpoint.tensors[tensor]):
+            yield tensor, bytes(piece)  # the piece's buffer is used again
 
     def _weight(self, entry: PlannedLayer | LeftTensor) -> torch.Tensor | RowsOnDemand | None:
         """A layer's weight. Tensors to copy are read when it is their turn, piece by piece."""
-        if isinstance(entry, LeftTensor):
+        if isinstance(entry, LeftTensor) or entry.bits == 16:
             return None
         stored = self.checkpoint.tensors[entry.layer.tensor]
         if self.level == Level.ROWS and self.device == "cpu" and by_rows(entry, self.settings):
@@ -118,7 +140,8 @@ class RunningTask:
             self.warn(f"{layer.tensor} does not fit on {self.device}: computed on the CPU")
 
         def work(W: torch.Tensor) -> LoftqResult:
-            return initialize(W, planned, self.settings)
+            moments = None if self.moments is None else self.moments(layer.module).to(W.device)
+            return initialize(W, planned, self.settings, moments)
 
         try:
             result = with_fallback(work, W, self.device, fall_back)
@@ -133,43 +156,95 @@ class RunningTask:
                 result.best_iteration,
                 math.sqrt(sum_of_squares(W)),
                 time.perf_counter() - began,
+                result.output_error,
+                result.quantized_only_output_error,
+                result.output_norm,
             )
         )
         if planned.adapted:
-            name_a, name_b = adapter.lora_names(layer.module)
-            self.adapters.append((name_a, container.tensor_memory(result.lora_A)))
-            self.adapters.append((name_b, container.tensor_memory(result.lora_B)))
+            self._keep_adapter(planned, result.lora_A, result.lora_B)
         tensors = list(container.tensors(layer.tensor, result.quantized))
         self.timings.add("compute", began)
         yield from tensors
 
+    def _keep_plain_adapter(self, planned: PlannedLayer) -> None:
+        """LoRA's own start, for a layer that stays as it is."""
+        from loftq_cli.core.loftq import plain_adapter
 
-def initialize(W: torch.Tensor, planned: PlannedLayer, settings: Settings) -> LoftqResult:
-    """The start of one layer. A layer without an adapter is quantized and no more."""
-    from loftq_cli.core import loftq
+        module = planned.layer.module
+        self.outcomes.append(LayerOutcome(module, 0.0, 0.0, [], 0, 1.0, 0.0))
+        if planned.adapted:
+            seed = layer_seed(self.settings.seed, module)
+            self._keep_adapter(planned, *plain_adapter(planned.shape, planned.rank, seed))
 
-    alternate = planned.adapted and settings.init == "loftq"
+    def _keep_adapter(self, planned: PlannedLayer, A: torch.Tensor, B: torch.Tensor) -> None:
+        from loftq_cli.core.loftq import plain_adapter
+
+        module = planned.layer.module
+        if planned.padding:
+            import torch
+
+            # B is zero there, and A is not, so that the padding learns as any LoRA does.
+            seed = layer_seed(self.settings.seed, f"{module} padding")
+            more_A, more_B = plain_adapter(planned.shape, planned.padding, seed)
+            A, B = torch.cat((A.cpu(), more_A)), torch.cat((B.cpu(), more_B), dim=1)
+        for name, factor in zip(adapter.lora_names(module), (A, B), strict=True):
+            self.adapters.append((name, container.tensor_memory(factor.contiguous())))
+
+
+def initialize(
+    W: torch.Tensor,
+    planned: PlannedLayer,
+    settings: Settings,
+    moments: torch.Tensor | None = None,
+) -> LoftqResult:
+    """The start of one layer. A layer without an adapter is quantized and no more.
+
+    ``moments`` are those of the layer's inputs (in × in), for the calibrated starts.
+    """
+    from loftq_cli.core import calibrated, loftq
+
+    common: dict[str, Any] = {
+        "scaling": settings.scaling,
+        "seed": layer_seed(settings.seed, planned.layer.module),
+    }
+    method = quantizer(settings, planned.bits)
+    if settings.init in CALIBRATED_INITS:
+        assert moments is not None
+        found: LoftqResult = calibrated.initialize_calibrated(
+            W,
+            moments,
+            method,
+            planned.rank,
+            method=settings.init,
+            iterations=settings.iterations,
+            **common,
+        )
+        return found
+    corrected = planned.adapted and settings.init not in UNCORRECTED_INITS
+    published = settings.init == "loftq-plain"
     result: LoftqResult = loftq.initialize(
         W,
-        quantizer(settings),
-        settings.rank if planned.adapted else 1,
-        scaling=settings.scaling,
-        iterations=settings.iterations if alternate else 0,
-        svd=settings.svd,
-        seed=layer_seed(settings.seed, planned.layer.module),
+        method,
+        max(planned.rank, 1),
+        iterations=settings.iterations if corrected else 0,
+        start="weight" if settings.init == "pissa" else "zero",
+        svd="exact" if published else settings.svd,
+        **common,
     )
     return result
 
 
-def quantizer(settings: Settings) -> Any:
+def quantizer(settings: Settings, bits: int) -> Any:
     """The way of storing weights that the settings ask for."""
     from loftq_cli.core.blockwise import BlockwiseFormat
     from loftq_cli.core.quantizers import Blockwise, Int8
 
-    if settings.bits == 8:
+    if bits == 8:
         return Int8()
     return Blockwise(
-        BlockwiseFormat(settings.quant_type, settings.block_size, settings.double_quant)
+        BlockwiseFormat(settings.quant_type, settings.block_size, settings.double_quant, bits),
+        search=settings.init not in ("qlora", "loftq-plain"),
     )
 
 

@@ -6,9 +6,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from loftq_cli.report import units
+from loftq_cli.report.formats import error_changes
 from loftq_cli.report.remarks import figures, remark
 from loftq_cli.schema import (
     CheckResults,
+    CompareResults,
     Document,
     LoadResults,
     QuantizeResults,
@@ -25,6 +27,7 @@ _WORTH_BYTES = 0.03
 _LITTLE = 0.2
 # The last iteration took this much of the error away: another may do the same.
 _STILL_FALLING = 0.01
+_CALIBRATED = ("calibrated", "qera", "qera-diagonal")
 
 
 def recommendations(documents: Sequence[Document[Any]]) -> list[Remark]:
@@ -124,14 +127,19 @@ def _load(document: Document[LoadResults]) -> Iterator[str]:
 
 def _quantize(document: Document[QuantizeResults]) -> Iterator[str]:
     results, totals, settings = document.results, document.results.totals, document.results.settings
-    before, after = totals.quantized_only_error_relative, totals.weight_error_relative
     model = "MODEL" if document.model is None else document.model.id
-    if before and after is not None and settings.init != "qlora" and settings.bits < 8:
-        removed = 1 - after / before
-        if removed < _LITTLE:
+    changes = error_changes(results)
+    if changes and settings.init != "qlora" and settings.bits < 8:
+        what, before, after = changes[-1]  # the error of outputs, where that is known
+        removed = units.removed(before, after)
+        if before and removed < _LITTLE:
+            only = f"takes away only {units.percent(removed)}" if removed > 0 else "takes nothing"
+            line = f"loftq sweep-ranks --model {model} --error"
+            if what == "output error":
+                line += " --calibration-text FILE"
             yield (
-                f"see what a higher rank would buy: rank {settings.rank} takes away only "
-                f"{units.percent(removed)} of the error (loftq sweep-ranks --model {model} --error)"
+                f"see what a higher rank would buy: rank {settings.rank} {only} of the {what} "
+                f"({line})"
             )
     yield from _iterations(results)
     # One float32 scale a block, or one byte and a float32 for every 256 blocks.
@@ -154,6 +162,8 @@ def _iterations(results: QuantizeResults) -> Iterator[str]:
     if not curves:
         return
     asked = results.settings.iterations
+    if asked is None:
+        return
     needed = max(layer.best_iteration or 1 for layer in curves)
     if needed < asked:
         yield (
@@ -175,7 +185,13 @@ def _sweep_ranks(document: Document[SweepRanksResults]) -> Iterator[str]:
     rank = results.verdict.recommended_rank
     model = "MODEL" if document.model is None else document.model.id
     if rank is not None:
-        yield f"loftq quantize --model {model} --rank {rank} --output OUT"
+        settings = results.settings
+        options = f"--rank {rank}"
+        if settings.bits in (2, 3, 8):
+            options = f"--bits {settings.bits} {options}"
+        if settings.calibration is not None:
+            options += " --init calibrated --calibration-text FILE"
+        yield f"loftq quantize --model {model} {options} --output OUT"
         return
     smallest = results.ranks[0]
     if results.settings.bits > 4:
@@ -183,6 +199,18 @@ def _sweep_ranks(document: Document[SweepRanksResults]) -> Iterator[str]:
     elif smallest.fits_with_checkpointing:
         need = units.size(smallest.memory.total_with_checkpointing_bytes)
         yield f"train with gradient checkpointing: rank {smallest.rank} then needs {need}"
+
+
+def _compare(document: Document[CompareResults]) -> Iterator[str]:
+    """The start that was nearest to the original at each number of bits, where one gains at all."""
+    model = "MODEL" if document.model is None else document.model.id
+    for best in document.results.verdict.bits:
+        if best.gain:
+            text = " --calibration-text FILE" if best.init in _CALIBRATED else ""
+            yield (
+                f"loftq quantize --model {model} --bits {best.bits} --rank {best.rank} "
+                f"--init {best.init}{text} --output OUT"
+            )
 
 
 def _targets(document: Document[TargetsResults]) -> Iterator[str]:
@@ -199,4 +227,5 @@ _ADVICE: Mapping[str, Callable[[Document[Any]], Iterator[str]]] = {
     "quantize": _quantize,
     "sweep-ranks": _sweep_ranks,
     "targets": _targets,
+    "compare": _compare,
 }

@@ -5,9 +5,20 @@ from __future__ import annotations
 import json
 import shlex
 import textwrap
+from collections.abc import Sequence
 from pathlib import PurePath
 
 from loftq_cli.report import units
+from loftq_cli.report.formats import (
+    STARTS,
+    all_layers,
+    bits_a_weight,
+    error_changes,
+    largest_stored_rank,
+    number_type,
+    rank_range,
+    ranks_differ,
+)
 from loftq_cli.report.quantize import auto_class
 from loftq_cli.schema import Document, QuantizeResults
 
@@ -24,6 +35,15 @@ off: they would quantize once more, and the adapter corrects exactly the weights
 _DROPOUT = """\
 Only the adapter is trained. Keep its dropout at 0: dropout drops part of the correction too."""
 
+_UNCORRECTED = "Only the adapter is trained."
+
+_MERGE_PLAIN = """\
+The weights are those of the original model, so the trained adapter goes onto either."""
+
+_FEWER_BITS = """\
+Codes of 2 and 3 bits are stored as 4: bitsandbytes' container has no smaller ones, and every
+runtime that reads it reads these. The size of the files is that of 4 bits."""
+
 _WHERE_TO_MERGE = """\
 The adapter corrects the *quantized* weights. Merge it into what they dequantize to, never into the
 original model: there it would add the quantization error instead of taking it away. Quantizing the
@@ -35,6 +55,8 @@ def card(document: Document[QuantizeResults]) -> str:
     results = document.results
     here = PurePath(results.output).name
     auto = auto_class(results)
+    quantized = results.settings.bits != 16
+    corrects = results.settings.init not in ("qlora", "lora")
     parts = [
         f"# {here}",
         _introduction(document),
@@ -49,7 +71,7 @@ def card(document: Document[QuantizeResults]) -> str:
                 model, {quoted(here)}, subfolder="loftq_init", is_trainable=True
             )
             """),
-        _NO_SECOND_QUANTIZATION,
+        *([_NO_SECOND_QUANTIZATION] if quantized else []),
         "## Fine-tune",
         _python("""
             from transformers import Trainer, TrainingArguments
@@ -59,22 +81,19 @@ def card(document: Document[QuantizeResults]) -> str:
             trainer.train()
             model.save_pretrained("trained-adapter")
             """),
-        _DROPOUT,
+        _DROPOUT if corrects else _UNCORRECTED,
         "## Merge",
-        _WHERE_TO_MERGE,
+        _WHERE_TO_MERGE if quantized else _MERGE_PLAIN,
         _merging(results, here, auto),
         "## Evaluate",
         _evaluation(results, auto),
         "## Serve",
-        f"""\
-- transformers with PEFT, and TRL: as above.
-- vLLM reads this directory as a pre-quantized bitsandbytes model and the adapter as a LoRA module;
-  give it `--max-lora-rank {results.settings.rank}`. Pre-quantized bitsandbytes weights cannot be
-  split over several GPUs there.
-- llama.cpp has no such container: merge as above, then convert.""",
+        _serving(results),
     ]
     if results.settings.bits == 8:
         parts.insert(3, _INT8)
+    if any(layer.bits < 4 for layer in all_layers(results)):
+        parts.insert(3, _FEWER_BITS)
     return "\n\n".join(parts) + "\n"
 
 
@@ -83,16 +102,32 @@ def _introduction(document: Document[QuantizeResults]) -> str:
     source = "a model" if model is None else f"`{model.id}`"
     if model is not None and model.revision is not None:
         source += f" (revision `{model.revision}`)"
-    form = "int8, one scale a row"
-    if settings.block_size is not None:
-        double = ", double quantization" if settings.double_quant else ""
-        form = f"{settings.quant_type}, blocks of {settings.block_size}{double}"
-    start = "LoftQ start" if settings.init == "loftq" else "start that corrects nothing (QLoRA)"
     return (
-        f"{source}, its linear layers in {settings.bits} bits ({form}), and in `loftq_init/` a "
-        f"LoRA adapter of rank {settings.rank} with the {start}. "
+        f"{source}{_form(document.results)}, and in `loftq_init/` a LoRA adapter of "
+        f"{_ranks(document.results)}. The adapter {STARTS.get(settings.init, 'has a start')}. "
         f"Written by loftq {document.tool.version}; `loftq_report.json` has every figure."
     )
+
+
+def _form(results: QuantizeResults) -> str:
+    settings = results.settings
+    if settings.bits == 16:
+        return ", its weights as they were"
+    form = "one scale a row"
+    if settings.block_size is not None:
+        double = ", double quantization" if settings.double_quant else ""
+        form = f"blocks of {settings.block_size}{double}"
+    return f", its linear layers in {number_type(results)} ({form})"
+
+
+def _ranks(results: QuantizeResults) -> str:
+    low, high = rank_range(results)
+    if low == high:
+        return f"rank {low}"
+    padded = ""
+    if not ranks_differ(results):
+        padded = f", padded to {largest_stored_rank(results)} where B is zero"
+    return f"ranks {low} to {high}{padded}"
 
 
 def _figures(results: QuantizeResults) -> str:
@@ -102,20 +137,40 @@ def _figures(results: QuantizeResults) -> str:
         ("weights now", units.size(totals.output_bytes)),
         ("adapter", f"{units.number(totals.trainable_parameters)} parameters"),
     ]
-    if totals.quantized_only_error_relative is not None:
-        rows.append(
-            ("error of the quantized weights", units.percent(totals.quantized_only_error_relative))
-        )
-    if totals.weight_error_relative is not None:
-        rows.append(("error with the adapter", units.percent(totals.weight_error_relative)))
+    bits = bits_a_weight(results)
+    if bits is not None:
+        rows.insert(2, ("precision", bits))
+    changes = error_changes(results)
+    rows += [(what, units.error_change(before, after)) for what, before, after in changes]
     lines = ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)]
-    return (
-        "\n".join(lines)
-        + "\n\nErrors are relative, in the Frobenius norm, over all quantized layers."
+    return "\n".join(lines) + _about_errors(results, [what for what, *_ in changes])
+
+
+def _about_errors(results: QuantizeResults, known: Sequence[str]) -> str:
+    if not known:
+        return ""
+    text = (
+        "\n\nErrors are relative, in the Frobenius norm, over all quantized layers; the first is "
+        "what plain quantization (QLoRA) leaves, the second what backbone and adapter leave "
+        "together."
     )
+    calibration = results.settings.calibration
+    if "output error" in known and calibration is not None:
+        tokens = f" ({units.number(calibration.tokens)} tokens)" if calibration.tokens else ""
+        text += (
+            f" The output error is that of the layers' outputs for the inputs that the original "
+            f"model gives them on the calibration text{tokens}."
+        )
+    return text
 
 
 def _merging(results: QuantizeResults, here: str, auto: str) -> str:
+    if results.settings.bits == 16:
+        return _python(f"""
+            base = {auto}.from_pretrained({quoted(here)})
+            merged = PeftModel.from_pretrained(base, "trained-adapter").merge_and_unload()
+            merged.save_pretrained("merged")
+            """)
     lines = [
         f"base = {auto}.from_pretrained({quoted(here)}).dequantize()",
         'merged = PeftModel.from_pretrained(base, "trained-adapter").merge_and_unload()',
@@ -157,6 +212,34 @@ def _evaluation(results: QuantizeResults, auto: str) -> str:
         "```sh\n"
         f"lm_eval --model hf --model_args {arguments} --tasks ...\n"
         "```"
+    )
+
+
+def _serving(results: QuantizeResults) -> str:
+    rank = largest_stored_rank(results)
+    lines = ["- transformers with PEFT, and TRL: as above."]
+    if results.settings.bits == 16:
+        vllm = "vLLM reads this directory as a model and the adapter as a LoRA module"
+        more = ""
+        converter = "llama.cpp converts the model and, on its own, the adapter."
+    else:
+        vllm = (
+            "vLLM reads this directory as a pre-quantized bitsandbytes model and the adapter as a "
+            "LoRA module"
+        )
+        more = " Pre-quantized bitsandbytes weights cannot be split over several GPUs there."
+        converter = "llama.cpp has no such container: merge as above, then convert."
+    if ranks_differ(results):
+        more += (
+            " It ignores rank patterns, and this adapter has ranks that differ: for vLLM write it "
+            "with `loftq quantize --uniform-rank`, which pads them to one."
+        )
+    lines += [f"- {vllm}; give it `--max-lora-rank {rank}`.{more}", f"- {converter}"]
+    return "\n".join(
+        textwrap.fill(
+            line, 100, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
+        )
+        for line in lines
     )
 
 

@@ -8,8 +8,10 @@ from typing import Any
 
 from loftq_cli.report import units
 from loftq_cli.report.box import FASTER, check_findings, verify_findings
+from loftq_cli.report.formats import all_layers, error_changes, rank_range
 from loftq_cli.report.remarks import remark
 from loftq_cli.schema import (
+    CompareResults,
     Document,
     GenerateResults,
     LoadResults,
@@ -77,18 +79,14 @@ def _generate(document: Document[GenerateResults]) -> Iterator[str]:
 
 def _quantize(document: Document[QuantizeResults]) -> Iterator[str]:
     results, totals = document.results, document.results.totals
-    before, after = totals.quantized_only_error_relative, totals.weight_error_relative
-    if before and after is not None:
-        yield (
-            f"the adapter takes away {units.percent(1 - after / before)} of the quantization "
-            f"error: {units.percent(before)} of the weights becomes {units.percent(after)}"
-        )
+    for what, before, after in error_changes(results):
+        yield from _error_change(results, what, before, after)
     layers = results.layers
-    known = [layer for layer in layers if layer.weight_error_relative is not None]
-    if len(known) > 1:
-        worst = max(known, key=lambda layer: layer.weight_error_relative or 0.0)
-        error = units.percent(worst.weight_error_relative or 0.0)
-        yield f"the most error is left in {worst.name}: {error}"
+    what = "output" if totals.output_error_relative is not None else "weight"
+    errors = [(getattr(layer, f"{what}_error_relative") or 0.0, layer.name) for layer in layers]
+    if len(errors) > 1 and max(errors)[0] > 0:
+        error, name = max(errors, key=lambda each: each[0])
+        yield f"the most {what} error is left in {name}: {units.percent(error)}"
     timed = [layer for layer in layers if layer.seconds]
     if len(timed) > 1:
         slowest = max(timed, key=lambda layer: layer.seconds or 0.0)
@@ -105,6 +103,7 @@ def _quantize(document: Document[QuantizeResults]) -> Iterator[str]:
             f"{units.percent(share)} of the bytes stay as they were, the most of it "
             f"{largest.name} ({units.percent(largest.share_of_bytes)}: {largest.reason})"
         )
+    yield from _spread(results)
     bits = 8 * totals.output_bytes / totals.parameters
     yield (
         f"the backbone has {units.significant(bits)} bits a parameter, all tensors counted; "
@@ -112,7 +111,41 @@ def _quantize(document: Document[QuantizeResults]) -> Iterator[str]:
     )
 
 
+def _error_change(
+    results: QuantizeResults, what: str, before: float, after: float
+) -> Iterator[str]:
+    """Of plain quantization's error, by backbone and adapter together."""
+    if not before or results.settings.init == "qlora":
+        return
+    whose = "the weights" if what == "weight error" else "the layers' outputs"
+    share = units.removed(before, after)
+    does = f"take away {units.percent(share)} of" if share >= 0 else "add to"
+    text = (
+        f"backbone and adapter together {does} the error that plain quantization makes in "
+        f"{whose}: {units.percent(before)} becomes {units.percent(after)}"
+    )
+    if share < 0 and what == "weight error" and results.settings.calibration is not None:
+        text += " (this start was fitted to outputs, not to weights)"
+    yield text
+
+
+def _spread(results: QuantizeResults) -> Iterator[str]:
+    """Where bits and ranks went, if that was measured first."""
+    layers = all_layers(results)
+    counts = Counter(layer.bits for layer in layers)
+    if len(counts) > 1:
+        each = ", ".join(f"{bits} bits in {counts[bits]}" for bits in sorted(counts, reverse=True))
+        yield f"of {units.plural(len(layers), 'layer')}: {each}"
+    low, high = rank_range(results)
+    if low < high:
+        most = max(results.layers, key=lambda layer: layer.rank)
+        yield f"ranks go from {low} to {high}, the highest in {most.name}"
+
+
 def _best_iterates(results: QuantizeResults) -> Iterator[str]:
+    if results.settings.iterations is None:
+        yield from _turns(results)
+        return
     iterated = [layer for layer in results.layers if len(layer.error_curve) > 1]
     early = [layer for layer in iterated if (layer.best_iteration or 0) < len(layer.error_curve)]
     if early:
@@ -125,6 +158,14 @@ def _best_iterates(results: QuantizeResults) -> Iterator[str]:
         )
     elif iterated:
         yield f"the last iterate is the best one in all {len(iterated)} layers"
+
+
+def _turns(results: QuantizeResults) -> Iterator[str]:
+    """How long it paid to go on, where that was left to each layer."""
+    counts = sorted(len(layer.error_curve) for layer in results.layers)
+    if counts and counts[-1] > 1:
+        which = f"{counts[0]} to {counts[-1]}" if counts[0] < counts[-1] else f"{counts[0]}"
+        yield f"how many iterations pay was left to each layer: {which}"
 
 
 def _sweep_ranks(document: Document[SweepRanksResults]) -> Iterator[str]:
@@ -143,6 +184,10 @@ def _sweep_ranks(document: Document[SweepRanksResults]) -> Iterator[str]:
             f"{units.significant(most.adapter_bytes / least.adapter_bytes)} and the memory to "
             f"fine-tune by {units.significant(1 + more)}"
         )
+
+
+def _compare(document: Document[CompareResults]) -> Iterator[str]:
+    yield document.results.verdict.sentence
 
 
 def _targets(document: Document[TargetsResults]) -> Iterator[str]:
@@ -210,4 +255,5 @@ _FINDINGS: Mapping[str, Callable[[Document[Any]], Iterator[str]]] = {
     "quantize": _quantize,
     "sweep-ranks": _sweep_ranks,
     "targets": _targets,
+    "compare": _compare,
 }

@@ -7,6 +7,7 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import TypeVar
 
 from loftq_cli.report import units
+from loftq_cli.report.formats import adapter_of, bits_a_weight, error_changes, number_type
 from loftq_cli.report.tables import Code, Column, Facts, Section, Table, View
 from loftq_cli.schema import Document, QuantizeResults, UntouchedTensor
 
@@ -22,20 +23,22 @@ AUTO_CLASSES = {
 
 # So many kinds of untouched tensors are named on a page; the document names every tensor.
 _NAMED_KINDS = 8
+_ERRORS = {
+    "weight error": ("quantized_only_error_relative", "weight_error_relative"),
+    "output error": ("quantized_only_output_error_relative", "output_error_relative"),
+}
 
 
 def quantize_view(document: Document[QuantizeResults]) -> View:
     results = document.results
-    settings = results.settings
     source = document.model.id if document.model is not None else "the model"
     done = "Dry run" if results.dry_run else f"Wrote {results.output}"
-    number_type = "int8" if settings.bits == 8 else settings.quant_type.upper()
-    title = f"{done}: {source} in {number_type} with a rank-{settings.rank} adapter"
+    title = f"{done}: {source} in {number_type(results)} with {adapter_of(results)}"
     sections: list[Section] = [Facts([*_facts(results), *_memory_plan(document)])]
     if results.layers:
-        sections.append(_adapted(results))
+        sections += _adapted(results)
     if results.without_adapter:
-        sections.append(_plain(results))
+        sections.append(_without_adapter(results))
     if results.untouched:
         sections.append(_untouched(results.untouched))
     if not results.dry_run:
@@ -61,11 +64,12 @@ def _facts(results: QuantizeResults) -> list[tuple[str, str]]:
         ),
         ("adapter", f"{about}{units.size(totals.adapter_bytes)}, {trainable}"),
     ]
-    before, after = totals.quantized_only_error_relative, totals.weight_error_relative
-    if before is not None and after is not None:
-        removed = units.percent(_removed(before, after))
-        change = f"{units.percent(before)} → {units.percent(after)} with the adapter"
-        facts.append(("weight error", f"{change} ({removed} of it removed)"))
+    bits = bits_a_weight(results)
+    if bits is not None:
+        facts.insert(1, ("precision", bits))
+    for what, before, after in error_changes(results):
+        where = " on the calibration text" if what == "output error" else ""
+        facts.append((what, units.error_change(before, after) + where))
     if totals.seconds is not None:
         facts.append(("time", units.seconds(totals.seconds)))
     if totals.peak_memory_bytes is not None:
@@ -82,11 +86,15 @@ def _memory_plan(document: Document[QuantizeResults]) -> list[tuple[str, str]]:
     return [("memory plan", f"{resolved.value} ({resolved.reason})")]
 
 
-def _adapted(results: QuantizeResults) -> Table:
+def _adapted(results: QuantizeResults) -> list[Table]:
+    """The layers by kind: a table for each error that was measured, or one without."""
+    changes = [] if results.dry_run else [what for what, *_ in error_changes(results)]
+    return [_by_kind(results, what) for what in changes] or [_by_kind(results, None)]
+
+
+def _by_kind(results: QuantizeResults, what: str | None) -> Table:
     kind_of = _kinds([(layer.name, layer.shape) for layer in results.layers])
-    groups = _grouped(
-        results.layers, lambda layer: (kind_of[layer.name], layer.shape, layer.bits, layer.rank)
-    )
+    groups = _grouped(results.layers, lambda layer: (kind_of[layer.name], layer.shape, layer.bits))
     columns = [
         Column("kind", "layer", "name"),
         Column("count", "count", show=units.number),
@@ -99,28 +107,33 @@ def _adapted(results: QuantizeResults) -> Table:
         if len({getattr(layer, key) for layer in results.layers}) > 1
     ]
     columns += [Column(key, key) for key in varying]
-    measured = not results.dry_run
-    if measured:
+    before_key, after_key = _ERRORS.get(what or "", ("", ""))
+    if what is not None:
         columns += [
-            Column("quantized_only_error_relative", "quantized", show=units.percent),
-            Column("weight_error_relative", "+ adapter", show=units.percent),
+            Column(before_key, "quantized", show=units.percent),
+            Column(after_key, "+ adapter", show=units.percent),
             Column("removed", "removed", show=units.percent),
         ]
     rows: list[list[object]] = []
-    for (kind, shape, bits, rank), layers in groups.items():
-        settings = {"bits": bits, "rank": rank}
+    for (kind, shape, bits), layers in groups.items():
+        settings = {"bits": bits, "rank": _range(layer.rank for layer in layers)}
         row: list[object] = [kind, len(layers), shape, *(settings[key] for key in varying)]
-        if measured:
-            before = _mean(layer.quantized_only_error_relative for layer in layers)
-            after = _mean(layer.weight_error_relative for layer in layers)
+        if what is not None:
+            before = _mean(getattr(layer, before_key) for layer in layers)
+            after = _mean(getattr(layer, after_key) for layer in layers)
             known = before is not None and after is not None
-            row += [before, after, _removed(before or 0.0, after or 0.0) if known else None]
+            row += [before, after, units.removed(before or 0.0, after or 0.0) if known else None]
         rows.append(row)
-    title = "Mean weight error by kind of layer" if measured else "Layers that get an adapter"
+    title = "Layers that get an adapter" if what is None else f"Mean {what} by kind of layer"
     return Table(title, columns, rows)
 
 
-def _plain(results: QuantizeResults) -> Table:
+def _range(ranks: Iterable[int]) -> int | str:
+    found = set(ranks)
+    return found.pop() if len(found) == 1 else f"{min(found)} to {max(found)}"
+
+
+def _without_adapter(results: QuantizeResults) -> Table:
     layers = results.without_adapter
     kind_of = _kinds([(layer.name, layer.shape) for layer in layers])
     groups = _grouped(layers, lambda layer: (kind_of[layer.name], layer.shape, layer.reason))
@@ -135,7 +148,8 @@ def _plain(results: QuantizeResults) -> Table:
         [kind, len(group), shape, sum(layer.share_of_bytes for layer in group), reason]
         for (kind, shape, reason), group in groups.items()
     ]
-    return Table("Quantized without an adapter", columns, rows)
+    how = "Left as it was" if results.settings.bits == 16 else "Quantized"
+    return Table(f"{how} without an adapter", columns, rows)
 
 
 def _untouched(tensors: Sequence[UntouchedTensor]) -> Table:
@@ -182,8 +196,11 @@ def _records(results: QuantizeResults) -> Table:
         "shape",
         "bits",
         "rank",
+        "stored_rank",
         "weight_error_relative",
         "quantized_only_error_relative",
+        "output_error_relative",
+        "quantized_only_output_error_relative",
         "iterations",
         "best_iteration",
         "seconds",
@@ -195,7 +212,10 @@ def _records(results: QuantizeResults) -> Table:
         [treatment if key == "treatment" else getattr(item, key, None) for key in keys]
         for treatment, items in (
             ("adapted", results.layers),
-            ("quantized", results.without_adapter),
+            (
+                "untouched" if results.settings.bits == 16 else "quantized",
+                results.without_adapter,
+            ),
             ("untouched", results.untouched),
         )
         for item in items
@@ -236,7 +256,3 @@ def _grouped(items: Iterable[_Item], key: Callable[[_Item], _Key]) -> dict[_Key,
 def _mean(values: Iterable[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if known else None
-
-
-def _removed(before: float, after: float) -> float:
-    return 1 - after / before if before else 0.0

@@ -7,7 +7,7 @@ from typing import Any
 from loftq_cli.report import units
 from loftq_cli.report.parts import model_name
 from loftq_cli.report.tables import Column, Facts, Section, Table, View
-from loftq_cli.schema import Document, RankCost, SweepRanksResults
+from loftq_cli.schema import Calibration, Document, RankCost, SweepRanksResults
 
 _YES, _CHECKPOINTED, _NO = "yes", "with gc", "no"
 _STYLES = {_YES: "green", _CHECKPOINTED: "yellow", _NO: "red"}
@@ -22,6 +22,9 @@ _RECORD_KEYS = (
     "fits",
     "fits_with_checkpointing",
     "weight_error_relative",
+    "weight_error_removed",
+    "output_error_relative",
+    "output_error_removed",
 )
 
 
@@ -30,6 +33,7 @@ def sweep_ranks_view(document: Document[SweepRanksResults]) -> View:
     sections: list[Section] = [
         Facts(_facts(results)),
         _trained(results),
+        *([] if results.quantized_only_error_relative is None else [_errors(results)]),
         _memory(results),
         Facts([("verdict", results.verdict.sentence)]),
     ]
@@ -43,8 +47,13 @@ def _facts(results: SweepRanksResults) -> list[tuple[str, str]]:
     held = "16 bits, none quantized"
     if settings.bits == 8:
         held = f"int8 for {quantized} of them, 16 bits for the rest"
-    if settings.bits == 4:
+    if settings.bits <= 4:
         form = f"{settings.quant_type} in blocks of {settings.block_size}"
+        if settings.bits < 4:  # memory is that of 4 bits, and the figures below say so
+            form = (
+                f"codes of {settings.bits} bits in the 4-bit container, which has no smaller ones "
+                f"(blocks of {settings.block_size}),"
+            )
         held = f"{form} for {quantized} of them, 16 bits for the rest"
     step = f"{settings.batch_size} × {units.number(settings.sequence_length)} tokens"
     facts = [
@@ -53,10 +62,23 @@ def _facts(results: SweepRanksResults) -> list[tuple[str, str]]:
         ("targets", f"{', '.join(settings.target_modules)}: {modules}"),
         ("training step", f"{step}; memory is an estimate"),
     ]
-    if results.quantized_only_error_relative is not None:
-        error = units.percent(results.quantized_only_error_relative)
-        facts.append(("weight error", f"{error} without an adapter"))
+    for what, error in (
+        ("weight error", results.quantized_only_error_relative),
+        ("output error", results.quantized_only_output_error_relative),
+    ):
+        if error is not None:
+            facts.append((what, f"{units.percent(error)} by plain quantization"))
+    if settings.calibration is not None:
+        facts.append(("calibration text", _calibration(settings.calibration)))
     return facts
+
+
+def _calibration(calibration: Calibration) -> str:
+    size = f", {units.number(calibration.tokens)} tokens" if calibration.tokens else ""
+    return (
+        f"sha256 {calibration.sha256[:12]}{size}; output errors are of the correction that is "
+        "best for outputs, weight errors of the one that is best for weights"
+    )
 
 
 def _trained(results: SweepRanksResults) -> Table:
@@ -67,10 +89,23 @@ def _trained(results: SweepRanksResults) -> Table:
         Column("reduction_factor", "reduction", show=lambda value: f"{units.significant(value)} ×"),
         Column("adapter_bytes", "adapter", show=units.size),
     ]
-    if results.quantized_only_error_relative is not None:
-        columns.append(Column("weight_error_relative", "weight error", show=units.percent))
     rows = [[getattr(cost, column.key) for column in columns] for cost in results.ranks]
     return Table("What is trained", columns, rows)
+
+
+def _errors(results: SweepRanksResults) -> Table:
+    columns = [Column("rank", "rank")]
+    for what, plain in (
+        ("weight", results.quantized_only_error_relative),
+        ("output", results.quantized_only_output_error_relative),
+    ):
+        if plain is not None:
+            columns += [
+                Column(f"{what}_error_relative", f"{what} error", show=units.percent),
+                Column(f"{what}_error_removed", "removed", show=units.percent),
+            ]
+    rows = [[getattr(cost, column.key) for column in columns] for cost in results.ranks]
+    return Table("What is left of the quantization error", columns, rows)
 
 
 def _memory(results: SweepRanksResults) -> Table:

@@ -22,6 +22,11 @@ def number(value: int) -> str:
     return f"{value:,}"
 
 
+def plain(value: float) -> str:
+    """4.0 -> "4", 2.5 -> "2.5", 3.128 -> "3.13"."""
+    return f"{value:.2f}".rstrip("0").rstrip(".")
+
+
 def percent(share: float) -> str:
     """0.0702 -> "7.02 %"."""
     return f"{significant(100 * share)} %"
@@ -46,6 +51,18 @@ def shape(sizes: Sequence[int]) -> str:
 def plural(count: int, noun: str) -> str:
     """(1, "layer") -> "1 layer", (1200, "layer") -> "1,200 layers"."""
     return f"{number(count)} {noun}" if count == 1 else f"{number(count)} {noun}s"
+
+
+def removed(before: float, after: float) -> float:
+    """Which share of an error is gone; negative if it grew. Of no error, none is."""
+    return 1 - after / before if before else 0.0
+
+
+def error_change(before: float, after: float) -> str:
+    """(0.093, 0.0765) -> "9.30 % → 7.65 % with the adapter (17.7 % of it removed)"."""
+    share = removed(before, after)
+    change = f"{percent(share)} of it removed" if share >= 0 else f"{percent(-share)} more"
+    return f"{percent(before)} → {percent(after)} with the adapter ({change})"
 
 
 def significant(value: float) -> str:

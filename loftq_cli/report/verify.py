@@ -37,7 +37,9 @@ def _title(results: VerifyResults) -> str:
 
 def _facts(document: Document[VerifyResults]) -> list[tuple[str, str]]:
     results = document.results
-    layers = units.plural(results.quantized_layers, "quantized layer")
+    layers = "none quantized"
+    if results.quantized_layers:
+        layers = units.plural(results.quantized_layers, "quantized layer")
     if results.measured_layers:
         layers += f", {units.number(results.measured_layers)} measured against {results.source}"
     facts = [("made from", model_name(document)), ("layers", layers)]

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from loftq_cli.report.check import check_view
+from loftq_cli.report.compare import compare_view
 from loftq_cli.report.generate import generate_view
 from loftq_cli.report.load import load_view
 from loftq_cli.report.quantize import quantize_view
@@ -29,6 +30,7 @@ VIEWS: Mapping[str, Callable[[Document[Any]], View]] = {
     "sweep-ranks": sweep_ranks_view,
     "targets": targets_view,
     "generate": generate_view,
+    "compare": compare_view,
     "check": check_view,
     "verify": verify_view,
     "report": lambda document: report_view(document, view_of),

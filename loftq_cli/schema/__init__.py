@@ -6,6 +6,14 @@ are not JSON and not results: they are refused on the way in and on the way out.
 """
 
 from loftq_cli.schema.base import Scalar
+from loftq_cli.schema.comparing import (
+    BitsVerdict,
+    ComparedMethod,
+    CompareResults,
+    CompareSettings,
+    CompareVerdict,
+    LossPoint,
+)
 from loftq_cli.schema.envelope import (
     SCHEMA_VERSION,
     Accelerator,
@@ -29,6 +37,7 @@ from loftq_cli.schema.planning import (
 )
 from loftq_cli.schema.quantizing import (
     AdaptedLayer,
+    Calibration,
     PlainLayer,
     QuantizeResults,
     QuantizeSettings,
@@ -61,15 +70,22 @@ __all__ = [
     "SCHEMA_VERSION",
     "Accelerator",
     "AdaptedLayer",
+    "BitsVerdict",
+    "Calibration",
     "CheckResults",
     "CheckSummary",
     "CheckTest",
+    "CompareResults",
+    "CompareSettings",
+    "CompareVerdict",
+    "ComparedMethod",
     "Document",
     "Environment",
     "GenerateResults",
     "Generation",
     "LayerKind",
     "LoadResults",
+    "LossPoint",
     "MemoryEstimate",
     "ModelIdentity",
     "NotAResultDocument",

@@ -5,9 +5,12 @@ from __future__ import annotations
 from typing import Literal
 
 from loftq_cli.schema.base import Model
+from loftq_cli.schema.quantizing import Calibration
 
 
 class SweepSettings(Model):
+    """`bits` of 2 and 3 are fewer codes in the 4-bit container: memory is as at 4 bits."""
+
     target_modules: list[str]
     bits: int
     quant_type: str | None  # null at 8 and 16 bits, as the next
@@ -15,6 +18,7 @@ class SweepSettings(Model):
     batch_size: int
     sequence_length: int
     vram_bytes: int | None = None
+    calibration: Calibration | None = None
 
 
 class MemoryEstimate(Model):
@@ -42,7 +46,9 @@ class MemoryEstimate(Model):
 class RankCost(Model):
     """`trainable_percent` is of base + adapter; `reduction_factor` is base / trainable.
 
-    `fits` is null without --vram, the error without --error.
+    `fits` is null without --vram, errors are without --error, those of outputs without
+    --calibration-text. What is `removed` is the share of the error of plain quantization that
+    backbone and adapter take away together, by the start that is best for weights or for outputs.
     """
 
     rank: int
@@ -55,6 +61,9 @@ class RankCost(Model):
     fits: bool | None = None
     fits_with_checkpointing: bool | None = None
     weight_error_relative: float | None = None
+    weight_error_removed: float | None = None
+    output_error_relative: float | None = None
+    output_error_removed: float | None = None
 
 
 class Verdict(Model):
@@ -72,6 +81,7 @@ class SweepRanksResults(Model):
     modules: int  # that get an adapter
     settings: SweepSettings
     quantized_only_error_relative: float | None = None
+    quantized_only_output_error_relative: float | None = None
     ranks: list[RankCost]
     verdict: Verdict
 

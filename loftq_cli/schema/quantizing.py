@@ -6,30 +6,52 @@ from loftq_cli.schema.base import Model
 from loftq_cli.schema.running import CheckSummary, CheckTest
 
 
+class Calibration(Model):
+    """The text that the layers' inputs were seen on; counts are null in a dry run."""
+
+    sha256: str
+    windows: int | None = None
+    tokens: int | None = None
+
+
 class QuantizeSettings(Model):
+    """`leading` is (blocks, bits) of the first blocks; `iterations` null: until it hardly pays."""
+
     bits: int
+    leading: tuple[int, int] | None = None
+    target_bits: float | None = None
     quant_type: str
     block_size: int | None
     double_quant: bool
     rank: int
+    rank_budget: bool = False
+    uniform_rank: bool = False
     lora_alpha: float
     rslora: bool = False
-    iterations: int
+    iterations: int | None
     init: str = "loftq"
+    calibration: Calibration | None = None
     svd: str = "auto"
     target_modules: list[str] | str
     seed: int
 
 
 class AdaptedLayer(Model):
-    """One layer that has a 4-bit weight and an adapter. What is measured is null in a dry run."""
+    """One layer that has an adapter. What is measured is null in a dry run.
+
+    `bits` is what a code tells, whatever it takes in the file; the errors of outputs are of the
+    calibration's inputs and null without one. `stored_rank` counts the padding of --uniform-rank.
+    """
 
     name: str
     shape: tuple[int, int]
     bits: int
     rank: int
+    stored_rank: int | None = None
     weight_error_relative: float | None = None
     quantized_only_error_relative: float | None = None
+    output_error_relative: float | None = None
+    quantized_only_output_error_relative: float | None = None
     iterations: int
     best_iteration: int | None = None
     error_curve: list[float] = []
@@ -45,7 +67,10 @@ class PlainLayer(Model):
     shape: tuple[int, int]
     bits: int
     reason: str
+    weight_error_relative: float | None = None  # of its codes as they are stored
     quantized_only_error_relative: float | None = None
+    output_error_relative: float | None = None
+    quantized_only_output_error_relative: float | None = None
     bytes: int
     share_of_bytes: float
 
@@ -78,10 +103,16 @@ class QuantizeTotals(Model):
     """In a dry run the errors are null and the bytes and memory are estimates.
 
     `output_bytes` is the backbone alone, as `input_bytes` is; the adapter comes on top.
+    `stored_bits` is what a weight of the quantized layers takes in the file, scales included;
+    `information_bits` what its code and scale tell, which is less at 2 and 3 bits.
     """
 
     weight_error_relative: float | None = None
     quantized_only_error_relative: float | None = None
+    output_error_relative: float | None = None
+    quantized_only_output_error_relative: float | None = None
+    stored_bits: float | None = None
+    information_bits: float | None = None
     input_bytes: int
     output_bytes: int
     adapter_bytes: int

@@ -9,6 +9,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from loftq_cli.errors import LoftqError
+from loftq_cli.schema.comparing import CompareResults
 from loftq_cli.schema.envelope import SCHEMA_VERSION, Document
 from loftq_cli.schema.planning import SweepRanksResults, TargetsResults
 from loftq_cli.schema.quantizing import QuantizeResults, VerifyResults
@@ -21,6 +22,7 @@ RESULTS: Mapping[str, type[BaseModel]] = {
     "sweep-ranks": SweepRanksResults,
     "targets": TargetsResults,
     "generate": GenerateResults,
+    "compare": CompareResults,
     "check": CheckResults,
     "verify": VerifyResults,
     "report": ReportResults,

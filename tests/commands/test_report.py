@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shlex
 import shutil
@@ -336,10 +337,10 @@ def test_what_quantizing_says() -> None:
     )
     assert found == [
         (
-            "the adapter takes away 30.0 % of the quantization error: 10.0 % of the weights "
-            "becomes 7.00 %"
+            "backbone and adapter together take away 30.0 % of the error that plain quantization "
+            "makes in the weights: 10.0 % becomes 7.00 %"
         ),
-        "the most error is left in q_proj: 8.00 %",
+        "the most weight error is left in q_proj: 8.00 %",
         "the slowest of 2 layers is k_proj: 3.00 s, 75.0 % of the time of all",
         "in 1 of 2 layers an iterate before the last is the best, most often number 2: k_proj",
         "20.0 % of the bytes stay as they were, the most of it embed.weight (18.0 %: embedding)",
@@ -363,13 +364,42 @@ def test_what_to_do_about_a_quantization() -> None:
     _, more = said(quantize(layer("a", [0.09, 0.08, 0.07]), after=0.09, double_quant=True))
     assert more == [
         (
-            "see what a higher rank would buy: rank 16 takes away only 10.0 % of the error "
+            "see what a higher rank would buy: rank 16 takes away only 10.0 % of the weight error "
             "(loftq sweep-ranks --model org/name --error)"
         ),
         "try --iterations 6: the last one still took 12.5 % of the error away",
     ]
     _, settled = said(quantize(layer("a", [0.08, 0.0701, 0.07]), double_quant=True))
     assert settled == []
+
+
+def test_what_a_calibrated_quantization_says() -> None:
+    """Of outputs, bits and ranks, and nothing of iterations that nobody asked for."""
+    found, advised = said(documents.ALL["quantize-calibrated"])
+    text = "\n".join(found)
+    assert "60.0 % of the error that plain quantization makes in the layers' outputs" in text
+    assert "the most output error is left in" in text
+    assert "of 38 layers: 4 bits in 25, 2 bits in 13" in found
+    assert any(each.startswith("ranks go from 4 to 40, the highest in") for each in found)
+    assert "how many iterations pay was left to each layer: 2" in found
+    assert not any("--iterations" in each or "higher rank" in each for each in advised)
+
+
+def test_an_error_of_weights_that_grew_is_explained() -> None:
+    data = copy.deepcopy(documents.ALL["quantize-calibrated"])
+    data["results"]["totals"]["weight_error_relative"] = 0.12
+    found, _ = said(data)
+    assert found[0] == (
+        "backbone and adapter together add to the error that plain quantization makes in the "
+        "weights: 9.36 % becomes 12.0 % (this start was fitted to outputs, not to weights)"
+    )
+
+
+def test_what_is_not_quantized_has_no_error_to_speak_of() -> None:
+    data = quantize(layer("a", [0.0]), after=0.0, bits=16, init="lora", block_size=None)
+    data["results"]["totals"]["quantized_only_error_relative"] = 0.0
+    found, advised = said(data)
+    assert not any("error" in each for each in (*found, *advised))
 
 
 def generated(adapter: str | None, rates: tuple[float, float]) -> dict[str, Any]:
@@ -492,6 +522,7 @@ def test_what_the_other_commands_say() -> None:
     assert any("gpt2" in text or "rank" in text for text in found)
     assert found[0] == documents.ALL["sweep-ranks"]["results"]["verdict"]["sentence"]
     assert any(text.startswith("loftq quantize --model gpt2 --rank") for text in advised)
+    assert any("--init calibrated --calibration-text" in text for text in advised)
 
 
 @pytest.mark.parametrize("name", documents.ALL)

@@ -207,21 +207,24 @@ def test_without_an_error_and_a_limit_the_verdict_goes_by_cost(loftq: Loftq) -> 
 # --- the error ----------------------------------------------------------------------------------
 
 
-def test_the_error_is_that_of_a_float64_svd_of_every_residual(loftq: Loftq) -> None:
+@pytest.mark.parametrize("bits", [2, 4])
+def test_the_error_is_that_of_a_float64_svd_of_every_residual(loftq: Loftq, bits: int) -> None:
+    """Of plain quantization, and with the scales searched for, of what is left of that."""
     ranks = (2, 8, 16)
-    found = results(
-        loftq, "--error", "--ranks", ",".join(map(str, ranks)), "--target-modules", "c_attn,c_proj"
-    )
+    argv = ("--error", "--bits", bits, "--ranks", ",".join(map(str, ranks)))
+    found = results(loftq, *argv, "--target-modules", "c_attn,c_proj")
     weights = load_file(DEMO_DIRECTORY / "model.safetensors")
     norm, plain, left = 0.0, 0.0, dict.fromkeys(ranks, 0.0)
     for name, tensor in weights.items():
         if tensor.dim() != 2 or ".h." not in name:
             continue
         W = tensor.T.contiguous()
-        Q = dequantize_blockwise(quantize_blockwise(W, BlockwiseFormat("nf4", 64)))
-        R = W.double() - Q.double()
+        form = BlockwiseFormat("nf4", 64, False, bits)
         norm += float(W.double().square().sum())
-        plain += float(R.square().sum())
+        Q = dequantize_blockwise(quantize_blockwise(W, form))
+        plain += float((W.double() - Q.double()).square().sum())
+        Q = dequantize_blockwise(quantize_blockwise(W, form, search=True))
+        R = W.double() - Q.double()
         squares = torch.linalg.svdvals(R).square()
         for rank in ranks:
             adapted = name.endswith(("c_attn.weight", "c_proj.weight"))
@@ -230,6 +233,9 @@ def test_the_error_is_that_of_a_float64_svd_of_every_residual(loftq: Loftq) -> N
     for cost in found["ranks"]:
         expected = (left[cost["rank"]] / norm) ** 0.5
         assert cost["weight_error_relative"] == pytest.approx(expected, rel=5e-4)
+        removed = 1 - cost["weight_error_relative"] / found["quantized_only_error_relative"]
+        assert cost["weight_error_removed"] == pytest.approx(removed)
+        assert cost["output_error_relative"] is cost["output_error_removed"] is None
 
 
 def test_the_error_is_what_quantize_reports_after_one_iteration(
@@ -265,6 +271,38 @@ def test_8_bits_are_measured_and_16_have_nothing_to_measure(loftq: Loftq) -> Non
     assert (outcome.code, outcome.out) == (2, "")
 
 
+def test_fewer_bits_take_the_memory_of_four_and_say_so(loftq: Loftq) -> None:
+    four = results(loftq, "-m", "gpt2", "--ranks", "8")
+    for bits in (2, 3):
+        found = results(loftq, "-m", "gpt2", "--ranks", "8", "--bits", bits)
+        assert found["ranks"] == four["ranks"]
+        assert (found["settings"]["bits"], found["settings"]["quant_type"]) == (bits, "nf4")
+    page = loftq("sweep-ranks", "-m", "gpt2", "--bits", 2, "--format", "md").out
+    assert "codes of 2 bits in the 4-bit container, which has no smaller ones" in page
+
+
+def test_errors_of_outputs_are_those_of_qera(loftq: Loftq, tmp_path: Path) -> None:
+    """By rank what `quantize --init qera` reports of the same text, from one decomposition."""
+    text = tmp_path / "text.txt"
+    text.write_text((DEMO_DIRECTORY / "heldout.txt").read_text()[:12_000])
+    argv = ("--error", "--ranks", "2,8", "--calibration-text", text, "--bits", 2)
+    found = results(loftq, *argv)
+    assert found["settings"]["calibration"]["tokens"] % 256 == 0
+    assert len(found["settings"]["calibration"]["sha256"]) == 64
+    plain = found["quantized_only_output_error_relative"]
+    low, high = found["ranks"]
+    assert plain > low["output_error_relative"] > high["output_error_relative"] > 0
+    assert high["output_error_removed"] == pytest.approx(1 - high["output_error_relative"] / plain)
+    assert "the output error falls from" in found["verdict"]["sentence"]
+    outcome = loftq("quantize", "-o", tmp_path / "out", "--rank", 8, "--init", "qera", "--bits", 2,
+                    "--calibration-text", text, "--json")  # fmt: skip
+    assert outcome.code == 0, outcome.err
+    totals = json.loads(outcome.out)["results"]["totals"]
+    assert totals["output_error_relative"] == pytest.approx(high["output_error_relative"], rel=2e-3)
+    key = "quantized_only_output_error_relative"
+    assert totals[key] == pytest.approx(found[key], rel=1e-4)
+
+
 def test_progress_names_the_layers(loftq: Loftq) -> None:
     outcome = loftq("sweep-ranks", "--error", "--ranks", 4)
     assert "measuring: 16/16" in outcome.err
@@ -294,7 +332,11 @@ def test_the_error_of_a_model_without_weights(
         (["--ranks", "0"], 2, "--ranks takes positive whole numbers"),
         (["--vram", "24"], 2, "--vram takes a size such as 24GB"),
         (["--vram", "0GB"], 2, "--vram takes a size such as 24GB"),
-        (["--bits", "3"], 2, "--bits"),
+        (["--bits", "5"], 2, "--bits"),
+        (["--bits", "3", "--quant-type", "fp4"], 2, "fp4 has 4 bits only"),
+        (["--calibration-text", "x"], 2, "--calibration-text has no effect without --error"),
+        (["--error", "--calibration-text", "./nowhere"], 1, "nowhere cannot be read"),
+        (["--error", "--bits", "8", "--calibration-text", "x"], 2, "for 4 bits and fewer"),
         (["--batch-size", "0"], 2, "--batch-size"),
         (["--target-modules", "c_atn"], 1, "no layer is called 'c_atn'"),
         (["--target-modules", "wte"], 1, "'wte' is not a layer that can be adapted"),

@@ -73,6 +73,20 @@ def test_with_few_iterations(iterations: int) -> None:
     assert_same(one, loftq.initialize(W, quantizer, 8, iterations=iterations))
 
 
+@pytest.mark.parametrize("start", ["zero", "weight"])
+def test_started_from_the_weight_and_without_a_search(start: str) -> None:
+    W = weight(SHAPES[1])
+    for quantizer in (
+        Blockwise(BlockwiseFormat("nf4", 64, bits=2)),
+        Blockwise(BlockwiseFormat("nf4", 64, True), search=False),
+    ):
+        options = {"start": start, "iterations": 3}
+        rows = Watched(W)
+        one = loftq.initialize(rows, quantizer, 8, **options)  # type: ignore[arg-type]
+        assert_same(one, loftq.initialize(W, quantizer, 8, **options))  # type: ignore[arg-type]
+        assert rows.most < W.numel()
+
+
 def test_a_low_rank_that_dominates_is_found_with_exact_products() -> None:
     """There the residual is read again in float32, by rows too."""
     W = weight((512, 768))

@@ -210,6 +210,138 @@ def test_a_file_that_is_not_the_written_one(
     assert f"error: {written}: '{name}' is " in outcome.err
 
 
+def stray_code(out: Path) -> None:
+    """One weight gets the level that another code of the four bits has."""
+
+    def change(piece: bytearray) -> None:
+        piece[7] = piece[7] & 0xF0 | 1
+
+    overwrite(out / WEIGHTS, f"{LAYER}.weight", change)
+
+
+def fewer_bits_claimed(out: Path) -> None:
+    def change(results: Any) -> None:
+        other = next(each for each in results["layers"] if each["bits"] == 3)
+        other["bits"] = 2
+
+    edit_report(out, change)
+
+
+def other_rank_pattern(out: Path) -> None:
+    """With the alpha that keeps the scaling."""
+
+    def change(config: Any) -> None:
+        config["rank_pattern"][LAYER] = config["alpha_pattern"][LAYER] = 2
+
+    edit_json(out / ADAPTER_CONFIG, change)
+
+
+@pytest.mark.parametrize(
+    ("damage", "check", "cause"),
+    [
+        (stray_code, "container", "code 1 is none of the 4 that 2 bits have"),
+        (fewer_bits_claimed, "container", "is none of the 4 that 2 bits have"),
+        (other_rank_pattern, "adapter", "has shape"),
+    ],
+)
+def test_fewer_bits_and_their_damage(
+    damage: Callable[[Path], None],
+    check: str,
+    cause: str,
+    source: Path,
+    tmp_path: Path,
+    loftq: Loftq,
+) -> None:
+    """Three bits in the second block only, and two in the first, where the layer is."""
+    out = tmp_path / "out"
+    done = loftq("quantize", "-m", source, "-o", out, "--rank", 4, "--iterations", 1,
+                 "--bits", "2x1,3")  # fmt: skip
+    assert done.code == 0, done.err
+    damage(out)
+    reseal(out)
+    outcome, results = run_verify(loftq, out)
+    assert outcome.code == 3
+    assert statuses(results)[check] == "failed"
+    assert cause in next(test for test in results["tests"] if test["name"] == check)["cause"]
+
+
+def a_weight_that_was_not_left_alone(out: Path) -> None:
+    """The last bit of one weight: no residual that anyone would print shows it."""
+
+    def change(piece: bytearray) -> None:
+        piece[0] ^= 1
+
+    overwrite(out / WEIGHTS, f"{LAYER}.weight", change)
+
+
+def nan_weight(out: Path) -> None:
+    def change(piece: bytearray) -> None:
+        piece[2:4] = b"\xc0\x7f"  # bfloat16
+
+    overwrite(out / WEIGHTS, f"{LAYER}.weight", change)
+
+
+def quantization_config(out: Path) -> None:
+    edit_json(
+        out / "config.json",
+        lambda config: config.update(quantization_config={"quant_method": "bitsandbytes"}),
+    )
+
+
+def b_that_is_not_zero(out: Path) -> None:
+    def change(piece: bytearray) -> None:
+        struct.pack_into("<f", piece, 8, 1e-12)
+
+    overwrite(out / ADAPTER, f"base_model.model.{LAYER}.lora_B.weight", change)
+
+
+@pytest.mark.parametrize(
+    ("damage", "check", "named"),
+    [
+        (a_weight_that_was_not_left_alone, "residuals", LAYER),
+        (nan_weight, "container", LAYER),
+        (quantization_config, "container", "config.json"),
+        (b_that_is_not_zero, "adapter", LAYER),
+    ],
+)
+def test_nothing_is_quantized_and_nothing_else_was_changed(
+    damage: Callable[[Path], None],
+    check: str,
+    named: str,
+    source: Path,
+    tmp_path: Path,
+    loftq: Loftq,
+) -> None:
+    out = tmp_path / "out"
+    done = loftq("quantize", "-m", source, "-o", out, "--rank", 4, "--init", "lora")
+    assert done.code == 0, done.err
+    damage(out)
+    reseal(out)
+    outcome, results = run_verify(loftq, out)
+    assert outcome.code == 3
+    assert statuses(results)[check] == "failed"
+    assert named in next(test for test in results["tests"] if test["name"] == check)["detail"]
+
+
+def test_padding_is_zero(source: Path, tmp_path: Path, loftq: Loftq) -> None:
+    out = tmp_path / "out"
+    done = loftq("quantize", "-m", source, "-o", out, "--rank", 4, "--iterations", 1,
+                 "--rank-budget", "--uniform-rank", "--json")  # fmt: skip
+    assert done.code == 0, done.err
+    layers = json.loads(done.out)["results"]["layers"]
+    padded = next(each for each in layers if each["stored_rank"])
+    tensors = load_file(out / ADAPTER)
+    B = tensors[f"base_model.model.{padded['name']}.lora_B.weight"]
+    assert not B[:, padded["rank"] :].any()
+    B[0, padded["rank"]] = 1e-9
+    save_file(tensors, out / ADAPTER, metadata={"format": "pt"})
+    reseal(out)
+    outcome, results = run_verify(loftq, out)
+    assert outcome.code == 3
+    assert statuses(results)["adapter"] == "failed"
+    assert f"not zero from column {padded['rank']} on" in outcome.err
+
+
 def test_a_flipped_bit_is_found_by_hash_and_by_residual(written: Path, loftq: Loftq) -> None:
     flip_a_code(written)
     outcome, results = run_verify(loftq, written)
@@ -308,7 +440,7 @@ def test_what_is_no_output_of_loftq(written: Path, source: Path, loftq: Loftq) -
         outcome = loftq("verify", directory)
         assert (outcome.code, outcome.out) == (1, "")
         assert f"{directory} is no output of loftq" in outcome.err
-    settings = whole["results"]["settings"]
+    settings, first = whole["results"]["settings"], whole["results"]["layers"][0]
     for text in (
         "",
         report.read_text()[:500],
@@ -317,6 +449,11 @@ def test_what_is_no_output_of_loftq(written: Path, source: Path, loftq: Loftq) -
         json.dumps({**whole, "results": {**whole["results"], "dry_run": True}}),
         json.dumps(
             {**whole, "results": {**whole["results"], "settings": {**settings, "block_size": 63}}}
+        ),
+        json.dumps({**whole, "results": {**whole["results"], "layers": [{**first, "bits": 5}]}}),
+        json.dumps({**whole, "results": {**whole["results"], "layers": [{**first, "rank": 0}]}}),
+        json.dumps(
+            {**whole, "results": {**whole["results"], "layers": [{**first, "stored_rank": 1}]}}
         ),
     ):
         report.write_text(text)

@@ -27,6 +27,14 @@ CHECKS = ["files", "container", "adapter", "residuals", "forward"]
         ("llama", ("--quant-type", "fp4", "--double-quant", "--block-size", 32)),
         ("llama", ("--bits", 8, "--lora-alpha", 24, "--rslora")),
         ("llama", ("--target-modules", "q_proj,v_proj", "--init", "qlora")),
+        ("llama", ("--bits", "3x1,2", "--init", "loftq-plain", "--double-quant")),
+        ("llama", ("--target-bits", 2.5, "--rank-budget", "--lora-alpha", 24)),
+        (
+            "llama",
+            ("--rank-budget", "--uniform-rank", "--rslora", "--target-modules", "q_proj,up_proj"),
+        ),
+        ("llama", ("--init", "lora")),
+        ("gpt2", ("--init", "lora", "--rslora")),
         ("gpt2", ("--double-quant",)),
         ("bert", ()),
         ("t5", ()),
@@ -38,7 +46,7 @@ def test_an_intact_directory(
     name: str, options: tuple[Any, ...], tmp_path: Path, loftq: Loftq
 ) -> None:
     BATTERY[name].build(dtype=torch.bfloat16).save_pretrained(tmp_path / "source")
-    if "qlora" not in options:  # which does not iterate
+    if not {"qlora", "lora"} & set(options):  # which do not iterate
         options = (*options, "--iterations", 1)
     done = loftq("quantize", "-m", tmp_path / "source", "-o", tmp_path / "out", "--json",
                  "--rank", 4, *options)  # fmt: skip
@@ -48,9 +56,47 @@ def test_an_intact_directory(
     assert outcome.code == 0, outcome.err
     assert statuses(results) == dict.fromkeys(CHECKS, "passed")
     layers = written["layers"] + written["without_adapter"]
-    assert results["quantized_layers"] == results["measured_layers"] == len(layers)
+    assert results["measured_layers"] == len(layers)
+    assert results["quantized_layers"] == (0 if "lora" in options else len(layers))
     assert {layer["name"] for layer in results["layers"]} == {layer["name"] for layer in layers}
     assert results["summary"]["passed"] == results["summary"]["total"] == 5
+
+
+def test_the_page_says_what_was_proved(source: Path, tmp_path: Path, loftq: Loftq) -> None:
+    """Bits and ranks as they are, and of an unquantized directory nothing about codes."""
+    out = tmp_path / "out"
+    loftq("quantize", "-m", source, "-o", out, "--rank", 4, "--target-bits", 2.5, "--rank-budget")
+    details = {test["name"]: test["detail"] for test in run_verify(loftq, out)[1]["tests"]}
+    assert "with the codes of 2 bits" in details["container"]
+    assert details["adapter"].startswith("ranks ")
+
+    out = tmp_path / "plain"
+    loftq("quantize", "-m", source, "-o", out, "--rank", 4, "--init", "lora")
+    outcome, results = run_verify(loftq, out)
+    assert outcome.code == 0, outcome.err
+    container = next(test for test in results["tests"] if test["name"] == "container")
+    assert "nothing is quantized" in container["detail"]
+    assert "bitsandbytes" not in container["verified"]
+    page = loftq("verify", out, "--format", "table").out
+    assert "none quantized" in page
+
+
+def test_a_report_from_before_there_was_a_search(
+    source: Path, tmp_path: Path, loftq: Loftq
+) -> None:
+    """Then a layer without an adapter had plain quantization and one field that told its error."""
+    out = tmp_path / "out"
+    loftq("quantize", "-m", source, "-o", out, "--rank", 4, "--init", "qlora",
+          "--target-modules", "q_proj")  # fmt: skip
+
+    def older(report: Any) -> None:
+        for layer in report["results"]["without_adapter"]:
+            del layer["weight_error_relative"]
+
+    edit_json(out / "loftq_report.json", older)
+    outcome, results = run_verify(loftq, out)
+    assert outcome.code == 0, outcome.err
+    assert statuses(results) == dict.fromkeys(CHECKS, "passed")
 
 
 def test_several_weight_files(
@@ -76,7 +122,7 @@ def test_a_sample_is_measured_and_the_document_says_so(written: Path, loftq: Lof
 def test_a_sample_is_spread_over_the_model_and_over_kinds() -> None:
     kinds = ("q", "k", "v", "o", "gate", "up", "down")
     layers = [
-        ClaimedLayer(f"layers.{block}.{kind}", (1, 1), True, 0.1)
+        ClaimedLayer(f"layers.{block}.{kind}", (1, 1), 4, 1, 1, 0.1)
         for block in range(32)
         for kind in kinds
     ]

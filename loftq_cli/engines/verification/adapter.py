@@ -26,6 +26,8 @@ from loftq_cli.errors import CheckFailed, first_line
 
 _CONFIG_NAME = f"{ADAPTER_DIRECTORY}/{ADAPTER_CONFIG}"
 _PREFIX = "base_model.model."
+# A copy may be called anything; what targets and patterns match is seen when PEFT has used them.
+_FOR_PEFT_TO_SAY = {"base_model_name_or_path", "target_modules", "rank_pattern", "alpha_pattern"}
 
 
 def adapter(written: Written) -> Finding:
@@ -35,11 +37,14 @@ def adapter(written: Written) -> Finding:
     _require_tensors(written, header)
     _require_as_peft(written, header)
     _require_finite(header)
+    _require_zeros(written, header)
     claims = written.claims
     parameters = sum(info.elements for info in header.tensors.values())
     heads = len(header.tensors) - 2 * len(claims.adapted)
+    ranks = [layer.stored_rank for layer in claims.adapted]
+    rank = f"rank {ranks[0]}" if len(set(ranks)) == 1 else f"ranks {min(ranks)} to {max(ranks)}"
     return Finding(
-        f"rank {claims.rank} on {len(claims.adapted)} layers, {parameters:,} finite values; PEFT "
+        f"{rank} on {len(ranks)} layers, {parameters:,} finite values; PEFT "
         "puts them on the same layers with the same scaling"
         + (f"; {heads} tensors of the trained head" if heads else ""),
         {"layers": len(claims.adapted), "parameters": parameters, "scaling": claims.scaling},
@@ -52,13 +57,15 @@ def _require_config(written: Written) -> None:
     expected = adapter_config(
         base_model="",
         task_type=claims.task_type,
-        rank=claims.rank,
-        lora_alpha=claims.lora_alpha,
+        rank=claims.config_rank,
+        lora_alpha=claims.config_alpha,
         use_rslora=claims.use_rslora,
         target_modules=[],
+        rank_pattern={},
+        alpha_pattern={},
+        fan_in_fan_out=_transposed(written),
     )
-    # A copy may be called anything, and what the targets match is for PEFT to say.
-    for key in sorted(expected.keys() - {"base_model_name_or_path", "target_modules"}):
+    for key in sorted(expected.keys() - _FOR_PEFT_TO_SAY):
         if found.get(key) != expected[key]:
             raise CheckFailed(
                 f"{_CONFIG_NAME} is not the config of this adapter",
@@ -67,11 +74,18 @@ def _require_config(written: Written) -> None:
             )
 
 
+def _transposed(written: Written) -> bool:
+    """Whether PEFT finds weights that are stored (in, out), as it does in 16 bits only."""
+    return written.claims.bits == 16 and any(
+        layer.name in written.plain_layers and written.plain_layers[layer.name].transposed
+        for layer in written.claims.adapted
+    )
+
+
 def _require_tensors(written: Written, header: Header) -> None:
     """A and B of each adapted layer, in the shapes that rank and layer give them."""
-    rank = written.claims.rank
     for layer in written.claims.adapted:
-        out_features, in_features = layer.shape
+        rank, (out_features, in_features) = layer.stored_rank, layer.shape
         shapes = ((rank, in_features), (out_features, rank))
         for name, shape in zip(lora_names(layer.name), shapes, strict=True):
             if name not in header.tensors:
@@ -141,6 +155,19 @@ def _require_finite(header: Header) -> None:
     for name, info in header.tensors.items():
         if not bool(torch.isfinite(load_tensor(header, info)).all()):
             raise _damaged(name.removeprefix(_PREFIX), f"{ADAPTER_NAME} has NaN or infinity there")
+
+
+def _require_zeros(written: Written, header: Header) -> None:
+    """B is zero where it corrects nothing: in starts that never do, and in padding."""
+    for layer in written.claims.adapted:
+        first = layer.rank if written.claims.corrects else 0
+        if first == layer.stored_rank:
+            continue
+        name = lora_names(layer.name)[1]
+        if bool(load_tensor(header, header.tensors[name])[:, first:].any()):
+            raise _damaged(
+                layer.name, f"{shown(name)} is not zero from column {first} on, as it should be"
+            )
 
 
 def _shape(shape: tuple[int, ...] | None) -> str:

@@ -13,6 +13,11 @@ from loftq_cli.engines.verification.residuals import Residuals
 from loftq_cli.engines.verification.written import Claims, Written
 
 _GROUP = "directory"
+_QUANTIZED = (
+    "bitsandbytes opens every quantized layer and dequantizes it as the reference does, with no "
+    "more codes than its bits; the config names its format and every layer that is left out"
+)
+_UNQUANTIZED = "nothing is quantized, and every layer of the report is there with finite weights"
 
 
 def all_checks(written: Written, residuals: Residuals, memory_bytes: int | None) -> list[Check]:
@@ -27,8 +32,7 @@ def all_checks(written: Written, residuals: Residuals, memory_bytes: int | None)
         Check(
             "container",
             _GROUP,
-            "bitsandbytes opens every quantized layer and dequantizes it as the reference does; "
-            "the config names its format and every layer that is left out",
+            _UNQUANTIZED if written.claims.bits == 16 else _QUANTIZED,
             partial(container, written),
         ),
         Check(

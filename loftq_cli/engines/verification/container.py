@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from loftq_cli.checkpoint.safetensors import shown
 from loftq_cli.engines.checks.battery import Finding
 from loftq_cli.engines.verification.stored import StoredWeight
+from loftq_cli.engines.verification.unquantized import unquantized
 from loftq_cli.engines.verification.written import WRITE_AGAIN, ClaimedLayer, Written
 from loftq_cli.errors import CheckFailed
 from loftq_cli.models.source import CONFIG_FILE
@@ -21,6 +23,8 @@ _SMALLEST_NORMAL = 2.0**-126
 def container(written: Written) -> Finding:
     """Config, skip list, and every quantized layer of the report."""
     claims = written.claims
+    if claims.bits == 16:
+        return unquantized(written)
     skipped = _quantization_config(written)
     _require_same_layers(written)
     _require_skipped(written, skipped)
@@ -29,16 +33,24 @@ def container(written: Written) -> Finding:
         written.progress.start(layer.name)
         values += _layer(written, layer)
         written.progress.advance(layer.name)
-    form = "int8" if claims.bits == 8 else f"{claims.quant_type}, blocks of {claims.block_size}"
     return Finding(
-        f"{len(claims.layers)} layers in {form}: bitsandbytes and the reference dequantize "
-        f"{values:,} weights to the same bits",
+        f"{len(claims.layers)} layers in {_form(written)}: bitsandbytes and the reference "
+        f"dequantize {values:,} weights to the same bits",
         {
             "layers": len(claims.layers),
             "values_compared": values,
             "modules_in_skip_list": len(skipped),
         },
     )
+
+
+def _form(written: Written) -> str:
+    claims = written.claims
+    if claims.bits == 8:
+        return "int8"
+    counts = Counter(layer.bits for layer in claims.layers)
+    fewer = [f"{counts[bits]} with the codes of {bits} bits" for bits in (3, 2) if counts[bits]]
+    return ", ".join([f"{claims.quant_type}, blocks of {claims.block_size}", *fewer])
 
 
 def _quantization_config(written: Written) -> list[str]:
@@ -101,6 +113,7 @@ def _layer(written: Written, layer: ClaimedLayer) -> int:
     """Compares one layer; gives the number of its weights."""
     stored = StoredWeight(written, layer)
     stored.require_levels()
+    stored.require_codes()
     expected = stored.reference()
     if not bool(expected.isfinite().all()):
         raise CheckFailed(

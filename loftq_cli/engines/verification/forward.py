@@ -49,7 +49,7 @@ def forward(written: Written, memory_bytes: int | None) -> Finding:
     given = ", ".join(
         f"{name} {list(each.shape)}" for name, each in inputs.items() if name != "attention_mask"
     )
-    kind = "Linear8bitLt" if written.claims.bits == 8 else "Linear4bit"
+    kind = {4: "Linear4bit", 8: "Linear8bitLt", 16: "layers as they were"}[written.claims.bits]
     return Finding(
         f"{written.claims.auto_class} and PEFT load it: {len(written.claims.layers)} {kind}, "
         f"{len(written.claims.adapted)} with an adapter; {given} give {values:,} finite values",
@@ -81,7 +81,7 @@ def _load(written: Written) -> Any:
                     "missing",
                     hint=WRITE_AGAIN,
                 )
-        _require_layers(written, "quantized", _quantized(model, written.claims.bits))
+        _require_layers(written, "quantized", _quantized(model))
         model = PeftModel.from_pretrained(
             model, written.directory, subfolder=ADAPTER_DIRECTORY, is_trainable=True
         )
@@ -94,16 +94,16 @@ def _load(written: Written) -> Any:
     return model.eval()
 
 
-def _quantized(model: Any, bits: int) -> set[str]:
+def _quantized(model: Any) -> set[str]:
     from bitsandbytes.nn import Linear4bit, Linear8bitLt
 
-    kind = Linear8bitLt if bits == 8 else Linear4bit
-    return {name for name, module in model.named_modules() if isinstance(module, kind)}
+    kinds = (Linear4bit, Linear8bitLt)
+    return {name for name, module in model.named_modules() if isinstance(module, kinds)}
 
 
 def _require_layers(written: Written, how: str, found: set[str]) -> None:
     claims = written.claims
-    claimed = {layer.name for layer in (claims.adapted if how == "adapted" else claims.layers)}
+    claimed = {layer.name for layer in (claims.adapted if how == "adapted" else claims.quantized)}
     for name in sorted(found ^ claimed):
         is_not = "is not" if name in claimed else "is"
         says = "is" if name in claimed else "is not"

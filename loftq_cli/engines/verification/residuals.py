@@ -37,16 +37,24 @@ _ROWS = 256
 
 @dataclass(frozen=True)
 class Measured:
-    """One layer's ‖W − Q − s·B·A‖ / ‖W‖: ``error`` by the files, ``reported`` by the report."""
+    """One layer's ‖W − Q − s·B·A‖ / ‖W‖: ``error`` by the files, ``reported`` by the report.
+
+    ``copied`` is false where a weight should be the source's, byte by byte, and is not.
+    """
 
     name: str
     shape: tuple[int, int]
     error: float
     reported: float | None
+    copied: bool = True
 
     @property
     def agrees(self) -> bool:
-        return self.reported is not None and abs(self.error - self.reported) <= TOLERANCE
+        return (
+            self.copied
+            and self.reported is not None
+            and abs(self.error - self.reported) <= TOLERANCE
+        )
 
 
 @dataclass
@@ -111,10 +119,15 @@ class Residuals:
         self, layer: ClaimedLayer, original: LinearLayer, checkpoint: Checkpoint, adapter: Header
     ) -> Measured:
         device = self.written.device
-        W = load_tensor(*checkpoint.tensors[original.tensor]).to(device)
-        if original.transposed:
-            W = W.T
-        Q = StoredWeight(self.written, layer).runtime()
+        W = load_tensor(*checkpoint.tensors[original.tensor])
+        copied = True
+        if self.written.claims.bits == 16:
+            Q = self._plain(layer)
+            copied = Q.dtype == W.dtype and _same_bytes(W, Q)
+            Q = (Q.T if original.transposed else Q).to(device)
+        else:
+            Q = StoredWeight(self.written, layer).runtime()
+        W = (W.T if original.transposed else W).to(device)
         correction = None
         if layer.adapted:
             A, B = (
@@ -122,7 +135,12 @@ class Residuals:
                 for name in lora_names(layer.name)
             )
             correction = (B * self.written.claims.scaling, A)
-        return Measured(layer.name, layer.shape, _residual(W, Q, correction), layer.error)
+        return Measured(layer.name, layer.shape, _residual(W, Q, correction), layer.error, copied)
+
+    def _plain(self, layer: ClaimedLayer) -> Tensor:
+        """A weight that is stored as it was, in the checkpoint's orientation."""
+        tensor = self.written.plain_layers[layer.name].tensor
+        return load_tensor(*self.written.checkpoint.tensors[tensor])
 
     def _require_some_agreement(self, same_files: bool | None) -> None:
         """A fine-tuned twin has the same names and shapes, and agrees nowhere."""
@@ -144,6 +162,13 @@ class Residuals:
         wrong = [each for each in self.measured if not each.agrees]
         if not wrong:
             return
+        if self.written.claims.bits == 16 and not wrong[0].copied:
+            raise CheckFailed(
+                f"{wrong[0].name} is not the source's weight",
+                cause="nothing is quantized here, and yet its bytes are others than those of "
+                f"{self.source.id if self.source else 'the source'}",
+                hint=WRITE_AGAIN,
+            )
         more = f"; {len(wrong)} of {len(self.measured)} layers differ" if len(wrong) > 1 else ""
         raise CheckFailed(
             f"{wrong[0].name} does not leave the residual that was reported",
@@ -207,6 +232,15 @@ def _residual(W: Tensor, Q: Tensor, correction: tuple[Tensor, Tensor] | None) ->
             part.addmm_(B[rows], A, alpha=-1)
         left += float(part.square().sum())
     return math.sqrt(left) / (math.sqrt(norm) or 1.0)
+
+
+def _same_bytes(one: Tensor, other: Tensor) -> bool:
+    import torch
+
+    def raw(tensor: Tensor) -> Tensor:
+        return tensor.contiguous().view(torch.uint8)
+
+    return bool(torch.equal(raw(one), raw(other)))
 
 
 def _told(measured: Measured) -> str:

@@ -97,6 +97,24 @@ class StoredWeight:
             if not torch.equal(self.parts[name].cpu(), table):
                 raise self._damaged(f"{shown(name)} has other levels than the format")
 
+    def require_codes(self) -> None:
+        """A layer of fewer bits uses no other codes than those of its codebook."""
+        from loftq_cli.core.codebooks import codebook
+
+        if self.layer.bits >= 4:
+            return
+        allowed = codebook(self.claims.quant_type, self.layer.bits).order
+        pairs = self.parts[self.weight].flatten().int().bincount(minlength=256).view(16, 16)
+        counts = (pairs.sum(dim=1) + pairs.sum(dim=0)).tolist()
+        strays = [code for code in range(16) if counts[code] and code not in allowed]
+        if strays:
+            weights = sum(counts[code] for code in strays)
+            raise self._damaged(
+                f"code {strays[0]} is none of the {len(allowed)} that {self.layer.bits} bits have "
+                f"({', '.join(map(str, sorted(allowed)))}); so it is with {weights:,} of its "
+                "weights"
+            )
+
     def _row_scales(self) -> Tensor:
         return self.parts[f"{self.weight.removesuffix('.weight')}.SCB"]
 

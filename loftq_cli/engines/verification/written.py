@@ -16,6 +16,7 @@ from loftq_cli.checkpoint.index import Checkpoint, open_checkpoint
 from loftq_cli.engines.tasks import Progress
 from loftq_cli.errors import CheckFailed
 from loftq_cli.models.architecture import Architecture, read_architecture
+from loftq_cli.models.layers import LinearLayer
 from loftq_cli.models.source import read_config
 
 WRITE_AGAIN = "copy it again from where it was written, or run `loftq quantize` again"
@@ -23,12 +24,22 @@ WRITE_AGAIN = "copy it again from where it was written, or run `loftq quantize` 
 
 @dataclass(frozen=True)
 class ClaimedLayer:
-    """A quantized layer by the report. ``error`` is ‖W − Q − s·B·A‖ / ‖W‖, or null."""
+    """A linear layer by the report. ``error`` is ‖W − Q − s·B·A‖ / ‖W‖, or null.
+
+    ``bits`` is what a code tells, ``rank`` that of the correction; A and B are padded to
+    ``stored_rank``. Without an adapter both are 0.
+    """
 
     name: str
     shape: tuple[int, int]
-    adapted: bool
+    bits: int
+    rank: int
+    stored_rank: int
     error: float | None
+
+    @property
+    def adapted(self) -> bool:
+        return self.stored_rank > 0
 
 
 @dataclass(frozen=True)
@@ -43,13 +54,14 @@ class Claims:
     """What the report says was written, from what, and how."""
 
     source: str  # the model's name, for messages
-    bits: int
+    bits: int  # of the container: 4 for codes of 2, 3 and 4 bits; 16 is not quantized
     quant_type: str
     block_size: int | None
     double_quant: bool
-    rank: int
+    rank: int  # that was asked for; with lora_alpha it says the scaling of all layers
     lora_alpha: float
     use_rslora: bool
+    corrects: bool  # else B is zero everywhere
     task_type: str | None
     auto_class: str  # the transformers class that the README loads it with
     layers: Sequence[ClaimedLayer]
@@ -60,6 +72,24 @@ class Claims:
     def scaling(self) -> float:
         """s in W ≈ Q + s·B·A."""
         return self.lora_alpha / (self.rank**0.5 if self.use_rslora else self.rank)
+
+    @property
+    def quantized(self) -> list[ClaimedLayer]:
+        return [] if self.bits == 16 else list(self.layers)
+
+    @property
+    def config_rank(self) -> int:
+        """The rank that the adapter's config names; its pattern has those that differ from it."""
+        ranks = {layer.stored_rank for layer in self.adapted}
+        return ranks.pop() if len(ranks) == 1 else self.rank
+
+    @property
+    def config_alpha(self) -> float:
+        """The lora_alpha that gives ``config_rank`` the scaling that all layers have."""
+        rank = self.config_rank
+        if rank == self.rank:
+            return self.lora_alpha
+        return self.scaling * (rank**0.5 if self.use_rslora else rank)
 
     @property
     def adapted(self) -> list[ClaimedLayer]:
@@ -87,6 +117,12 @@ class Written:
     @cached_property
     def architecture(self) -> Architecture:
         return self.on_meta()
+
+    @cached_property
+    def plain_layers(self) -> dict[str, LinearLayer]:
+        """The linear layers whose weights are stored as they were, by module."""
+        infos = [info for _, info in self.checkpoint.tensors.values()]
+        return {layer.module: layer for layer in self.architecture.inventory(infos).layers}
 
     @cached_property
     def weights(self) -> dict[str, str]:

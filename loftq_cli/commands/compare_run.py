@@ -1,0 +1,297 @@
+"""Makes, loads, measures and trains every method of a comparison, one after the other."""
+
+from __future__ import annotations
+
+import gc
+import math
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from loftq_cli import schema
+from loftq_cli.commands.compare_plan import Asked, Texts
+from loftq_cli.commands.compare_verdict import Key, key, relative_to_qlora, verdict
+from loftq_cli.commands.run import Run
+from loftq_cli.console import Console, Progress
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from loftq_cli.commands.quantize_result import Report
+    from loftq_cli.engines.plan import Settings
+    from loftq_cli.models.evaluation import Evaluation
+    from loftq_cli.models.finetuning import Trained
+    from loftq_cli.models.loading import LoadedModel
+
+
+class Bench:
+    """The original model with its texts, and what every method is put through beside it."""
+
+    def __init__(
+        self,
+        run: Run,
+        spec: str,
+        device: str,
+        dtype: str,
+        texts: Texts,
+        asked: Asked,
+        trust_remote_code: bool,
+    ) -> None:
+        """Loads the original.
+
+        Raises:
+            UnsupportedModel: it is no causal language model.
+            AlreadyQuantized: there is no original in this directory.
+            InvalidSetting: a text is too short.
+        """
+        run.quiet_libraries()
+        from loftq_cli.models.architecture import read_architecture
+        from loftq_cli.models.evaluation import MOST_TOKENS, Reference, require_causal, text_windows
+        from loftq_cli.models.source import read_config, refuse_quantized
+        from loftq_cli.models.spec import resolve_model
+        from loftq_cli.models.texts import read_text
+
+        self.run, self.texts, self.asked = run, texts, asked
+        self.trust_remote_code = trust_remote_code
+        self.quiet_run = _QuietRun(run)
+        with run.timing("resolve", "finding the model"):
+            found = resolve_model(spec, with_code=trust_remote_code)
+        self.directory = found.directory
+        self.identity = schema.ModelIdentity(
+            id=found.id, revision=found.revision, source=found.source
+        )
+        config = read_config(found.directory)
+        refuse_quantized(found.directory, config)
+        self.device, self.dtype = _choose(run, config, device, dtype)
+        with run.timing("read", "reading the model"):
+            self.architecture = read_architecture(
+                found.directory, config, trust_remote_code=trust_remote_code
+            )
+            require_causal(self.architecture)
+            self.original = self._load(found.directory)
+            # Texts before work: one that is too short is found out now.
+            self.heldout = text_windows(
+                self.original, read_text(texts.evaluation), str(texts.evaluation), MOST_TOKENS
+            )
+            self.training: Tensor | None = None
+            if texts.training is not None:
+                self.training = text_windows(
+                    self.original, read_text(texts.training), str(texts.training)
+                )
+            self.reference = Reference(self.original.model, self.heldout)
+
+    def compare(self, planned: Sequence[Settings]) -> schema.CompareResults:
+        """The original and every planned method, with the verdict."""
+        run = self.run
+        found: list[schema.ComparedMethod] = []
+        losses: dict[Key, Sequence[float]] = {}
+        with run.progress("comparing", len(planned) + 1) as progress:
+            progress.start("the original")
+            found.append(self._measure_original())
+            progress.advance()
+            for settings in planned:
+                name = f"{settings.init}, {settings.bits} bits, rank {settings.rank}"
+                progress.start(name)
+                method, after = self._measure(settings, name, progress)
+                found.append(method)
+                if after is not None:
+                    losses[key(method)] = after.window_losses
+                progress.advance(name)
+        found = relative_to_qlora(found)
+        return schema.CompareResults(
+            architecture=self.architecture.class_name,
+            base_parameters=self.original.model.num_parameters(),
+            settings=self._settings(),
+            methods=found,
+            verdict=verdict(found, losses),
+        )
+
+    def _measure_original(self) -> schema.ComparedMethod:
+        from loftq_cli.checkpoint.index import open_checkpoint
+        from loftq_cli.models.evaluation import evaluate
+
+        with self.run.timing("evaluate"):
+            evaluation = evaluate(self.original.model, self.heldout, self.reference)
+        tensors = open_checkpoint(self.directory).tensors.values()
+        return schema.ComparedMethod(
+            init="original",
+            bits=16,
+            stored_bits=16,
+            rank=None,
+            weight_error_relative=0.0,
+            kl_divergence=evaluation.kl_divergence,
+            perplexity=_finite(evaluation.perplexity),
+            backbone_bytes=sum(info.nbytes for _, info in tensors),
+            adapter_bytes=0,
+            trainable_parameters=0,
+            seconds=0.0,
+        )
+
+    def _measure(
+        self, settings: Settings, name: str, progress: Progress
+    ) -> tuple[schema.ComparedMethod, Evaluation | None]:
+        """One method, and what it makes of the held-out text after training."""
+        from loftq_cli.models.evaluation import evaluate
+
+        with tempfile.TemporaryDirectory(prefix="loftq-compare-") as scratch:
+            output = Path(scratch) / "method"
+            with self.run.timing("quantize"):
+                totals = self._make(output, settings).results.totals
+            with self.run.timing("evaluate"):
+                evaluation = evaluate(self._load(output).model, self.heldout, self.reference)
+            trained = self._train(output, name, progress)
+        gc.collect()  # models and trainers hold each other
+        if not math.isfinite(evaluation.kl_divergence or 0.0):
+            self.run.warn(f"{name}: what it predicts is no number, or rules out what comes")
+        after = None if trained is None else trained.after
+        return _method(settings, totals, evaluation, trained), after
+
+    def _make(self, output: Path, settings: Settings) -> Report:
+        """The files of one method, as `quantize` writes them."""
+        from loftq_cli.commands.quantize_run import write_directory
+        from loftq_cli.engines.plan import CALIBRATED_INITS
+
+        document, _, _ = write_directory(
+            self.quiet_run,
+            str(self.directory),
+            output,
+            settings,
+            device=self.device,
+            calibration_text=self.texts.calibration if settings.init in CALIBRATED_INITS else None,
+            trust_remote_code=self.trust_remote_code,
+        )
+        return document
+
+    def _load(self, directory: Path) -> LoadedModel:
+        from loftq_cli.models.loading import load_model
+
+        return load_model(
+            directory,
+            device=self.device,
+            dtype=self.dtype,
+            trust_remote_code=self.trust_remote_code,
+        )
+
+    def _train(self, output: Path, name: str, progress: Progress) -> Trained | None:
+        from loftq_cli.models.finetuning import finetune
+
+        schedule = self.texts.schedule(self.asked.seed)
+        if schedule is None:
+            return None
+        assert self.training is not None
+
+        def tell(step: int) -> None:
+            progress.start(f"{name}, step {step} of {schedule.steps}")
+
+        # On a GPU the original makes room for what training holds.
+        self.original.model.to("cpu")
+        try:
+            with self.run.timing("train"):
+                # Loaded anew: what was evaluated may not pass gradients any more.
+                return finetune(
+                    self._load(output).model, self.training, self.heldout, schedule, tell
+                )
+        finally:
+            self.original.model.to(self.device)
+
+    def _settings(self) -> schema.CompareSettings:
+        from loftq_cli.commands.options import split_list
+        from loftq_cli.models.finetuning import BATCH
+
+        texts, asked = self.texts, self.asked
+        evaluation, calibration, training = texts.names
+        schedule = texts.schedule(asked.seed)
+        count, length = self.heldout.shape
+        return schema.CompareSettings(
+            text=evaluation,
+            calibration_text=calibration,
+            train_text=training,
+            predicted_tokens=count * (length - 1),
+            window_tokens=length,
+            quant_type=asked.quant_type,
+            block_size=asked.block_size,
+            double_quant=asked.double_quant,
+            iterations=asked.iterations,
+            lora_alpha=asked.lora_alpha,
+            rslora=asked.rslora,
+            target_modules=split_list(asked.target_modules, "--target-modules"),
+            seed=asked.seed,
+            train_steps=texts.steps,
+            batch_windows=None if schedule is None else BATCH,
+            learning_rate=None if schedule is None else schedule.learning_rate,
+            warmup_steps=None if schedule is None else schedule.warmup_steps,
+        )
+
+
+class _QuietRun(Run):
+    """A run of `quantize` inside a comparison, of which only new warnings are heard."""
+
+    def __init__(self, outer: Run) -> None:
+        console = Console()
+        console.quiet, console.debug = True, outer.console.debug
+        super().__init__("quantize", console, argv=["loftq", "quantize"], format="json", save=None)
+        self._outer = outer
+        self._said: set[str] = set()
+
+    def warn(self, text: str) -> None:
+        if text not in self._said:
+            self._said.add(text)
+            self._outer.warn(text)
+
+
+def _choose(run: Run, config: dict[str, object], device: str, dtype: str) -> tuple[str, str]:
+    """Where and in what to compute. On a CPU that is float32, whatever the checkpoint has.
+
+    Rounding to bfloat16 there costs as much time and adds to every KL: 0.00025 to 0.009 for the
+    built-in model.
+    """
+    from loftq_cli import hardware
+    from loftq_cli.models.loading import stored_dtype
+
+    chosen = hardware.resolve_device(device)
+    if chosen.value == "cpu" and dtype == "auto":
+        kind = hardware.Choice("float32", "auto: on a CPU, rounding less measures better")
+    else:
+        kind = hardware.resolve_dtype(dtype, chosen.value, stored_dtype(config))
+    run.resolved("device", *chosen)
+    run.resolved("dtype", *kind)
+    return chosen.value, kind.value
+
+
+def _method(
+    settings: Settings,
+    totals: schema.QuantizeTotals,
+    evaluation: Evaluation,
+    trained: Trained | None,
+) -> schema.ComparedMethod:
+    return schema.ComparedMethod(
+        init=settings.init,
+        bits=settings.bits,
+        stored_bits=max(4, settings.bits),
+        rank=settings.rank,
+        weight_error_relative=totals.weight_error_relative,
+        kl_divergence=_finite(evaluation.kl_divergence),
+        perplexity=_finite(evaluation.perplexity),
+        backbone_bytes=totals.output_bytes,
+        adapter_bytes=totals.adapter_bytes,
+        trainable_parameters=totals.trainable_parameters,
+        seconds=totals.seconds or 0.0,
+        heldout_loss_before=None if trained is None else _finite(trained.before.loss),
+        heldout_loss_after=None if trained is None else _finite(trained.after.loss),
+        train_seconds=None if trained is None else trained.seconds,
+        loss_curve=[]
+        if trained is None
+        else [
+            schema.LossPoint(
+                step=point.step,
+                train_loss=_finite(point.train_loss),
+                heldout_loss=_finite(point.heldout_loss),
+            )
+            for point in trained.curve
+        ],
+    )
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None

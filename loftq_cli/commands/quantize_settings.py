@@ -1,0 +1,128 @@
+"""From options to the settings of a run. An option that would have no effect is refused."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from loftq_cli.commands import options
+from loftq_cli.engines.plan import (
+    CALIBRATED_INITS,
+    UNCORRECTED_INITS,
+    CalibrationText,
+    Init,
+    Settings,
+)
+from loftq_cli.errors import UsageError
+
+# As PEFT's documentation has it, and most who publish figures of LoftQ.
+PUBLISHED_ITERATIONS = 5
+
+
+def settings_of(
+    *,
+    bits: str = "4",
+    target_bits: float | None = None,
+    quant_type: options.QuantTypeName = "nf4",
+    block_size: int = 64,
+    double_quant: bool = False,
+    init: Init = "loftq",
+    calibration_text: Path | None = None,
+    rank: int = 16,
+    rank_budget: bool = False,
+    uniform_rank: bool = False,
+    iterations: str = "auto",
+    svd: options.SvdName = "auto",
+    lora_alpha: float | None = None,
+    rslora: bool = False,
+    target_modules: str = options.ALL_LINEAR,
+    seed: int = 0,
+) -> Settings:
+    """The settings that these options ask for.
+
+    Raises:
+        UsageError: two options contradict each other, or one would have no effect.
+    """
+    base, leading = options.bits(bits)
+    wanted = options.iterations(iterations)
+    _require_meaning(base, leading, target_bits, quant_type, block_size, double_quant, init)
+    if init in UNCORRECTED_INITS and (wanted, svd) != (None, "auto"):
+        raise UsageError(f"--init {init} corrects nothing: --iterations and --svd have no effect")
+    if init.startswith("qera") and (wanted, svd) != (None, "auto"):
+        raise UsageError(f"--init {init} is one decomposition: no --iterations and no --svd")
+    if init in ("calibrated", "loftq-plain") and svd != "auto":
+        raise UsageError(f"--init {init} has an SVD of its own: no --svd")
+    if rank_budget and init in UNCORRECTED_INITS:
+        raise UsageError(f"--init {init} corrects nothing: no rank pays more than another")
+    if uniform_rank and not rank_budget:
+        raise UsageError("all ranks are the same without --rank-budget: no --uniform-rank")
+    if init == "loftq-plain" and wanted is None:
+        wanted = PUBLISHED_ITERATIONS
+    return Settings(
+        bits=16 if init == "lora" else base,  # type: ignore[arg-type]
+        leading=leading,
+        target_bits=target_bits,
+        quant_type=quant_type,
+        block_size=block_size,
+        double_quant=double_quant,
+        init=init,
+        rank=rank,
+        rank_budget=rank_budget,
+        uniform_rank=uniform_rank,
+        iterations=wanted,
+        lora_alpha=float(rank) if lora_alpha is None else lora_alpha,
+        use_rslora=rslora,
+        svd=svd,
+        target_modules=tuple(options.split_list(target_modules, "--target-modules")),
+        calibration=_calibration(init, calibration_text),
+        seed=seed,
+    )
+
+
+def _require_meaning(
+    bits: int,
+    leading: tuple[int, int] | None,
+    target_bits: float | None,
+    quant_type: str,
+    block_size: int,
+    double_quant: bool,
+    init: Init,
+) -> None:
+    """Refuses number formats that there are not."""
+    if target_bits is not None:
+        if (bits, leading) != (4, None):
+            raise UsageError("--target-bits chooses the bits: no --bits beside it")
+        if not 2 <= target_bits <= 4:
+            raise UsageError("--target-bits takes a number from 2 to 4", hint="--target-bits 2.5")
+    fewer = bits < 4 or target_bits is not None or (leading is not None and leading[1] < 4)
+    if fewer and quant_type != "nf4":
+        raise UsageError(f"{quant_type} has 4 bits only", hint="--quant-type nf4")
+    form = (quant_type, block_size, double_quant)
+    if bits == 8 and form != ("nf4", 64, False):
+        raise UsageError("8 bits have no --quant-type, --block-size or --double-quant")
+    if bits == 8 and init in CALIBRATED_INITS:
+        raise UsageError(
+            f"--init {init} is for 4 bits and fewer",
+            cause="8-bit layers round the activations too, which no start corrects",
+            hint="--bits 4",
+        )
+    if init == "lora" and (bits, leading, target_bits, *form) != (4, None, None, "nf4", 64, False):
+        raise UsageError("--init lora does not quantize: no --bits and no number format")
+
+
+def _calibration(init: Init, text: Path | None) -> CalibrationText | None:
+    if init not in CALIBRATED_INITS:
+        if text is not None:
+            raise UsageError(
+                f"--calibration-text has no effect with --init {init}", hint="--init calibrated"
+            )
+        return None
+    if text is None:
+        raise UsageError(
+            f"--init {init} has to see what the layers are given",
+            hint="add --calibration-text FILE: text like that the model was made for",
+        )
+    from loftq_cli.models.calibration import MOST_TOKENS
+    from loftq_cli.models.texts import read_text
+
+    return CalibrationText(hashlib.sha256(read_text(text).encode()).hexdigest(), MOST_TOKENS)

@@ -1,0 +1,267 @@
+"""A start that keeps what a layer puts out, not what it holds: LoftQ with the inputs' moments.
+
+With G = E[x·xᵀ] over some text that runs through the model, the adapter and the codes minimize
+
+    E‖(W − Q − s·B·A)·x‖² = tr(R·G·Rᵀ)        R = W − Q − s·B·A
+
+- ``qera`` (arXiv 2410.06040, "exact"): Q is the plain quantization, and B·A the best there is for
+  it. ``qera-diagonal`` takes the inputs for uncorrelated.
+- ``calibrated`` chooses the codes too. From L = the best low rank of W itself it takes turns:
+
+      Q ← W − L rounded with error feedback (the first time) or improved code by code
+      L ← the best low rank of W − Q
+
+  Neither step raises the error, in the damped moments that both are taken with.
+
+The file is the same, and so is what runs it: only other codes, absmax and adapter. All errors that
+are told are of what will be loaded: the stored codes, dequantized in the dtype of the runtime, and
+the float32 adapter; those of the outputs by the moments as they were given, undamped.
+"""
+
+import math
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from loftq_cli.core.blockwise import (
+    QuantizedBlockwise,
+    check_finite,
+    check_weight,
+    double_quantize,
+    quantize_blockwise,
+    restore_absmax,
+)
+from loftq_cli.core.codebooks import codebook
+from loftq_cli.core.feedback import Grid, Rounding, descend, feedback
+from loftq_cli.core.loftq import LoftqResult, enliven
+from loftq_cli.core.lowrank import LowRank, check_rank, split
+from loftq_cli.core.parallel import one_thread_each
+from loftq_cli.core.quantizers import Blockwise
+from loftq_cli.core.residual import sum_of_squares
+from loftq_cli.core.whitening import (
+    Inputs,
+    check_moments,
+    output_energy,
+    principal_root,
+    weighted_low_rank,
+)
+from loftq_cli.errors import InvalidSetting, NonFiniteWeight
+
+Method = Literal["calibrated", "qera", "qera-diagonal"]
+# Turns, unless so many are asked for: until another takes less than this off the error.
+_MOST_TURNS, _WORTH_ANOTHER = 10, 2e-3
+# Times through all codes in a turn.
+_SWEEPS = 2
+
+
+@torch.no_grad()
+def initialize_calibrated(
+    W: Tensor,
+    moments: Tensor,
+    quantizer: Blockwise,
+    rank: int,
+    *,
+    method: Method = "calibrated",
+    scaling: float = 1.0,
+    iterations: int | None = None,
+    seed: int = 0,
+) -> LoftqResult:
+    """The best start of the weight ``W`` (out × in) for inputs with these ``moments`` (in × in).
+
+    ``moments`` are E[x·xᵀ], symmetric; where they are all zero, errors of weights are what counts.
+    Without a ``rank`` only codes and absmax are chosen, and the adapter is empty. ``scaling`` is
+    the factor that PEFT will multiply B·A with. ``iterations`` are the turns of
+    ``calibrated``, until they stop paying unless given; the other methods have one. ``errors`` of
+    the result are the relative output errors of every turn. Everything happens on ``W``'s device,
+    and the same arguments give the same bits on the same machine with as many threads.
+    """
+    _check(W, moments, quantizer, rank, method, scaling, iterations)
+    generator = torch.Generator().manual_seed(seed)
+    moments = moments.to(W.device, torch.float32)
+    problem = _Problem.of(W.detach().contiguous(), moments, quantizer, rank, generator)
+    with one_thread_each():
+        if method == "calibrated":
+            turns = _MOST_TURNS if iterations is None else iterations
+            found, errors = _take_turns(problem, turns, _WORTH_ANOTHER if iterations is None else 0)
+        else:
+            found = _low_rank_only(problem, diagonal=method == "qera-diagonal")
+            errors = [found.error]
+        return _result(problem, found, errors, scaling)
+
+
+def _check(
+    W: Tensor,
+    moments: Tensor,
+    quantizer: Blockwise,
+    rank: int,
+    method: str,
+    scaling: float,
+    iterations: int | None,
+) -> None:
+    if method not in get_args(Method):
+        raise InvalidSetting(f"method {method!r} is not one of {', '.join(get_args(Method))}")
+    if not isinstance(quantizer, Blockwise):
+        raise InvalidSetting("calibrated starts are for blockwise quantization, not for 8 bits")
+    check_weight(W)
+    if rank:
+        check_rank(rank, W.shape[0], W.shape[1])
+    if iterations is not None and iterations < 1:
+        raise InvalidSetting(f"{iterations} iterations are not possible here: at least 1 is needed")
+    if not scaling > 0:
+        raise InvalidSetting(f"a LoRA scaling of {scaling} is not possible: it must be above 0")
+    check_finite(W)
+    check_moments(moments, W.shape[1])
+
+
+@dataclass(frozen=True)
+class _Problem:
+    """A weight in units near its largest value, so that no square overflows."""
+
+    source: Tensor  # W as it was given
+    W: Tensor  # float32, in those units
+    unit: float  # a power of two: W = source · unit
+    moments: Tensor  # as they were given; the identity where they are zero
+    quantizer: Blockwise
+    grid: Grid
+    rank: int
+    generator: torch.Generator
+    norm: float  # ‖W·G^½‖, which errors are relative to; 1 if that is zero
+    output_norm: float  # √E‖W·x‖², in the units of the source
+
+    @classmethod
+    def of(
+        cls,
+        source: Tensor,
+        moments: Tensor,
+        quantizer: Blockwise,
+        rank: int,
+        generator: torch.Generator,
+    ) -> "_Problem":
+        peak = float(source.abs().max())
+        unit = 2.0 ** -max(min(round(math.log2(peak)), 126), -126) if peak else 1.0
+        W = source.float() * unit
+        output_norm = math.sqrt(output_energy(W, moments)) / unit
+        if not moments.any():
+            moments = torch.eye(W.shape[1], device=W.device)
+        fmt, dtype = quantizer.format, quantizer.dtype or source.dtype
+        book = codebook(fmt.quant_type, fmt.bits)
+        largest = min(torch.finfo(dtype).max * unit, torch.finfo(torch.float32).max)
+        grid = Grid.of(book, fmt, W, largest)
+        norm = math.sqrt(output_energy(W, moments)) or 1.0
+        return cls(source, W, unit, moments, quantizer, grid, rank, generator, norm, output_norm)
+
+    def residual(self, quantized: QuantizedBlockwise) -> Tensor:
+        """W − Q (out × in), in the units of this problem."""
+        return self.W - self.quantizer.dequantize(quantized).float() * self.unit
+
+    def output_error(self, R: Tensor) -> float:
+        """‖R·G^½‖ / ‖W·G^½‖."""
+        return math.sqrt(output_energy(R, self.moments)) / self.norm
+
+    def stored(self, rounding: Rounding, like: QuantizedBlockwise | None) -> QuantizedBlockwise:
+        """What is written to the file; with the absmax of ``like``, if that is given."""
+        fmt = self.quantizer.format
+        order = codebook(fmt.quant_type, fmt.bits).order_tensor(self.W.device)
+        codes = order[rounding.indices.view(-1).int()]
+        codes = torch.nn.functional.pad(codes, (0, codes.numel() % 2))
+        packed = (codes[0::2] << 4 | codes[1::2]).view(-1, 1)
+        if like is not None:
+            return replace(like, packed=packed)
+        absmax = double_quantize(rounding.absmax / self.unit, fmt)
+        shape = self.W.shape[0], self.W.shape[1]
+        return QuantizedBlockwise(
+            packed, *absmax, shape, fmt, self.quantizer.dtype or self.source.dtype
+        )
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A start, and its relative output error."""
+
+    quantized: QuantizedBlockwise
+    low_rank: LowRank  # in the units of the problem
+    error: float
+    turn: int = 1
+
+
+def _low_rank_only(problem: _Problem, *, diagonal: bool) -> _Found:
+    quantized, _ = problem.quantizer.step(problem.source, None)
+    R = problem.residual(quantized)
+    root = problem.moments.diagonal().sqrt() if diagonal else principal_root(problem.moments)
+    low_rank = weighted_low_rank(R, root, problem.rank, problem.generator, tolerance=1e-5)
+    return _Found(quantized, low_rank, problem.output_error(R - low_rank.dense()))
+
+
+def _take_turns(problem: _Problem, turns: int, worth: float) -> tuple[_Found, list[float]]:
+    """At most so many turns, fewer if one takes less than the share ``worth`` off the error."""
+    W, grid, rank, generator = problem.W, problem.grid, problem.rank, problem.generator
+    inputs = Inputs.of(problem.moments)
+    low_rank = weighted_low_rank(W, inputs.root, rank, generator)
+    rounding, kept = _first_rounding(problem, inputs, W - low_rank.dense())
+    best: _Found | None = None
+    errors: list[float] = []
+    for turn in range(1, turns + 1):
+        rounding = descend(
+            W - low_rank.dense(), inputs.moments, rounding, grid, sweeps=_SWEEPS, free=kept is None
+        )
+        quantized = problem.stored(rounding, kept)
+        R = problem.residual(quantized)
+        low_rank = weighted_low_rank(R, inputs.root, rank, generator, start=low_rank.subspace)
+        error = problem.output_error(R - low_rank.dense())
+        before = best.error if best else math.inf
+        if best is not None and error > before:
+            break  # nothing is left to gain but in the damped moments
+        errors.append(error)
+        best = _Found(quantized, low_rank, error, turn)
+        if worth and error >= (1 - worth) * before:
+            break
+    assert best is not None
+    return best, errors
+
+
+def _first_rounding(
+    problem: _Problem, inputs: Inputs, T: Tensor
+) -> tuple[Rounding, QuantizedBlockwise | None]:
+    """``T`` rounded with error feedback; and the absmax as stored, if they are to stay."""
+    U, grid, fmt = inputs.inverse_root(), problem.grid, problem.quantizer.format
+    if grid.aligned:
+        rounding = feedback(T, U, grid)
+    else:
+        by_block = quantize_blockwise(
+            T, replace(fmt, double_quant=False), search=problem.quantizer.search
+        )
+        rounding = feedback(T, U, grid, by_block.absmax.clamp_(max=grid.largest))
+    if not fmt.double_quant:
+        return rounding, None
+    kept = problem.stored(rounding, None)
+    return feedback(T, U, grid, restore_absmax(kept) * problem.unit), kept
+
+
+def _result(problem: _Problem, found: _Found, errors: list[float], scaling: float) -> LoftqResult:
+    """Measured on what will be loaded."""
+    low_rank = replace(found.low_rank, S=found.low_rank.S / problem.unit)
+    A, B = split(low_rank, scaling)
+    if problem.rank:
+        enliven(A, B, low_rank.S, problem.generator)
+    norm = math.sqrt(sum_of_squares(problem.W)) or 1.0
+    plain, _ = problem.quantizer.plain().step(problem.source, None)
+    R = problem.residual(plain)
+    if not R.isfinite().all():
+        raise NonFiniteWeight("the quantized values overflow the dtype of the runtime")
+    plain_error, plain_output_error = math.sqrt(sum_of_squares(R)) / norm, problem.output_error(R)
+    R = problem.residual(found.quantized).addmm_(B * problem.unit, A, alpha=-scaling)
+    errors[found.turn - 1] = problem.output_error(R)
+    return LoftqResult(
+        found.quantized,
+        A,
+        B,
+        math.sqrt(sum_of_squares(R)) / norm,
+        plain_error,
+        found.turn,
+        errors,
+        output_error=errors[found.turn - 1],
+        quantized_only_output_error=plain_output_error,
+        output_norm=problem.output_norm,
+    )

@@ -1,0 +1,234 @@
+"""Rounding to codes when inputs are correlated: what one code does wrong, others can make good.
+
+For a target T (out × in) and the inputs' second moments G = E[x·xᵀ] (in × in, positive definite)
+the codes and absmax of Q are to minimize what the error does to the outputs,
+
+    E‖(T − Q)·x‖² = tr((T − Q)·G·(T − Q)ᵀ)
+
+Every row of T is a problem of its own. Two ways to a good Q, neither to the best:
+
+- :func:`feedback` goes once from the first input to the last and passes what rounding one column
+  left over on to the columns that come after it (GPTQ, arXiv 2210.17323; the rule is from Optimal
+  Brain Surgeon). With G⁻¹ = Uᵀ·U, U upper triangular, and e = (t_j − q_j) / U_jj the rest of the
+  row becomes t_k − e·U_jk, and rounding column j costs e² of the sum above. So a block's absmax is
+  searched when its first column is reached, with the weights 1 / U_jj².
+- :func:`descend` starts from any Q and takes code after code to the best that it can be while all
+  others stay: the level nearest to q_j + ((T − Q)·G)_j / G_jj. Then every block's absmax goes where
+  the sum, a parabola in it, is least. None of this ever raises the sum.
+
+Where blocks reach over the ends of rows, a block's codes belong to two problems; its absmax then
+stays what it was.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from loftq_cli.core.blockwise import BlockwiseFormat
+from loftq_cli.core.codebooks import Codebook
+from loftq_cli.core.parallel import each
+
+# Columns that are gone through one by one before the others hear of them.
+_COLUMNS = 64
+# Values of a piece of rows, 16 MiB in float32: of each temporary there are a few of this size.
+_PIECE = 1 << 22
+# Rows that take hardly longer than one.
+_PAYS = 256
+# Where the search for an absmax starts, as a share of the largest value, and how often it then
+# takes the best absmax for the codes and the codes for that. More of either ends no better, since
+# :func:`descend` follows.
+_SHARES = (1.0, 0.9, 0.8, 0.65, 0.45)
+_ROUNDS = 1
+_SMALLEST = 1e-30
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The values that codes may stand for, and how blocks lie in a weight of this shape."""
+
+    levels: Tensor  # float32 (k,), ascending
+    midpoints: Tensor  # float32 (k − 1,)
+    block_size: int
+    shape: tuple[int, int]
+    largest: float  # what no absmax may exceed
+
+    @classmethod
+    def of(cls, book: Codebook, fmt: BlockwiseFormat, W: Tensor, largest: float) -> "Grid":
+        levels = book.level_tensor(W.device)[book.order_tensor(W.device).long()]
+        return cls(levels, book.midpoints(W.device), fmt.block_size, (*W.shape,), largest)
+
+    @property
+    def aligned(self) -> bool:
+        """Whether every block lies within one row."""
+        return self.shape[1] % self.block_size == 0
+
+    def scales(self, absmax: Tensor, rows: range, columns: range) -> Tensor:
+        """The absmax of these values (columns × rows), none of them zero."""
+        row = torch.arange(rows.start, rows.stop, device=absmax.device)
+        column = torch.arange(columns.start, columns.stop, device=absmax.device)
+        scales = absmax[(row[None, :] * self.shape[1] + column[:, None]) // self.block_size]
+        return scales.masked_fill_(scales == 0, _SMALLEST)
+
+    def nearest(self, values: Tensor) -> Tensor:
+        """Indices of the levels nearest to values of blocks whose absmax is 1."""
+        return torch.bucketize(values, self.midpoints)
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """A quantized weight while it is worked on."""
+
+    indices: Tensor  # uint8 (out, in): into the ascending levels
+    absmax: Tensor  # float32 (blocks,)
+
+
+@torch.no_grad()
+def feedback(T: Tensor, U: Tensor, grid: Grid, absmax: Tensor | None = None) -> Rounding:
+    """Round ``T`` with error feedback; ``absmax``, if given, is kept, and otherwise searched."""
+    free = absmax is None
+    if absmax is None:
+        absmax = T.new_empty(T.numel() // grid.block_size)
+    indices = torch.empty(T.shape, dtype=torch.uint8, device=T.device)
+    weights = U.diagonal().square().reciprocal()
+
+    def work(rows: range) -> None:
+        part = slice(rows.start, rows.stop)
+        left = T[part].t().clone(memory_format=torch.contiguous_format)
+        chosen = torch.empty(left.shape, dtype=torch.uint8, device=T.device)
+        # No further than a block: the next one's absmax is searched in what this one passes on.
+        for columns in _chunks(T.shape[1], min(_COLUMNS, grid.block_size)):
+            if free and columns.start % grid.block_size == 0:
+                block = slice(columns.start, columns.start + grid.block_size)
+                found = _search(left[block], weights[block], grid)
+                first = columns.start // grid.block_size
+                absmax.view(T.shape[0], -1)[part, first] = found
+            scales = grid.scales(absmax, rows, columns)
+            within = slice(columns.start, columns.stop)
+            errors = _pass_on(left[within], scales, U[within, within], grid, chosen[within])
+            left[columns.stop :].addmm_(U[within, columns.stop :].t(), errors, alpha=-1)
+        indices[part] = chosen.t()
+
+    _for_rows(work, T)
+    return Rounding(indices, absmax)
+
+
+def _pass_on(left: Tensor, scales: Tensor, U: Tensor, grid: Grid, chosen: Tensor) -> Tensor:
+    """Round some columns, passing errors on among them; returns the errors for all the others."""
+    errors = torch.empty_like(left)
+    diagonal = U.diagonal().tolist()
+    # Rows are taken apart at once: a view for each would cost more than most of what is done.
+    columns = zip(left, scales, errors, chosen, strict=True)
+    for j, (value, scale, error, code) in enumerate(columns):
+        index = grid.nearest(value / scale)
+        code.copy_(index)
+        torch.addcmul(value, grid.levels[index], scale, value=-1, out=error).div_(diagonal[j])
+        left[j + 1 :].addr_(U[j, j + 1 :], error, alpha=-1)
+    return errors
+
+
+def _search(block: Tensor, weights: Tensor, grid: Grid) -> Tensor:
+    """The absmax (rows,) that rounds ``block`` (columns × rows) best in the weighted square."""
+    peak = block.abs().amax(dim=0).clamp_(_SMALLEST, grid.largest)
+    weights = weights[:, None]
+    best, least = peak, torch.full_like(peak, torch.inf)
+    for share in _SHARES:
+        absmax = peak * share
+        for last in [False] * _ROUNDS + [True]:
+            level = grid.levels[grid.nearest(block / absmax)]
+            weighted = weights * level
+            cross, square = (weighted * block).sum(dim=0), (weighted * level).sum(dim=0)
+            # The square of the error without the block's own, which is the same for all.
+            cost = absmax * (absmax * square - 2 * cross)
+            better = cost < least
+            best, least = torch.where(better, absmax, best), torch.where(better, cost, least)
+            if not last:
+                fits = (square > 0) & (cross > 0)
+                absmax = torch.where(fits, cross / square.clamp_min(_SMALLEST), absmax)
+                absmax.clamp_(_SMALLEST, grid.largest)
+    return best
+
+
+@torch.no_grad()
+def descend(
+    T: Tensor, G: Tensor, start: Rounding, grid: Grid, *, sweeps: int, free: bool
+) -> Rounding:
+    """Improve ``start`` code by code, ``sweeps`` times over; the absmax too if they are free."""
+    free = free and grid.aligned
+    indices, absmax = torch.empty_like(start.indices), start.absmax.clone()
+
+    def work(rows: range) -> None:
+        part = slice(rows.start, rows.stop)
+        chosen = start.indices[part].t().contiguous()
+        rest = T[part].t().clone(memory_format=torch.contiguous_format)
+        for columns in _chunks(T.shape[1]):
+            within = slice(columns.start, columns.stop)
+            scales = grid.scales(absmax, rows, columns)
+            rest[within] -= grid.levels[chosen[within].int()] * scales
+        for _ in range(sweeps):
+            for block in _chunks(T.shape[1], grid.block_size if free else _COLUMNS):
+                scales = grid.scales(absmax, rows, block)
+                within = slice(block.start, block.stop)
+                slope = G[within] @ rest
+                refit = _descend_block(
+                    rest[within], slope, scales, G[within, within], grid, chosen[within], free
+                )
+                if free:
+                    absmax.view(T.shape[0], -1)[part, block.start // grid.block_size] = refit
+        indices[part] = chosen.t()
+
+    _for_rows(work, T)
+    return Rounding(indices, absmax)
+
+
+def _descend_block(
+    rest: Tensor,
+    slope: Tensor,
+    scales: Tensor,
+    G: Tensor,
+    grid: Grid,
+    chosen: Tensor,
+    free: bool,
+) -> Tensor:
+    """One block's codes and then its absmax; ``rest`` and ``chosen`` follow. Returns the absmax.
+
+    ``slope`` is this block's part of G·(T − Q)ᵀ, ``rest`` that of (T − Q)ᵀ.
+    """
+    before = slope.clone() if free else slope
+    old = grid.levels[chosen.int()] * scales
+    moved = torch.empty_like(slope)
+    diagonal = G.diagonal().tolist()
+    rows = list(zip(slope, old, moved, scales, chosen, strict=True))
+    for columns in _chunks(len(rows)):
+        for j in columns:
+            gradient, value, move, scale, code = rows[j]
+            ideal = torch.add(value, gradient, alpha=1 / diagonal[j])
+            index = grid.nearest(ideal.div_(scale))
+            code.copy_(index)
+            torch.mul(grid.levels[index], scale, out=move).sub_(value)
+            slope[j + 1 : columns.stop].addr_(G[j, j + 1 : columns.stop], move, alpha=-1)
+        within, after = slice(columns.start, columns.stop), slice(columns.stop, None)
+        slope[after].addmm_(G[after, within], moved[within], alpha=-1)
+    rest -= moved
+    if not free:
+        return scales[0]
+    level = grid.levels[chosen.int()]
+    square = (level * (G @ level)).sum(dim=0)
+    step = (level * before.addmm_(G, moved, alpha=-1)).sum(dim=0) / square.clamp_min(_SMALLEST)
+    absmax = scales[0] + step
+    fits = (square > 0) & (absmax > _SMALLEST) & (absmax <= grid.largest)
+    rest -= level * torch.where(fits, step, 0.0)
+    return torch.where(fits, absmax, scales[0])
+
+
+def _for_rows(work: Callable[[range], None], T: Tensor) -> None:
+    """Work on some rows at a time, whatever the number of threads."""
+    rows, columns = T.shape
+    half = max(-(-rows // 2), _PAYS)  # for two threads, unless there is too little to do
+    size = min(max(_PIECE // columns, 64), half) if T.device.type == "cpu" else rows
+    each(lambda i: work(range(i * size, min(i * size + size, rows))), -(-rows // size))
+
+
+def _chunks(columns: int, size: int = _COLUMNS) -> Iterator[range]:
+    return (range(start, min(start + size, columns)) for start in range(0, columns, size))

@@ -1,0 +1,96 @@
+"""Where bits and ranks pay most: two budgets, each spread over the layers of a model.
+
+Both take what every layer would lose or gain as plain numbers and know nothing of weights.
+"""
+
+import heapq
+import math
+from collections.abc import Sequence
+from fractions import Fraction
+
+import numpy as np
+
+# Steps that a budget of bits is counted in at most: more of them only cost time and memory.
+_MOST_STEPS = 1 << 14
+# Sums of the same losses in another order differ by so much.
+_ROUNDING = 1e-12
+
+
+def spread_bits(
+    losses: Sequence[Sequence[float]], sizes: Sequence[int], bits: Sequence[int], average: float
+) -> list[int]:
+    """The bits of each layer that lose least together, with ``average`` bits a weight or fewer.
+
+    ``losses`` of each layer are in the order of ``bits``, which ascend one by one; ``sizes`` count
+    weights. The least bits are taken for granted and the others bought, one choice a layer, by
+    dynamic programming: exact as long as the sizes share a divisor that is not too small, and else
+    to one part in 16384 of all weights, which what is left then buys one by one. Of equals, the
+    earlier layer gets more.
+    """
+    wanted = Fraction(average).limit_denominator(10**6) - bits[0]
+    spare = math.floor(wanted * sum(sizes))  # bits beyond the least, of all weights together
+    unit = max(math.gcd(*sizes), -(-sum(sizes) // _MOST_STEPS))
+    prices = [-(-size // unit) for size in sizes]
+    extra = _cheapest(losses, prices, min(spare // unit, (len(bits) - 1) * sum(prices)))
+    spare -= sum(size * more for size, more in zip(sizes, extra, strict=True))
+    while True:
+        better = [
+            (losses[i][more] - losses[i][more + 1], -i)
+            for i, more in enumerate(extra)
+            if more + 1 < len(bits) and sizes[i] <= spare
+        ]
+        gain, place = max(better, default=(-1.0, 0))
+        if gain < 0:
+            return [bits[0] + more for more in extra]
+        extra[-place] += 1
+        spare -= sizes[-place]
+
+
+def _cheapest(losses: Sequence[Sequence[float]], prices: Sequence[int], budget: int) -> list[int]:
+    """How many bits each layer buys, at so much a bit.
+
+    From the last layer to the first: least[c] is what the layers seen so far lose with c to spend.
+    """
+    least = np.zeros(budget + 1)
+    bought = np.zeros((len(prices), budget + 1), np.int8)
+    for place in reversed(range(len(prices))):
+        options = np.full((len(losses[place]), budget + 1), np.inf)
+        for more, loss in enumerate(losses[place]):
+            cost = more * prices[place]
+            if cost <= budget:
+                options[more, cost:] = least[: budget + 1 - cost] + loss
+        least = options.min(axis=0)
+        for more, option in enumerate(options):  # the last that is as good, so the most bits
+            bought[place, option <= least * (1 + _ROUNDING)] = more
+    found = []
+    for price, choice in zip(prices, bought, strict=True):
+        found.append(int(choice[budget]))
+        budget -= found[-1] * price
+    return found
+
+
+def spread_ranks(gains: Sequence[Sequence[float]], prices: Sequence[int], budget: int) -> list[int]:
+    """The rank of each layer, at least 1, that gains most together for ``budget`` parameters.
+
+    ``gains`` of each layer are those of its components, descending; every component costs the
+    layer's price, and as many as are given are the most that it can get. Taken is whatever gains
+    most for its price, which no other choice of as many parameters beats; what no longer fits
+    makes room for what does. Of equals, the earlier layer gets more.
+    """
+    ranks = [1] * len(gains)
+    left = budget - sum(prices)
+    offers = [
+        (-gain[1] / price, place)
+        for place, (gain, price) in enumerate(zip(gains, prices, strict=True))
+        if len(gain) > 1
+    ]
+    heapq.heapify(offers)
+    while offers:
+        worth, place = heapq.heappop(offers)
+        if prices[place] > left or worth == 0:
+            continue
+        left -= prices[place]
+        ranks[place] += 1
+        if ranks[place] < len(gains[place]):
+            heapq.heappush(offers, (-gains[place][ranks[place]] / prices[place], place))
+    return ranks

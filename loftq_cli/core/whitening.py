@@ -1,0 +1,128 @@
+"""The second moments of a layer's inputs as a measure of errors, and the best low rank in it.
+
+What an error R (out × in) of a weight does to the outputs is, for inputs with G = E[x·xᵀ],
+
+    E‖R·x‖² = tr(R·G·Rᵀ) = ‖R·S‖²        for any S with S·Sᵀ = G
+
+The matrix of rank r that is nearest to R in this norm is U·Uᵀ·R, with U the r first left singular
+vectors of R·S: that is SVD_r(R·S)·S⁻¹ without the inverse, which need not exist. With G = PΛPᵀ and
+S = PΛ^½ it is what QERA (arXiv 2410.06040), CALDERA and EoRA give; here S comes from Cholesky's
+decomposition, for a thirtieth of the work.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from loftq_cli.core.lowrank import LowRank, truncated_svd
+from loftq_cli.core.parallel import all_threads, each
+from loftq_cli.core.residual import Residual, rows_a_piece, rows_times, transposed_times
+from loftq_cli.errors import InvalidSetting, LoftqError
+
+# What is added to the diagonal, as a share of its mean. Few samples say little of directions that
+# they hardly reach, and codes must not rely on such.
+DAMPING = 0.01
+_MOST_DAMPING = 1.0
+# A mean square below this counts as none: its reciprocal would overflow.
+_NOTHING = 1e-36
+
+
+def check_moments(moments: Tensor, in_features: int) -> None:
+    """Raise unless these can be the second moments of that many inputs."""
+    if moments.shape != (in_features, in_features):
+        raise InvalidSetting(
+            f"calibration moments of shape {tuple(moments.shape)} do not belong to a weight with "
+            f"{in_features} inputs"
+        )
+    if not all(bound.isfinite() for bound in moments.aminmax()):
+        raise LoftqError(
+            "the calibration moments hold NaN or infinite values",
+            cause="the model's activations overflowed on the calibration text",
+            hint="collect them in float32 or bfloat16",
+        )
+    if moments.diagonal().min() < 0:
+        raise InvalidSetting("the calibration moments are negative: those of no inputs are")
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Damped moments in units of their mean diagonal, and their triangular root."""
+
+    moments: Tensor  # float32 (in, in), positive definite
+    root: Tensor  # float32 (in, in), upper triangular: root·rootᵀ = moments
+
+    @classmethod
+    def of(cls, moments: Tensor, damping: float = DAMPING) -> "Inputs":
+        """Inputs that were never seen count as independent, and all alike."""
+        n = moments.shape[0]
+        mean = float(moments.diagonal().double().mean())
+        if mean < _NOTHING:
+            identity = torch.eye(n, device=moments.device)
+            return cls(identity, identity)
+        G = moments.float() * (1 / mean)
+        with all_threads():
+            while damping <= _MOST_DAMPING:
+                damped = G.clone()
+                damped.diagonal().add_(damping)
+                lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
+                if not failed:
+                    return cls(damped, lower.flip(0, 1))
+                damping *= 10
+        raise LoftqError(
+            "the calibration moments are not positive semidefinite",
+            cause="Cholesky's decomposition failed however much was added to their diagonal",
+        )
+
+    def inverse_root(self) -> Tensor:
+        """U, upper triangular, with Uᵀ·U the inverse of the moments."""
+        identity = torch.eye(self.root.shape[0], device=self.root.device)
+        with all_threads():
+            return torch.linalg.solve_triangular(self.root, identity, upper=True)
+
+
+def principal_root(moments: Tensor) -> Tensor:
+    """PΛ^½ (in × k), for QERA, of those eigenvalues that are more than float32's rounding."""
+    with all_threads():
+        values, vectors = torch.linalg.eigh(moments.double())
+    n = values.numel()
+    kept = values > values[-1] * n * torch.finfo(torch.float32).eps
+    return (vectors[:, kept] * values[kept].sqrt()).float()
+
+
+def weighted_low_rank(
+    R: Tensor,
+    root: Tensor,
+    rank: int,
+    generator: torch.Generator,
+    *,
+    start: Tensor | None = None,
+    tolerance: float = 1e-3,
+) -> LowRank:
+    """The matrix of this rank nearest to ``R`` in the norm ‖(R − L)·root‖, as its own SVD.
+
+    ``root`` is S (in × k), or the diagonal of one (in,). The ``subspace`` is that of R·S.
+    """
+    if rank == 0:
+        return LowRank(R.new_zeros(R.shape[0], 0), R.new_zeros(0), R.new_zeros(0, R.shape[1]))
+    weighted = R * root if root.ndim == 1 else rows_times(R, root)
+    svd = truncated_svd(
+        Residual.of(weighted), rank, start=start, generator=generator, tolerance=tolerance
+    )
+    right = transposed_times(svd.U, R).to(R)
+    own = truncated_svd(Residual.of(right), rank, method="exact")
+    return LowRank(svd.U @ own.U, own.S, own.Vh, svd.subspace)
+
+
+def output_energy(R: Tensor, moments: Tensor) -> float:
+    """tr(R·G·Rᵀ), never below zero; products in float32, their sum in float64."""
+    rows = rows_a_piece(R.shape[0], R.shape[1]) if R.device.type == "cpu" else R.shape[0]
+    sums = [0.0] * -(-R.shape[0] // rows)
+
+    def work(piece: int) -> None:
+        part = R[piece * rows : (piece + 1) * rows]
+        sums[piece] = float((part @ moments).mul_(part).sum(dtype=torch.float64))
+
+    each(work, len(sums))
+    return max(math.fsum(sums), 0.0)

@@ -1,0 +1,182 @@
+"""Bits and ranks by what the layers lose: one pass over the weights before the run itself.
+
+Each weight is read once, and a few numbers of it are kept. What is compared across layers are
+shares: how much of the energy of what a layer puts out is lost, ‖R·S‖² / ‖W·S‖² with R = W − Q and
+S·Sᵀ the second moments of its inputs, or the identity where nobody has looked at them. Energies
+themselves say little: norms and residual connections follow that make up for a layer's scale.
+
+With moments every layer counts the same. Without, all layers lose about the same share, and small
+ones would get the most for being cheap; there every weight counts the same instead, so that bits
+and ranks go where the tails are heavy.
+
+KL to the original on held-out text, of the demo (4 blocks) in one step at rank 8, at an average of
+2.25, 2.5, 2.75 and 3.25 bits:
+
+    without moments, every weight the same      0.208  0.150  0.120  0.031
+    without moments, every layer the same       0.253  0.167  0.097  0.036
+    with moments, every weight the same         0.312  0.160  0.074  0.032
+    with moments, every layer the same          0.204  0.190  0.074  0.022
+
+and with the ranks spread over the layers, at 4 and at 2 bits:
+
+                        rank 8 everywhere    by shares           by energy
+    without moments     0.00916  0.339       0.00885  0.302      0.00943  0.369
+    with moments        0.00633  0.353       0.00599  0.325      0.00711  0.383
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from loftq_cli.checkpoint.index import Checkpoint
+from loftq_cli.checkpoint.tensors import load_tensor
+from loftq_cli.engines.placement import to_device, with_fallback
+from loftq_cli.engines.plan import Plan, PlannedLayer, Settings, block_number
+from loftq_cli.engines.tasks import Progress, layer_seed, quantizer
+from loftq_cli.errors import LoftqError
+
+if TYPE_CHECKING:
+    import torch
+
+    from loftq_cli.core.losses import Loss
+
+# What a target for the average may be made of.
+BITS = (2, 3, 4)
+# The largest rank of a layer, as a multiple of the one that is asked for: so many directions of
+# every residual are looked at. No layer of the demo would take more.
+MOST_RANKS = 4
+
+
+def allocate(
+    plan: Plan,
+    checkpoint: Checkpoint,
+    *,
+    device: str,
+    progress: Progress,
+    moments: Callable[[str], torch.Tensor] | None = None,
+    order: Sequence[str] = (),
+) -> Plan:
+    """The plan with the bits and ranks that ``plan.settings`` want measured.
+
+    ``moments`` of a module's inputs (in × in) are asked for in ``order``. The same settings and
+    weights give the same plan on the same machine.
+
+    Raises:
+        NonFiniteWeight: a weight holds NaN or infinity.
+    """
+    settings = plan.settings
+    places = {module: place for place, module in enumerate(order)}
+    found: dict[str, list[Loss]] = {}
+    for planned in sorted(plan.layers, key=lambda each: places.get(each.layer.module, 0)):
+        module = planned.layer.module
+        progress.start(module)
+        count = planned.layer.parameters if moments is None else 1
+        found[module] = [
+            each.times(count) for each in _losses(planned, checkpoint, settings, device, moments)
+        ]
+        progress.advance(module)
+    layers = _as_they_run(plan.layers)
+    if settings.target_bits is not None:
+        layers = _with_bits(layers, found, settings.target_bits)
+    if settings.rank_budget:
+        layers = _with_ranks(layers, found, settings)
+    changed = {planned.layer.module: planned for planned in layers}
+    return Plan(
+        settings,
+        tuple(
+            replace(
+                task,
+                entries=tuple(
+                    changed[entry.layer.module] if isinstance(entry, PlannedLayer) else entry
+                    for entry in task.entries
+                ),
+            )
+            for task in plan.tasks
+        ),
+    )
+
+
+def _as_they_run(layers: Sequence[PlannedLayer]) -> list[PlannedLayer]:
+    """Block after block: a checkpoint may have the tenth before the second."""
+    return sorted(layers, key=lambda planned: block_number(planned.layer.module) or 0)
+
+
+def _choices(planned: PlannedLayer, settings: Settings) -> tuple[int, ...]:
+    """The bits that the layer may get."""
+    return (planned.bits,) if settings.target_bits is None else BITS
+
+
+def _losses(
+    planned: PlannedLayer,
+    checkpoint: Checkpoint,
+    settings: Settings,
+    device: str,
+    moments: Callable[[str], torch.Tensor] | None,
+) -> list[Loss]:
+    """What one layer loses, for each number of bits that it may get."""
+    from loftq_cli.core.losses import losses
+    from loftq_cli.core.whitening import Inputs, check_moments
+
+    layer = planned.layer
+    seen = None if moments is None else moments(layer.module)
+
+    def work(W: torch.Tensor) -> list[Loss]:
+        if layer.transposed:
+            W = W.T.contiguous()
+        inputs = None
+        if seen is not None:
+            check_moments(seen, layer.in_features)
+            inputs = Inputs.of(seen.to(W.device))
+        found: list[Loss] = losses(
+            W,
+            [quantizer(settings, bits) for bits in _choices(planned, settings)],
+            MOST_RANKS * settings.rank if settings.rank_budget and planned.adapted else 0,
+            inputs=inputs,
+            seed=layer_seed(settings.seed, layer.module),
+        )
+        return found
+
+    try:
+        W = to_device(load_tensor(*checkpoint.tensors[layer.tensor]), device)
+        return with_fallback(work, W, device, lambda: None)  # the run itself tells of it
+    except LoftqError as error:
+        raise error.within(layer.tensor) from error
+
+
+def _with_bits(
+    layers: Sequence[PlannedLayer],
+    found: dict[str, list[Loss]],
+    average: float,
+) -> list[PlannedLayer]:
+    """The layers with the bits that lose least together, ``average`` a weight or fewer."""
+    from loftq_cli.core.spread import spread_bits
+
+    sizes = [planned.layer.parameters for planned in layers]
+    lost = [[loss.whole for loss in found[planned.layer.module]] for planned in layers]
+    bits = spread_bits(lost, sizes, BITS, average)
+    return [replace(planned, bits=each) for planned, each in zip(layers, bits, strict=True)]
+
+
+def _with_ranks(
+    layers: Sequence[PlannedLayer], found: dict[str, list[Loss]], settings: Settings
+) -> list[PlannedLayer]:
+    """For adapted layers, ranks that have no more parameters than the same rank everywhere."""
+    from loftq_cli.core.spread import spread_ranks
+
+    adapted = [planned for planned in layers if planned.adapted]
+    prices = [sum(planned.shape) for planned in adapted]
+    captured = [
+        found[planned.layer.module][_choices(planned, settings).index(planned.bits)].captured
+        for planned in adapted
+    ]
+    ranks = spread_ranks(captured, prices, settings.rank * sum(prices))
+    largest = max(ranks)
+    chosen = {
+        planned.layer.module: replace(
+            planned, rank=rank, padding=largest - rank if settings.uniform_rank else 0
+        )
+        for planned, rank in zip(adapted, ranks, strict=True)
+    }
+    return [chosen.get(planned.layer.module, planned) for planned in layers]

@@ -1,0 +1,312 @@
+"""A model run one block after the other: each block on all batches before the next one begins.
+
+So whatever is gathered in a block need not be held for all the others too. Between blocks stays
+what the last one put out (one hidden state for each token). It is always the model's own forward
+that runs; blocks that had their turn hand on what was kept instead of computing, and an exception
+ends the pass behind the block whose turn it is. Masks, positions and whatever else a block is given
+are therefore the model's own.
+
+    stack      a ModuleList with the modules of interest in it; an encoder-decoder has two
+    block      an entry of a stack
+    stage      one block's turn; in the last stage runs what lies outside of all blocks
+
+Not every model can be run like this: some use a block twice (ALBERT), some let blocks exchange
+more than their output. So a short text is run first in one piece and then in stages. Where that
+does not give the same, there is one stage only, and all of the model runs in it.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from loftq_cli.errors import UnsupportedModel, first_line
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# What stands in for the forward of a block: its name, the true forward, and the call's arguments.
+_Forward: TypeAlias = Callable[[str, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
+
+_PROBE_TOKENS = 16
+# The same sums in another order differ by less, in bfloat16 too: of a value, and of a typical one.
+_SAME = {"relative": 1e-2, "typical": 1e-3}
+
+
+class _Stop(Exception):
+    """Ends a pass where the rest of the model is of no interest."""
+
+
+class Blocks:
+    """A model that reads token ids, in stages.
+
+    Attributes:
+        stages: for each stage the modules of interest that run in it.
+        groups: module to the first of those in its stage that are always given the same tensor.
+        done: stages that have run on all batches.
+    """
+
+    def __init__(
+        self, model: Any, batches: Sequence[Tensor], modules: Sequence[str], device: str
+    ) -> None:
+        """``batches`` are token ids (windows × length); the whole model computes on ``device``.
+
+        Raises:
+            UnsupportedModel: the model does not run on token ids alone.
+        """
+        self._model = model
+        self._batches = batches
+        self._device = device
+        self._stacks = _stacks(model, modules)  # block to stack
+        head = model.get_output_embeddings()
+        if head is not None:
+            # Logits are of no use here, and the largest of all tensors.
+            head.register_forward_pre_hook(_stop)
+        probe = batches[0][:1, :_PROBE_TOKENS]
+        self._order, inputs = self._trace(probe, modules)
+        self._turns = {name: stage for stage, name in enumerate(self._order)}
+        stage_of = {module: self._stage_of(module) for module in modules}
+        self.stages: list[list[str]] = [[] for _ in range(len(self._order) + 1)]
+        for module in modules:
+            self.stages[stage_of[module]].append(module)
+        first_with: dict[Any, str] = {}
+        self.groups = {
+            # A module that saw nothing, such as an expert, says nothing about what it shares.
+            module: first_with.setdefault((stage_of[module], inputs[module] or module), module)
+            for module in modules
+        }
+        self.restart()
+
+    def restart(self) -> None:
+        """Goes back to the first stage."""
+        self.done = 0
+        # For each batch what the last block of each stack has put out.
+        self._kept: list[dict[str, Any]] = [{} for _ in self._batches]
+
+    def run(self) -> Iterator[None]:
+        """Runs the next stage, one batch a step."""
+        for number, batch in enumerate(self._batches):
+            self._pass(self.done, batch, self._kept[number], like=self._kept[0])
+            yield
+        self.done += 1
+
+    def _stage_of(self, module: str) -> int:
+        owner = next((name for name in self._stacks if module.startswith(f"{name}.")), None)
+        return len(self._order) if owner is None else self._turns.get(owner, len(self._order))
+
+    def _trace(
+        self, ids: Tensor, modules: Sequence[str]
+    ) -> tuple[list[str], dict[str, tuple[Any, ...]]]:
+        """The blocks that can have a turn of their own, in order, and who shares which inputs.
+
+        The inputs of a module are the identities of the tensors that it is called with.
+        """
+        outputs: dict[str, Any] = {}
+        calls: Counter[str] = Counter()
+        alive: list[Tensor] = []  # or another tensor might get the identity of one that is gone
+        inputs: dict[str, list[Any]] = {module: [] for module in modules}
+
+        def note(name: str, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+            calls[name] += 1
+            outputs[name] = forward(*args, **kwargs)
+            return outputs[name]
+
+        def see(module: str, x: Tensor) -> None:
+            alive.append(x)
+            inputs[module].append((id(x), x._version))
+
+        with watched(self._model, modules, see):
+            try:
+                self._call(ids, note)
+            except Exception as error:
+                if type(error).__name__ == "OutOfMemoryError":
+                    raise
+                raise UnsupportedModel(
+                    f"{type(self._model).__name__} cannot be run on text",
+                    cause=first_line(error),
+                    hint="use a start that needs no calibration text",
+                ) from error
+        seen = {module: tuple(found) for module, found in inputs.items()}
+        order = list(outputs)
+        if any(count > 1 for count in calls.values()) or not self._agrees(ids, order, outputs):
+            return [], seen
+        return order, seen
+
+    def _agrees(self, ids: Tensor, order: list[str], outputs: dict[str, Any]) -> bool:
+        """Whether the blocks put out the same when each has its own turn."""
+        self._turns = {name: stage for stage, name in enumerate(order)}
+        kept: dict[str, Any] = {}
+        try:
+            for stage, name in enumerate(order):
+                self._pass(stage, ids, kept, like=kept)
+                if not _same(kept[self._stacks[name]], outputs[name]):
+                    return False
+        except Exception as error:  # whatever a model misses when blocks before do not run
+            if type(error).__name__ == "OutOfMemoryError":
+                raise
+            return False
+        return True
+
+    def _pass(self, stage: int, ids: Tensor, kept: dict[str, Any], like: dict[str, Any]) -> None:
+        """Runs one batch up to the end of ``stage``, and keeps what that puts out."""
+        moved: dict[str, Any] = {}
+
+        def step(name: str, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+            turn, stack = self._turns.get(name), self._stacks[name]
+            if turn is None:  # not called on its own in the trace: part of what lies outside
+                return forward(*args, **kwargs)
+            if turn == stage:
+                kept[stack] = _kept(forward(*args, **kwargs), like.get(stack))
+                raise _Stop
+            if turn > stage:
+                raise RuntimeError(f"{name} runs before its turn")
+            # What earlier blocks hand on does not matter: only the last one's reaches a block.
+            if stack not in moved:
+                moved[stack] = _map(lambda tensor: tensor.to(self._device), kept[stack])
+            return moved[stack]
+
+        self._call(ids, step)
+
+    def _call(self, ids: Tensor, forward: _Forward) -> None:
+        """The model's forward, with that of its blocks replaced."""
+        import torch
+
+        ids = ids.to(self._device)
+        accepted = _parameters(self._model)
+        inputs = {"input_ids": ids}
+        if "attention_mask" in accepted:
+            inputs["attention_mask"] = torch.ones_like(ids)
+        if self._model.config.is_encoder_decoder:
+            inputs["decoder_input_ids"] = ids
+        # Not `inference_mode`: its tensors do not tell whether they were changed in place.
+        with torch.no_grad(), self._replaced(forward), suppress(_Stop):
+            self._model(**inputs)
+
+    @contextmanager
+    def _replaced(self, forward: _Forward) -> Iterator[None]:
+        blocks = {name: self._model.get_submodule(name) for name in self._stacks}
+        own = {name: block.__dict__.get("forward") for name, block in blocks.items()}
+        try:
+            for name, block in blocks.items():
+                block.forward = _replacement(forward, name, block.forward)
+            yield
+        finally:
+            for name, block in blocks.items():
+                if own[name] is None:
+                    block.__dict__.pop("forward", None)
+                else:  # accelerate puts its own there
+                    block.forward = own[name]
+
+
+@contextmanager
+def watched(
+    model: Any, modules: Sequence[str], see: Callable[[str, Tensor], None]
+) -> Iterator[None]:
+    """Tells ``see`` of every tensor that one of these linear modules is given."""
+
+    def hook(name: str, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        see(name, args[0] if args else next(iter(kwargs.values())))
+
+    handles = [
+        model.get_submodule(name).register_forward_pre_hook(
+            # Before the one that stops at the head, which may be of interest itself.
+            functools.partial(hook, name),
+            with_kwargs=True,
+            prepend=True,
+        )
+        for name in modules
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _stop(module: Any, args: tuple[Any, ...]) -> None:
+    raise _Stop
+
+
+def _replacement(forward: _Forward, name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return forward(name, original, args, kwargs)
+
+    return call
+
+
+def _stacks(model: Any, modules: Sequence[str]) -> dict[str, str]:
+    """Every block with its stack: the outermost ModuleLists that hold one of ``modules``."""
+    from torch.nn import ModuleList
+
+    found: dict[str, Any] = {}
+    for module in modules:
+        parts = module.split(".")
+        for end in range(1, len(parts)):
+            path = ".".join(parts[:end])
+            if path in found:
+                break
+            candidate = model.get_submodule(path)
+            if isinstance(candidate, ModuleList):
+                found[path] = candidate
+                break
+    return {
+        f"{path}.{name}": path
+        for path, stack in found.items()
+        for name, _ in stack.named_children()
+    }
+
+
+def _parameters(model: Any) -> set[str]:
+    import inspect
+
+    return set(inspect.signature(model.forward).parameters)
+
+
+def _kept(output: Any, like: Any) -> Any:
+    """A block's output on the CPU. Tensors that are those of ``like``, another batch's, are shared.
+
+    T5's blocks put out the position bias too (heads × length²), the same for every batch.
+    """
+    import torch
+    from torch.utils import _pytree
+
+    leaves, structure = _pytree.tree_flatten(output)
+    others = _pytree.tree_leaves(like)
+    for number, leaf in enumerate(leaves):
+        if not isinstance(leaf, torch.Tensor):
+            continue
+        leaves[number] = leaf.cpu()
+        other = others[number] if len(others) == len(leaves) else None
+        if isinstance(other, torch.Tensor) and torch.equal(leaves[number], other):
+            leaves[number] = other
+    return _pytree.tree_unflatten(leaves, structure)
+
+
+def _map(change: Callable[[Tensor], Tensor], value: Any) -> Any:
+    import torch
+    from torch.utils import _pytree
+
+    return _pytree.tree_map_only(torch.Tensor, change, value)
+
+
+def _same(one: Any, other: Any) -> bool:
+    import torch
+    from torch.utils import _pytree
+
+    ones, others = _pytree.tree_leaves(one), _pytree.tree_leaves(other)
+    if len(ones) != len(others):
+        return False
+    for first, second in zip(ones, others, strict=True):
+        if isinstance(first, torch.Tensor):
+            a, b = first.float().cpu(), second.float().cpu()
+            if a.shape != b.shape:
+                return False
+            typical = float(b.nan_to_num(0.0, 0.0, 0.0).abs().mean()) if b.numel() else 0.0
+            atol = _SAME["typical"] * typical
+            if not torch.allclose(a, b, rtol=_SAME["relative"], atol=atol, equal_nan=True):
+                return False
+    return True

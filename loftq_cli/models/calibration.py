@@ -1,0 +1,302 @@
+"""What the inputs of linear layers look like on a text: their second moments, by running the model.
+
+    G = E[x·xᵀ]    (in × in), over all tokens that reach the layer
+
+The model runs block by block (see `models.blocks`), so that the moments of one block are in memory
+and not those of all: 0.7 GB for a block of a 7B Llama where the whole model has 22 GB.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from loftq_cli.checkpoint.index import open_checkpoint
+from loftq_cli.errors import CorruptCheckpoint, LoftqError, UnsupportedModel, first_line
+from loftq_cli.models.architecture import Architecture, read_architecture
+from loftq_cli.models.blocks import Blocks, watched
+from loftq_cli.models.evaluation import text_windows
+from loftq_cli.models.loading import LoadedModel, load_tokenizer, stored_dtype
+from loftq_cli.models.source import read_config
+from loftq_cli.models.texts import read_text
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# Taken evenly from the text. Five times as many took 5 % off the KL of a small model.
+MOST_TOKENS = 65_536
+# As many keep a processor busy, and a block's activations in hundreds of megabytes.
+_BATCH_TOKENS = 4096
+# G is symmetric: of its rows, so many at once, only what lies right of the diagonal is summed up.
+_PANEL = 1024
+# Of the memory that may be used, what weights may take; the rest is for moments and activations.
+_FOR_WEIGHTS = 0.5
+
+_NO_CALIBRATION = "use a start that needs no calibration text"
+
+
+class Calibration:
+    """Second moments of the inputs of some modules, in the order in which a model computes them.
+
+    Attributes:
+        order: the modules, those of one block together, block after block as they run. Asked for
+            in this order, every block runs once.
+        windows: windows of the text that are run, and their ``window_length`` in tokens.
+        blockwise: whether the moments of one block at a time are held, or those of all modules.
+        unseen: modules, of blocks that had their turn, which no token reached (experts that were
+            never chosen): their moments are zero.
+    """
+
+    def __init__(self, model: Any, windows: Tensor, modules: Sequence[str], device: str) -> None:
+        self.windows = int(windows.shape[0])
+        self.window_length = int(windows.shape[1])
+        batches = windows.split(max(1, _BATCH_TOKENS // self.window_length))
+        self._model = model
+        self._device = device
+        self._blocks = Blocks(model, batches, list(dict.fromkeys(modules)), device)
+        self._stage_of = {
+            module: number for number, stage in enumerate(self._blocks.stages) for module in stage
+        }
+        self._sums: dict[str, _Sum] = {}
+        self.order = [module for stage in self._blocks.stages for module in stage]
+        self.blockwise = len(self._blocks.stages) > 1
+        self.unseen: set[str] = set()
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that the model is run on. With fewer than its inputs, a layer's G is singular."""
+        return self.windows * self.window_length
+
+    def moments(self, module: str) -> Tensor:
+        """E[x·xᵀ] of the inputs of ``module``: float32 (in × in), on the device, to be read only.
+
+        Modules that are given the same tensor (q, k and v) get the same object. The model runs up
+        to the module's block, from its beginning if it is behind that already; the moments of other
+        blocks are freed.
+
+        Raises:
+            LoftqError: the module's inputs are NaN or infinite, or overflow when squared.
+            UnsupportedModel: what a module is given changed in the course of the text.
+        """
+        stage = self._stage_of[module]
+        if stage < self._blocks.done - 1:
+            self._blocks.restart()
+        while self._blocks.done <= stage:
+            self._sums = {}
+            self._run(self._blocks.stages[stage] if self._blocks.done == stage else [])
+        found = self._sums[self._blocks.groups[module]]
+        if found.broken:
+            raise LoftqError(
+                f"the inputs of {module} are NaN or infinite on the calibration text: "
+                f"{found.broken} of {found.tokens} tokens",
+                cause=f"a weight before it is broken, or activations overflow {self._model.dtype}",
+                hint=f"look at the model's own output on this text, or {_NO_CALIBRATION}",
+            )
+        return found.mean
+
+    def _run(self, modules: list[str]) -> None:
+        groups = {module: self._blocks.groups[module] for module in modules}
+        sums = {name: _Sum(self._width(name), self._device) for name in set(groups.values())}
+        shared = {leader for module, leader in groups.items() if module != leader}
+        given: dict[str, list[tuple[Tensor, int]]] = {}
+
+        def see(module: str, x: Tensor) -> None:
+            leader = groups[module]
+            if module == leader:
+                sums[leader].add(x)
+            if leader in shared:
+                given.setdefault(module, []).append((x, x._version))
+
+        with watched(self._model, modules, see):
+            for _ in self._blocks.run():
+                for module, leader in groups.items():
+                    if leader in shared and not _identical(given.get(module), given.get(leader)):
+                        raise UnsupportedModel(
+                            f"{module} and {leader} are given the same inputs at times only",
+                            cause="their moments were taken for one and the same",
+                            hint=_NO_CALIBRATION,
+                        )
+                given.clear()
+        for each in sums.values():
+            each.finish()
+        self.unseen.update(module for module in modules if not sums[groups[module]].tokens)
+        self._sums = sums
+
+    def _width(self, module: str) -> int:
+        found = self._model.get_submodule(module)
+        # Conv1D of GPT-2 has its weight transposed.
+        return int(getattr(found, "in_features", None) or found.weight.shape[0])
+
+
+class _Sum:
+    """Σ x·xᵀ, and how many x there were."""
+
+    def __init__(self, width: int, device: str) -> None:
+        import torch
+
+        self.mean = torch.zeros(width, width, dtype=torch.float32, device=device)
+        self.tokens = 0
+        self._broken = torch.zeros((), dtype=torch.long, device=device)
+
+    @property
+    def broken(self) -> int:
+        """How many x were NaN, infinite, or too large for squares in float32."""
+        return int(self._broken)
+
+    def add(self, x: Tensor) -> None:
+        rows = x.detach().reshape(-1, x.shape[-1]).to(self.mean.device, self.mean.dtype)
+        self.tokens += len(rows)
+        self._broken += rows.norm(dim=1).isfinite().logical_not().sum()
+        for panel in self._panels():
+            part = self.mean[panel, panel.start :]
+            part.addmm_(rows[:, panel].T, rows[:, panel.start :])
+
+    def finish(self) -> None:
+        """Makes the sum a mean, exactly symmetric."""
+        for panel in self._panels():
+            square = self.mean[panel, panel]
+            square.copy_(square.triu() + square.triu(1).T)
+            self.mean[panel.stop :, panel] = self.mean[panel, panel.stop :].T
+        self.mean /= max(self.tokens, 1)
+
+    def _panels(self) -> Iterator[slice]:
+        for start in range(0, len(self.mean), _PANEL):
+            yield slice(start, min(start + _PANEL, len(self.mean)))
+
+
+def _identical(
+    one: list[tuple[Tensor, int]] | None, other: list[tuple[Tensor, int]] | None
+) -> bool:
+    one, other = one or [], other or []
+    return len(one) == len(other) and all(
+        x is y and version == now for (x, version), (y, now) in zip(one, other, strict=True)
+    )
+
+
+@contextmanager
+def open_calibration(
+    directory: Path,
+    text: Path,
+    modules: Sequence[str],
+    *,
+    device: str,
+    trust_remote_code: bool = False,
+    max_memory_bytes: int | None = None,
+    most_tokens: int = MOST_TOKENS,
+) -> Iterator[Calibration]:
+    """The model in ``directory``, ready to say what ``modules`` are given on ``text``.
+
+    The same files give the same moments, bit for bit, on the same machine. Weights that are not
+    within half of ``max_memory_bytes`` (None: no limit) stay in their files and are read when their
+    turn comes. float16 is computed in float32 on a CPU; every other dtype is as it is stored.
+
+    Raises:
+        UnsupportedModel: the model does not read text, or has no tokenizer.
+        CorruptCheckpoint: files contradict each other, the tokenizer's and the model's included.
+        LoftqError: the text cannot be read.
+        InvalidSetting: the text is empty, not a text, or shorter than one window.
+    """
+    config = read_config(directory)
+    open_checkpoint(directory)  # its errors name the file; the libraries' often do not
+    architecture = read_architecture(directory, config, trust_remote_code=trust_remote_code)
+    windows = _windows(directory, architecture, text, trust_remote_code, most_tokens)
+    dtype = stored_dtype(config) or "float32"
+    if dtype == "float16" and device == "cpu":
+        dtype = "float32"  # half-precision kernels on the CPU are missing for some operations
+    with tempfile.TemporaryDirectory(prefix="loftq-") as scratch:
+        model = _load(directory, architecture, dtype, device, max_memory_bytes, scratch)
+        yield Calibration(model, windows, modules, device)
+
+
+def _windows(
+    directory: Path, architecture: Architecture, text: Path, trust_remote_code: bool, most: int
+) -> Tensor:
+    model = architecture.model
+    if model.main_input_name != "input_ids":
+        raise UnsupportedModel(
+            f"{architecture.class_name} does not read text",
+            cause=f"its input is {model.main_input_name}",
+            hint=_NO_CALIBRATION,
+        )
+    tokenizer = load_tokenizer(directory, trust_remote_code)
+    if tokenizer is None:
+        raise UnsupportedModel(
+            f"{directory} has no tokenizer, which a calibration text needs",
+            cause="there is no tokenizer.json",
+            hint=f"put the model's tokenizer files there, or {_NO_CALIBRATION}",
+        )
+    loaded = LoadedModel(model, tokenizer, None)
+    windows = text_windows(loaded, read_text(text), str(text), most)
+    windows = windows[:, : _positions(model)]
+    rows = model.get_input_embeddings().weight.shape[0]
+    if (largest := int(windows.max())) >= rows:
+        raise CorruptCheckpoint(
+            f"the tokenizer in {directory} is not this model's",
+            cause=f"it has a token {largest}, and the model's embedding {rows} rows",
+            hint="download the model's own tokenizer files",
+        )
+    return windows
+
+
+def _positions(model: Any) -> int | None:
+    """How many positions RoBERTa and its kin can give: they count from behind the padding's."""
+    tables = (
+        module for name, module in model.named_modules() if name.endswith("position_embeddings")
+    )
+    usable = [
+        table.num_embeddings - table.padding_idx - 1
+        for table in tables
+        if getattr(table, "padding_idx", None) is not None
+    ]
+    return min(usable, default=None)
+
+
+def _load(
+    directory: Path,
+    architecture: Architecture,
+    dtype: str,
+    device: str,
+    max_memory_bytes: int | None,
+    scratch: str,
+) -> Any:
+    import torch
+
+    try:
+        model = type(architecture.model).from_pretrained(
+            directory,
+            dtype=getattr(torch, dtype),
+            # Weights that change their form when they are loaded (experts) are written there.
+            offload_folder=scratch,
+            offload_buffers=True,
+            **_placement(device, max_memory_bytes),
+        )
+    except Exception as error:  # whatever two large libraries may object to
+        if type(error).__name__ == "OutOfMemoryError":
+            raise
+        raise CorruptCheckpoint(f"{directory} cannot be loaded", cause=first_line(error)) from error
+    for module in model.modules():
+        # Nothing is generated: keys and values of earlier tokens need not be kept.
+        if hasattr(module, "config") and getattr(module.config, "use_cache", None):
+            module.config.use_cache = False
+    return model.eval()
+
+
+def _placement(device: str, max_memory_bytes: int | None) -> dict[str, Any]:
+    """Where the weights are: on the device, in memory or in their files.
+
+    Wherever that is, it is on ``device`` that transformers and accelerate compute with them.
+    """
+    if device == "cpu" and max_memory_bytes is None:
+        return {"device_map": {"": "cpu"}}
+    limits: dict[int | str, int] = {}
+    if device != "cpu":
+        import torch
+
+        free, _ = torch.cuda.mem_get_info(device)
+        limits[torch.device(device).index or 0] = int(free * _FOR_WEIGHTS)
+    in_memory = max_memory_bytes if max_memory_bytes is not None else 1 << 60
+    limits["cpu"] = int(in_memory * _FOR_WEIGHTS)
+    return {"device_map": "auto", "max_memory": limits}

@@ -1,0 +1,98 @@
+"""Plain text as a model reads it: whole windows of tokens, all of one length.
+
+A text can calibrate, train or evaluate, and never two of them: a score on text that was trained
+on proves nothing.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from loftq_cli.errors import InvalidSetting, LoftqError, UsageError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# Longer windows cost memory with their length and tell hardly more about a model.
+LONGEST_WINDOW = 2048
+
+
+def read_text(path: Path) -> str:
+    """The text of a UTF-8 file.
+
+    Raises:
+        LoftqError: there is no such file, or it cannot be read.
+        InvalidSetting: it is empty, or it is no text.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise LoftqError(f"{path} cannot be read", cause=error.strerror or str(error)) from error
+    except UnicodeDecodeError as error:
+        raise InvalidSetting(
+            f"{path} is not a text file",
+            cause=f"byte {error.start} is not UTF-8",
+            hint=f"iconv -t utf-8 {path} > text.txt",
+        ) from None
+    if not text.strip():
+        raise InvalidSetting(f"{path} is empty", hint="a few hundred kilobytes of text do well")
+    if "\0" in text:
+        raise InvalidSetting(f"{path} is not a text file", cause="it has zero bytes in it")
+    return text
+
+
+def require_different(texts: dict[str, Path | None]) -> None:
+    """Refuses one file in two roles; ``texts`` maps options to what they name.
+
+    Raises:
+        UsageError: two options name the same file, or files of the same content.
+    """
+    given = [(option, path) for option, path in texts.items() if path is not None]
+    for number, (option, path) in enumerate(given):
+        for other, earlier in given[:number]:
+            if _same(path, earlier):
+                raise UsageError(
+                    f"{other} and {option} are the same text",
+                    cause="what a model was fitted to cannot say how good it is",
+                    hint=f"give {option} another file",
+                )
+
+
+def _same(one: Path, two: Path) -> bool:
+    try:
+        if one.samefile(two):
+            return True
+        return one.stat().st_size == two.stat().st_size and one.read_bytes() == two.read_bytes()
+    except OSError:
+        return False  # whoever reads it says so
+
+
+def window_length(context: int | None) -> int:
+    """Tokens in a window for a model that reads ``context`` tokens at once (None: any number)."""
+    return min(context or LONGEST_WINDOW, LONGEST_WINDOW)
+
+
+def windows(tokenizer: Any, text: str, length: int, name: str, limit: int | None = None) -> Tensor:
+    """Token ids (windows × length), one window after the other; a rest that fills none is dropped.
+
+    ``limit`` tokens at most are taken, evenly from all of the text. ``name`` is for the error.
+
+    Raises:
+        InvalidSetting: the text does not fill one window.
+    """
+    import torch
+
+    ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    count = len(ids) // length
+    if count == 0:
+        raise InvalidSetting(
+            f"{name} is too short",
+            cause=f"it has {len(ids)} tokens, and this model's windows have {length}",
+            hint="give it more text",
+        )
+    whole = ids[: count * length].view(count, length).long()
+    wanted = count if limit is None else max(limit // length, 1)
+    if wanted >= count:
+        return whole
+    return whole[torch.linspace(0, count - 1, wanted).round().long()]

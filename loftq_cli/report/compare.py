@@ -1,0 +1,126 @@
+"""Starts side by side: how far each is from the original, what it costs, where training ends."""
+
+from __future__ import annotations
+
+from loftq_cli.report import units
+from loftq_cli.report.parts import model_name
+from loftq_cli.report.tables import Column, Facts, Section, Table, View
+from loftq_cli.schema import ComparedMethod, CompareResults, Document
+
+_RECORD_KEYS = (
+    "init",
+    "bits",
+    "stored_bits",
+    "rank",
+    "weight_error_relative",
+    "error_removed",
+    "kl_divergence",
+    "kl_gain",
+    "perplexity",
+    "backbone_bytes",
+    "adapter_bytes",
+    "trainable_parameters",
+    "seconds",
+    "heldout_loss_before",
+    "heldout_loss_after",
+    "train_seconds",
+)
+
+
+def compare_view(document: Document[CompareResults]) -> View:
+    results = document.results
+    sections: list[Section] = [Facts(_facts(results)), _distances(results), _costs(results)]
+    if results.settings.train_steps is not None:
+        sections.append(_trained(results))
+    sections.append(Facts([("verdict", results.verdict.sentence)]))
+    return View(f"Starts for {model_name(document)}", sections, _records(results))
+
+
+def figures(value: float) -> str:
+    """Three significant digits of a number that may be small: "0.00338", "2.10e-05"."""
+    return f"{value:.2e}" if 0 < abs(value) < 1e-4 else f"{value:.3g}"
+
+
+def _facts(results: CompareResults) -> list[tuple[str, str]]:
+    settings = results.settings
+    tokens = units.number(settings.predicted_tokens)
+    form = f"{settings.quant_type} in blocks of {settings.block_size}"
+    facts = [
+        ("parameters", f"{units.number(results.base_parameters)} ({results.architecture})"),
+        ("format", form + (", double quantized" if settings.double_quant else "")),
+        ("targets", ", ".join(settings.target_modules)),
+        ("evaluated on", f"{settings.text}: {tokens} tokens"),
+    ]
+    if settings.calibration_text is not None:
+        facts.append(("calibrated on", settings.calibration_text))
+    if settings.train_steps is not None:
+        steps = units.plural(settings.train_steps, "step")
+        batch = f"{settings.batch_windows} × {settings.window_tokens} tokens"
+        rate = f"learning rate {settings.learning_rate:g}"
+        facts.append(("trained on", f"{settings.train_text}: {steps} of {batch}, {rate}"))
+    return facts
+
+
+def _distances(results: CompareResults) -> Table:
+    columns = [
+        *_NAME,
+        Column("weight_error_relative", "error", show=units.percent),
+        Column("error_removed", "removed", show=units.percent),
+        Column("kl_divergence", "KL", show=figures),
+        Column("kl_gain", "to QLoRA", show=lambda value: f"{units.significant(value)} ×"),
+        Column("perplexity", "perplexity", show=_perplexity),
+    ]
+    title = "Distance from the original (error: of the weights; removed: of QLoRA's)"
+    return _table(title, columns, results.methods)
+
+
+def _costs(results: CompareResults) -> Table:
+    columns = [
+        *_NAME,
+        Column("backbone_bytes", "backbone", show=units.size),
+        Column("adapter_bytes", "adapter", show=units.size),
+        Column("seconds", "to make", show=units.seconds),
+    ]
+    return _table("Cost", columns, results.methods[1:])
+
+
+def _trained(results: CompareResults) -> Table:
+    columns = [
+        *_NAME,
+        Column("heldout_loss_before", "before", show=_loss),
+        Column("heldout_loss_after", "after", show=_loss),
+        Column("train_seconds", "training", show=units.seconds),
+    ]
+    trained = [method for method in results.methods if method.heldout_loss_after is not None]
+    return _table("Held-out loss, in nats a token", columns, trained)
+
+
+def _perplexity(value: float) -> str:
+    return f"{value:.2f}" if value < 1000 else f"{value:,.0f}"
+
+
+def _loss(value: float) -> str:
+    return f"{value:.4f}"
+
+
+def _table(title: str, columns: list[Column], methods: list[ComparedMethod]) -> Table:
+    rows = [
+        [_bits(each) if column.key == "bits" else getattr(each, column.key) for column in columns]
+        for each in methods
+    ]
+    return Table(title, columns, rows)
+
+
+def _bits(method: ComparedMethod) -> str:
+    if method.bits == method.stored_bits:
+        return str(method.bits)
+    return f"{method.bits} in {method.stored_bits}"
+
+
+_NAME = [Column("init", "start", "name"), Column("bits", "bits"), Column("rank", "rank")]
+
+
+def _records(results: CompareResults) -> Table:
+    """The same for pipes, raw; the loss curves are in the JSON."""
+    rows = [[getattr(method, key) for key in _RECORD_KEYS] for method in results.methods]
+    return Table("methods", [Column(key, key) for key in _RECORD_KEYS], rows)

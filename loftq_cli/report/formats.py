@@ -1,0 +1,124 @@
+"""What `quantize` made of a model in words: its numbers, its ranks, its start."""
+
+from __future__ import annotations
+
+from loftq_cli.report import units
+from loftq_cli.schema import AdaptedLayer, PlainLayer, QuantizeResults
+
+# What each start is, to go on from "the adapter ...".
+STARTS = {
+    "loftq": "starts as LoftQ does: codes and adapter were chosen in turns to leave the least "
+    "error in the weights, with a scale searched for each block",
+    "loftq-plain": "starts as published for LoftQ: plain quantization and an exact SVD of what it "
+    "loses, in turns",
+    "pissa": "starts from the weight's own largest singular directions (PiSSA); what they leave "
+    "was quantized, and both were refined in turns",
+    "qera": "starts as QERA does: for codes that were rounded without it, it is the correction "
+    "that leaves the least error in the layers' outputs on the calibration text",
+    "qera-diagonal": "starts as QERA does in its approximation: the correction that would leave "
+    "the least error in the layers' outputs if their inputs were uncorrelated",
+    "calibrated": "has a calibrated start: codes and adapter were chosen in turns to leave the "
+    "least error in the layers' outputs on the calibration text",
+    "qlora": "corrects nothing yet (QLoRA): the weights are plainly quantized, and its product is "
+    "zero",
+    "lora": "changes nothing yet (LoRA): its product is zero",
+}
+_CONTAINER = "the container has no smaller codes"
+
+
+def number_type(results: QuantizeResults) -> str:
+    """`NF4`, `NF4/NF2, 2.5 bits on average`, `int8`, or `16 bits (LoRA)`."""
+    settings = results.settings
+    if settings.bits == 8:
+        return "int8"
+    if settings.bits == 16:
+        return f"{units.plain(results.totals.stored_bits or 16)} bits (LoRA)"
+    name = settings.quant_type.upper().removesuffix("4")
+    if results.dry_run and settings.target_bits is not None:
+        return f"{name}4/{name}3/{name}2, {units.plain(settings.target_bits)} bits on average"
+    counts: dict[int, int] = {}
+    for layer in all_layers(results):
+        out_features, in_features = layer.shape
+        counts[layer.bits] = counts.get(layer.bits, 0) + out_features * in_features
+    kinds = "/".join(f"{name}{bits}" for bits in sorted(counts, reverse=True))
+    if len(counts) < 2:
+        return kinds or f"{name}{settings.bits}"
+    mean = sum(bits * count for bits, count in counts.items()) / sum(counts.values())
+    return f"{kinds}, {units.plain(mean)} bits on average"
+
+
+def bits_a_weight(results: QuantizeResults) -> str | None:
+    """Information against storage, scales included; None where nothing is quantized."""
+    stored, information = results.totals.stored_bits, results.totals.information_bits
+    settings = results.settings
+    if stored is None or information is None or settings.bits == 16:
+        return None
+    if results.dry_run and settings.target_bits is not None:
+        information = stored - (4 - settings.target_bits)
+    if information == stored:
+        return f"{units.plain(stored)} bits a weight, scales included"
+    return (
+        f"{units.plain(information)} bits of information a weight, stored in "
+        f"{units.plain(stored)}: {_CONTAINER}"
+    )
+
+
+def adapter_of(results: QuantizeResults) -> str:
+    """`a rank-16 adapter`, or what there is to say of ranks that differ."""
+    settings = results.settings
+    low, high = rank_range(results)
+    if results.dry_run and settings.rank_budget:
+        return f"adapters of as many parameters as rank {settings.rank} has"
+    if low == high:
+        return f"a rank-{low} adapter"
+    padded = f", padded to {largest_stored_rank(results)}" if settings.uniform_rank else ""
+    return f"adapter ranks {low} to {high}{padded}"
+
+
+def rank_range(results: QuantizeResults) -> tuple[int, int]:
+    """The smallest and the largest rank of a correction."""
+    ranks = [layer.rank for layer in results.layers] or [results.settings.rank]
+    return min(ranks), max(ranks)
+
+
+def largest_stored_rank(results: QuantizeResults) -> int:
+    """Of A and B in the file."""
+    ranks = {stored_rank(layer) for layer in results.layers}
+    return max(ranks, default=results.settings.rank)
+
+
+def ranks_differ(results: QuantizeResults) -> bool:
+    """Whether a loader has to read the rank pattern."""
+    return len({stored_rank(layer) for layer in results.layers}) > 1
+
+
+def stored_rank(layer: AdaptedLayer) -> int:
+    return layer.stored_rank or layer.rank
+
+
+def error_changes(results: QuantizeResults) -> list[tuple[str, float, float]]:
+    """(`weight error` or `output error`, of plain quantization, of backbone and adapter)."""
+    totals = results.totals
+    found = [
+        (
+            "weight error",
+            totals.quantized_only_error_relative,
+            totals.weight_error_relative,
+        ),
+        (
+            "output error",
+            totals.quantized_only_output_error_relative,
+            totals.output_error_relative,
+        ),
+    ]
+    if results.settings.bits == 16:
+        return []
+    return [
+        (what, before, after)
+        for what, before, after in found
+        if before is not None and after is not None
+    ]
+
+
+def all_layers(results: QuantizeResults) -> list[AdaptedLayer | PlainLayer]:
+    return [*results.layers, *results.without_adapter]

@@ -1,0 +1,159 @@
+"""With a search the error never rises from one iterate to the next, whatever the weight."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from loftq_cli.core import fused, loftq
+from loftq_cli.core.blockwise import BlockwiseFormat, quantize_blockwise
+from loftq_cli.core.loftq import initialize, plain_adapter, relative_error
+from loftq_cli.core.lowrank import truncated_svd
+from loftq_cli.core.quantizers import Blockwise
+from loftq_cli.core.residual import Residual
+from loftq_cli.errors import InvalidSetting
+
+
+def outliers(W: Tensor) -> Tensor:
+    W.view(-1)[:: max(W.numel() // 7, 1)] *= 300
+    return W
+
+
+def constant_rows(W: Tensor) -> Tensor:
+    W[::2] = W[::2, :1]
+    return W
+
+
+def zeros(W: Tensor) -> Tensor:
+    W[: len(W) // 2 + 1] = 0
+    return W
+
+
+def low_rank(W: Tensor) -> Tensor:
+    return W[:, :1] * W[:1]
+
+
+def rows_of_all_sizes(W: Tensor) -> Tensor:
+    return W * torch.logspace(-6, 3, len(W))[:, None]
+
+
+WEIGHTS = {
+    "random": lambda W: W,
+    "one value": torch.ones_like,
+    "tiny": lambda W: W * 1e-30,
+    "subnormal": lambda W: W * 1e-39,
+    "huge": lambda W: W * 1e30,
+    **{f.__name__: f for f in (outliers, constant_rows, zeros, low_rank, rows_of_all_sizes)},
+}
+SHAPES = [(1, 1), (1, 70), (33, 65), (40, 96), (96, 40), (70, 3), (260, 300)]
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> tuple[Tensor, Blockwise, dict[str, Any]]:
+    kind = draw(st.sampled_from([("nf4", 4), ("nf4", 3), ("nf4", 2), ("fp4", 4)]))
+    fmt = BlockwiseFormat(
+        kind[0], draw(st.sampled_from([32, 64, 256])), draw(st.booleans()), kind[1]
+    )
+    shape = draw(st.sampled_from(SHAPES))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 1000)))
+    W = WEIGHTS[draw(st.sampled_from(sorted(WEIGHTS)))](torch.randn(shape, generator=generator))
+    dtype = draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
+    W = (W.clamp(-6e4, 6e4) if dtype == torch.float16 else W).to(dtype)
+    settings = {
+        "rank": draw(st.integers(1, min(*shape, 24))),
+        "iterations": draw(st.sampled_from([1, 2, 6, None])),
+        "start": draw(st.sampled_from(["zero", "weight"])),
+        "svd": draw(st.sampled_from(["auto", "exact"])),
+    }
+    return W, Blockwise(fmt), settings
+
+
+@settings(max_examples=150, deadline=None)
+@given(cases())
+def test_the_error_never_rises(case: tuple[Tensor, Blockwise, dict[str, Any]]) -> None:
+    W, quantizer, options = case
+    result = initialize(W, quantizer, **options)
+    assert result.errors == sorted(result.errors, reverse=True)
+    assert 1 <= result.best_iteration == len(result.errors) <= (options["iterations"] or 50)
+    assert result.error == result.errors[-1]
+    Q = quantizer.dequantize(result.quantized)
+    assert math.isfinite(result.error)
+    if W.float().abs().max() > 1e-30:
+        measured = relative_error(W, Q, result.lora_A, result.lora_B, 1.0)
+        assert measured == pytest.approx(result.error, rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize("products", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("start", ["zero", "weight"])
+def test_nor_with_rounded_products(
+    start: str, products: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fused, "product_dtype", lambda: products)
+    torch.manual_seed(0)
+    W = torch.randn(384, 512) + 0.2 * torch.randn(384, 20) @ torch.randn(20, 512)
+    for fmt in (BlockwiseFormat("nf4", 64, True), BlockwiseFormat("nf4", 64, bits=2)):
+        result = initialize(W, Blockwise(fmt), 16, start=start, svd="randomized", iterations=40)
+        assert len(result.errors) > 5
+        assert result.errors == sorted(result.errors, reverse=True)
+
+
+def test_steps_that_are_too_long_are_taken_back() -> None:
+    W = torch.randn(96, 128, generator=torch.Generator().manual_seed(0))
+    wild = initialize(W, Blockwise(BlockwiseFormat()), 8, iterations=8, svd="exact", momentum=5.0)
+    calm = initialize(W, Blockwise(BlockwiseFormat()), 8, iterations=8, svd="exact")
+    assert wild.errors == sorted(wild.errors, reverse=True)
+    assert wild.error == pytest.approx(calm.error, rel=0.02)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("start", ["zero", "weight"])
+def test_below_the_published_algorithm(start: str, bits: int) -> None:
+    torch.manual_seed(bits)
+    W = torch.randn(256, 384) + 0.2 * torch.randn(256, 20) @ torch.randn(20, 384)
+    fmt = BlockwiseFormat("nf4", 64, bits=bits)
+    published = initialize(W, Blockwise(fmt, search=False), 8, iterations=5, svd="exact")
+    ours = initialize(W, Blockwise(fmt), 8, start=start)
+    assert ours.error < 0.92 * published.error
+    assert ours.quantized_only_error == published.quantized_only_error
+
+
+def test_it_ends_when_another_iterate_is_not_worth_it() -> None:
+    torch.manual_seed(0)
+    W, quantizer = torch.randn(256, 192), Blockwise(BlockwiseFormat())
+    result = initialize(W, quantizer, 8)
+    gains = [1 - b / a for a, b in zip(result.errors, result.errors[1:], strict=False)]
+    assert 3 < len(result.errors) < loftq.MOST_ITERATIONS
+    assert all(gain >= loftq.ENOUGH for gain in gains[:-1])
+    assert gains[-1] < loftq.ENOUGH * 1.01
+    longer = initialize(W, quantizer, 8, iterations=30)
+    assert longer.error < result.error < 1.03 * longer.error
+
+
+def test_started_from_the_weight_without_iterations() -> None:
+    """What PiSSA keeps of the weight is carried, the rest is quantized."""
+    W = torch.randn(64, 96, generator=torch.Generator().manual_seed(0))
+    quantizer = Blockwise(BlockwiseFormat(), search=False)
+    result = initialize(W, quantizer, 4, iterations=0, start="weight", scaling=2.0)
+    kept = truncated_svd(Residual.of(W), 4, method="exact").dense()
+    torch.testing.assert_close(2.0 * result.lora_B @ result.lora_A, kept, rtol=1e-4, atol=1e-5)
+    rest = quantize_blockwise(W - kept, quantizer.format)
+    assert (rest.packed != result.quantized.packed).float().mean() < 0.01
+    assert (result.errors, result.best_iteration) == ([], 0)
+    assert result.error < result.quantized_only_error
+
+
+def test_an_unknown_start() -> None:
+    with pytest.raises(InvalidSetting, match="start 'svd' is not one of zero, weight"):
+        initialize(torch.randn(8, 8), Blockwise(BlockwiseFormat()), 2, start="svd")
+
+
+def test_a_plain_adapter_is_lora_s_own() -> None:
+    A, B = plain_adapter((7, 12), 3, seed=4)
+    assert (A.shape, B.shape) == ((3, 12), (7, 3))
+    assert torch.equal(A, plain_adapter((7, 12), 3, seed=4)[0])
+    assert 0 < A.abs().max() <= 12**-0.5
+    assert (B == 0).all()
