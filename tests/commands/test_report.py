@@ -295,13 +295,13 @@ print(sorted({{name.partition(".")[0] for name in sys.modules}}), file=sys.stder
 
 
 def test_the_pipe_that_people_write() -> None:
-    line = f"set -o pipefail; {LOFTQ} check --json | {LOFTQ} report - --format md | head -12"
+    line = f"set -o pipefail; {LOFTQ} load --json | {LOFTQ} report - --format md | head -12"
     done = subprocess.run(
         ["bash", "-c", line], capture_output=True, text=True, check=False, timeout=180
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("## Report on 1 result document\n\n## System\n")
-    assert {row.partition(":")[0] for row in done.stderr.splitlines()} == {"checking"}
+    assert done.stderr == ""
 
 
 # --- findings -----------------------------------------------------------------------------------

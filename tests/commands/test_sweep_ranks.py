@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -99,19 +98,6 @@ def test_no_torch_and_no_network_for_a_known_model(command: str, tmp_path: Path)
     assert json.loads(done.stdout)["model"]["source"] == "known"
     assert "NETWORK" not in done.stderr
     assert done.stderr.splitlines()[-1] == "IMPORTED"
-
-
-def cpu_seconds(*command: str) -> float:
-    """The CPU time of a child process: the neighbours' work does not count."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    subprocess.run([sys.executable, *command], check=True, capture_output=True)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-
-
-def test_the_answer_is_there_long_before_torch_would_be() -> None:
-    argv = ("-m", "loftq_cli", "sweep-ranks", "--model", "gpt2", "--json")
-    assert min(cpu_seconds(*argv) for _ in range(3)) < 0.5 * cpu_seconds("-c", "import torch")
 
 
 @pytest.mark.parametrize("form", ["table", "tsv", "md"])

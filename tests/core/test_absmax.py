@@ -41,13 +41,13 @@ def block_errors(blocks: Tensor, scales: Tensor, kind: tuple[str, int]) -> Tenso
 
 
 def assert_compiled_as_read(W: Tensor, fmt: BlockwiseFormat, previous: Tensor | None) -> None:
+    reference = quantize_blockwise(W, fmt, search=True, previous=previous)
+    rest = W.float() - dequantize_blockwise(reference).float()
     for products in (torch.float32, torch.bfloat16):
         quantized, left = fused.step(
             W, None, fmt, W.dtype, search=True, previous=previous, products=products
         )
-        reference = quantize_blockwise(W, fmt, search=True, previous=previous)
         assert_same(quantized, reference)
-        rest = W.float() - dequantize_blockwise(reference).float()
         assert torch.equal(left.matrix, rest.to(products))
         assert left.energy == pytest.approx(float(rest.double().square().sum()), rel=1e-12)
 

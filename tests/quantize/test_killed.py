@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import multiprocessing
+import os
 import random
 import signal
-import subprocess
 import sys
 import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
@@ -15,29 +18,53 @@ import torch
 
 from tests.battery import BATTERY
 
-# Many small output files, so that there is a next one to be killed in. Everything slow is imported
-# before the clock starts: what is killed is the run, not the start of Python.
-_LINE = """
-import sys
-import bitsandbytes, peft, torch, transformers
-from loftq_cli.engines import plan
-from loftq_cli.cli import main
-plan.SHARD_BYTES = 20_000
-print("ready", flush=True)
-sys.exit(main(sys.argv[1:]))
-"""
+# Every run is a process of its own, forked from one that has imported what is slow: what is killed
+# is the run, not the start of Python.
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(
+    ["torch", "transformers", "peft", "bitsandbytes", "loftq_cli.cli", "loftq_cli.core.kernels"]
+)
 
 
-def start(*argv: object) -> subprocess.Popen[str]:
-    process = subprocess.Popen(
-        [sys.executable, "-c", _LINE, *map(str, argv)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdout is not None
-    assert process.stdout.readline() == "ready\n"
-    return process
+def run(argv: list[str], out: Path, err: Path) -> None:
+    """What a run of `loftq` does, with many small output files: there is a next to be killed in."""
+    from loftq_cli.cli import main
+    from loftq_cli.engines import plan
+
+    for number, path in ((1, out), (2, err)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    plan.SHARD_BYTES = 20_000
+    sys.exit(main(argv))
+
+
+class Loftq:
+    """A running `loftq`, and what it has written so far."""
+
+    def __init__(self, scratch: Path, *argv: object) -> None:
+        self._out, self._err = scratch / "stdout", scratch / "stderr"
+        for path in (self._out, self._err):
+            path.write_bytes(b"")
+        arguments = (list(map(str, argv)), self._out, self._err)
+        self.process: BaseProcess = FORKS.Process(target=run, args=arguments)
+        self.process.start()
+
+    @property
+    def out(self) -> str:
+        return self._out.read_text()
+
+    @property
+    def err(self) -> str:
+        return self._err.read_text()
+
+    def send(self, number: signal.Signals) -> None:
+        assert self.process.pid is not None
+        with contextlib.suppress(ProcessLookupError):  # it has ended
+            os.kill(self.process.pid, number)
+
+    def wait(self) -> int | None:
+        """The exit status, negative for a signal; None if it does not end."""
+        self.process.join(60)
+        return self.process.exitcode
 
 
 def contents(directory: Path) -> dict[str, bytes]:
@@ -64,12 +91,13 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def kill_and_rerun(source: Path, base: Path, kills: int) -> None:
     reference = base / "reference" / "out"
     reference.parent.mkdir()
+    imports = FORKS.Process(target=int)
+    imports.start()
+    imports.join()
     began = time.perf_counter()
-    process = start("quantize", "-m", source, "-o", reference)
-    began = time.perf_counter()
-    _, err = process.communicate()
-    whole = time.perf_counter() - began
-    assert process.returncode == 0, err
+    whole = Loftq(base, "quantize", "-m", source, "-o", reference)
+    assert whole.wait() == 0, whole.err
+    duration = time.perf_counter() - began
     expected = contents(reference)
 
     moments = random.Random(5)
@@ -77,20 +105,18 @@ def kill_and_rerun(source: Path, base: Path, kills: int) -> None:
     for number in range(kills):
         place = base / str(number)
         place.mkdir()
-        out = place / "out"
-        process = start("quantize", "-m", source, "-o", out)
-        time.sleep(moments.uniform(0, whole))
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-        cut += process.returncode == -signal.SIGKILL
-        if out.exists():
-            assert contents(out) == expected
+        line = ("quantize", "-m", source, "-o", place / "out")
+        killed = Loftq(base, *line)
+        time.sleep(moments.uniform(0, duration))
+        killed.send(signal.SIGKILL)
+        cut += killed.wait() == -signal.SIGKILL
+        if (place / "out").exists():
+            assert contents(place / "out") == expected
             continue
         assert {path.name for path in place.iterdir()} <= {"out.partial"}
-        process = start("quantize", "-m", source, "-o", out)
-        _, err = process.communicate()
-        assert process.returncode == 0, err
-        assert contents(out) == expected
+        again = Loftq(base, *line)
+        assert again.wait() == 0, again.err
+        assert contents(place / "out") == expected
         assert [path.name for path in place.iterdir()] == ["out"]
     assert cut > kills // 2
 
@@ -109,22 +135,17 @@ def test_a_signal_stops_soon_and_says_how_to_go_on(
     number: signal.Signals, code: int, source: Path, tmp_path: Path
 ) -> None:
     line = ("quantize", "-m", source, "-o", tmp_path / "out")
-    process = start(*line)
-    assert process.stderr is not None
+    stopped = Loftq(tmp_path, *line)
     # The first plain line of progress: some layers are done, others are not.
-    while "quantizing:" not in process.stderr.readline():
-        assert process.poll() is None
-    process.send_signal(number)
-    began = time.perf_counter()
-    out, err = process.communicate(timeout=60)
-    if process.returncode == 0:
+    while "quantizing:" not in stopped.err:
+        assert stopped.process.is_alive()
+    stopped.send(number)
+    status = stopped.wait()
+    if status == 0:
         pytest.skip("the run was faster than the signal")
-    assert time.perf_counter() - began < 10  # a busy machine's second or two
-    assert process.returncode == code
-    assert out == ""
-    assert "Traceback" not in err
+    assert status == code
+    assert stopped.out == ""
+    assert "Traceback" not in stopped.err
     assert not (tmp_path / "out").exists()
-    assert "same" in err  # run the same line again to go on
-    process = start(*line)
-    process.communicate()
-    assert process.returncode == 0
+    assert "same" in stopped.err  # run the same line again to go on
+    assert Loftq(tmp_path, *line).wait() == 0
