@@ -161,7 +161,7 @@ def _settings(init: Init, bits: str, rank: int, asked: Asked, texts: Texts) -> S
     in_blocks = init != "lora" and bits != "8"
     alternating = init not in UNCORRECTED_INITS and not init.startswith("qera")
     return settings_of(
-        bits=bits,
+        bits=None if init == "lora" else bits,
         init=init,
         quant_type=asked.quant_type if in_blocks else "nf4",
         block_size=asked.block_size if in_blocks else 64,

@@ -81,10 +81,11 @@ Rank: TypeAlias = Annotated[
     int, typer.Option("--rank", min=1, metavar="R", help="Rank of the adapter.")
 ]
 Bits: TypeAlias = Annotated[
-    str,
+    str | None,
     typer.Option(
         "--bits",
         metavar="2|3|4|8|BxN,B",
+        show_default="4",
         help="Bits of a quantized weight; 4x8,2 is 4 bits in the first 8 blocks and 2 in the rest. "
         "2 and 3 bits are stored in the 4-bit container.",
         autocompletion=lambda: ["2", "3", "4", "8"],

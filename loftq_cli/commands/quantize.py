@@ -46,7 +46,7 @@ def quantize(
     run: Run,
     model: Model = "demo",
     output: Output = None,
-    bits: Bits = "4",
+    bits: Bits = None,
     target_bits: TargetBits = None,
     quant_type: QuantType = "nf4",
     block_size: BlockSize = 64,

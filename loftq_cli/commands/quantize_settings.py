@@ -21,7 +21,7 @@ PUBLISHED_ITERATIONS = 5
 
 def settings_of(
     *,
-    bits: str = "4",
+    bits: str | None = None,
     target_bits: float | None = None,
     quant_type: options.QuantTypeName = "nf4",
     block_size: int = 64,
@@ -43,7 +43,13 @@ def settings_of(
     Raises:
         UsageError: two options contradict each other, or one would have no effect.
     """
-    base, leading = options.bits(bits)
+    if bits is not None and (init == "lora" or target_bits is not None):
+        raise UsageError(
+            "--init lora does not quantize: no --bits"
+            if init == "lora"
+            else "--target-bits chooses the bits: no --bits beside it"
+        )
+    base, leading = options.bits(bits or "4")
     wanted = options.iterations(iterations)
     _require_meaning(base, leading, target_bits, quant_type, block_size, double_quant, init)
     if init in UNCORRECTED_INITS and (wanted, svd) != (None, "auto"):
@@ -89,11 +95,8 @@ def _require_meaning(
     init: Init,
 ) -> None:
     """Refuses number formats that there are not."""
-    if target_bits is not None:
-        if (bits, leading) != (4, None):
-            raise UsageError("--target-bits chooses the bits: no --bits beside it")
-        if not 2 <= target_bits <= 4:
-            raise UsageError("--target-bits takes a number from 2 to 4", hint="--target-bits 2.5")
+    if target_bits is not None and not 2 <= target_bits <= 4:
+        raise UsageError("--target-bits takes a number from 2 to 4", hint="--target-bits 2.5")
     fewer = bits < 4 or target_bits is not None or (leading is not None and leading[1] < 4)
     if fewer and quant_type != "nf4":
         raise UsageError(f"{quant_type} has 4 bits only", hint="--quant-type nf4")
@@ -106,8 +109,8 @@ def _require_meaning(
             cause="8-bit layers round the activations too, which no start corrects",
             hint="--bits 4",
         )
-    if init == "lora" and (bits, leading, target_bits, *form) != (4, None, None, "nf4", 64, False):
-        raise UsageError("--init lora does not quantize: no --bits and no number format")
+    if init == "lora" and (target_bits, *form) != (None, "nf4", 64, False):
+        raise UsageError("--init lora does not quantize: no bits and no number format")
 
 
 def _calibration(init: Init, text: Path | None) -> CalibrationText | None:

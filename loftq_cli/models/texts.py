@@ -6,6 +6,7 @@ on proves nothing.
 
 from __future__ import annotations
 
+import stat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
 
 # Longer windows cost memory with their length and tell hardly more about a model.
 LONGEST_WINDOW = 2048
+# A text is tokenized whole: this one in half a minute and a few gigabytes.
+MOST_BYTES = 32_000_000
 
 
 def read_text(path: Path) -> str:
@@ -23,9 +26,23 @@ def read_text(path: Path) -> str:
 
     Raises:
         LoftqError: there is no such file, or it cannot be read.
-        InvalidSetting: it is empty, or it is no text.
+        InvalidSetting: it is empty, too large, or no text.
     """
     try:
+        status = path.stat()
+        if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
+            raise InvalidSetting(
+                f"{path} is no regular file",
+                cause="a text is read more than once",
+                hint="write it to a file first",
+            )
+        if status.st_size > MOST_BYTES:
+            megabytes = MOST_BYTES // 10**6
+            raise InvalidSetting(
+                f"{path} is larger than {megabytes} MB",
+                cause="it is tokenized whole, and a small part of it does as well",
+                hint=f"head -c {megabytes}MB {path} | iconv -c -t utf-8 > text.txt",
+            )
         text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise LoftqError(f"{path} cannot be read", cause=error.strerror or str(error)) from error

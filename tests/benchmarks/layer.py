@@ -1,4 +1,4 @@
-"""The LoftQ start of one weight: PEFT's, the paper repository's way, and ours, in one run.
+"""The LoftQ start of one weight: PEFT's, the paper repository's way, and ours twice, in one run.
 
     python -m tests.benchmarks.layer --quick
     python -m tests.benchmarks.layer                  # all shapes; PEFT takes most of the time
@@ -10,7 +10,9 @@ table it prints is Markdown.
 
 PEFT computes on CUDA only. On the CPU the constant that says so is replaced, nothing else
 (`tests/core/peft_on_cpu.py`). "Paper" is the loop of the LoftQ repository (`utils.py`): the same
-bitsandbytes quantizer and a full SVD, without PEFT's diagonal matrices.
+bitsandbytes quantizer and a full SVD, without PEFT's diagonal matrices. "Plain" is ours with the
+same quantizer and as many iterations, and "loftq" the default of `loftq quantize`: absmax searched
+for, and iterations until they stop paying, whatever T the row has.
 """
 
 from __future__ import annotations
@@ -42,11 +44,14 @@ COLUMNS = (
     "T",
     "PEFT s",
     "paper s",
+    "plain s",
     "loftq s",
+    "PEFT ÷ plain",
     "PEFT ÷ loftq",
     "residual PEFT",
-    "residual loftq",
-    "loftq ÷ floor",
+    "plain",
+    "loftq",
+    "plain ÷ floor",
 )
 
 
@@ -99,10 +104,15 @@ def paper(W: Tensor, case: Case) -> float:
     return peft_on_cpu.relative_residual(W, Q, A, B)
 
 
-def ours(W: Tensor, case: Case) -> float:
-    """`loftq quantize`'s own function; its error is measured on what it returns."""
-    quantizer = Blockwise(BlockwiseFormat("nf4", 64))
+def plain(W: Tensor, case: Case) -> float:
+    """Ours with bitsandbytes' absmax and T iterations; the error is of what it returns."""
+    quantizer = Blockwise(BlockwiseFormat("nf4", 64)).plain()
     return initialize(W, quantizer, case.rank, iterations=case.iterations).error
+
+
+def default(W: Tensor, case: Case) -> float:
+    """`loftq quantize`'s own function, as it calls it by default."""
+    return initialize(W, Blockwise(BlockwiseFormat("nf4", 64)), case.rank).error
 
 
 def seconds_of(method: Method, W: Tensor, case: Case) -> tuple[float, float]:
@@ -152,7 +162,12 @@ def main() -> None:
     name = torch.cuda.get_device_name(device) if device != "cpu" else platform.processor()
     threads = torch.get_num_threads()
     print(f"{name or platform.machine()}, {threads} threads, torch {torch.__version__}\n")
-    methods: dict[str, Method] = {"PEFT": peft, "paper": paper, "loftq": ours}
+    methods: dict[str, Method] = {
+        "PEFT": peft,
+        "paper": paper,
+        "plain": plain,
+        "loftq": default,
+    }
     run(Case((256, 256), 16, 1), methods, device, 1)  # what is compiled or loaded once
 
     floor: Floor = measure_floor(device)
@@ -165,15 +180,19 @@ def main() -> None:
     chosen = cases(QUICK, [16], [1, 5]) if arguments.quick else cases(shapes, ranks, [1, 5])
     for case in chosen:
         found = run(case, methods, device, arguments.repeats)
-        (theirs, their_residual), (papers, _), (own, residual) = found.values()
+        seconds = [spent for spent, _ in found.values()]
+        residuals = [residual for _, residual in found.values()]
         floor_seconds = floor.seconds(case.shape, case.rank, case.iterations)
-        noise = ", noise" if case.spectrum == "noise" else ""
-        print(
-            f"| {case.shape[0]}×{case.shape[1]}{noise} | {case.rank} | {case.iterations} "
-            f"| {theirs:.3f} | {papers:.3f} | {own:.4f} | {theirs / own:.0f} "
-            f"| {their_residual:.5f} | {residual:.5f} | {own / floor_seconds:.1f} |",
-            flush=True,
-        )
+        cells = [
+            f"{case.shape[0]}×{case.shape[1]}{', noise' * (case.spectrum == 'noise')}",
+            str(case.rank),
+            str(case.iterations),
+            *(f"{spent:#.3g}" for spent in seconds),
+            *(f"{seconds[0] / spent:.0f}" for spent in seconds[2:]),
+            *(f"{residuals[number]:.5f}" for number in (0, 2, 3)),
+            f"{seconds[2] / floor_seconds:.1f}",
+        ]
+        print(f"| {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":
