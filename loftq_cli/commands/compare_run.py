@@ -14,6 +14,7 @@ from loftq_cli.commands.compare_plan import Asked, Texts
 from loftq_cli.commands.compare_verdict import Key, key, relative_to_qlora, verdict
 from loftq_cli.commands.run import Run
 from loftq_cli.console import Console, Progress
+from loftq_cli.errors import LoftqError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -113,6 +114,13 @@ class Bench:
 
         with self.run.timing("evaluate"):
             evaluation = evaluate(self.original.model, self.heldout, self.reference)
+        if not math.isfinite(evaluation.kl_divergence or 0.0):
+            raise LoftqError(
+                f"what {self.identity.id} predicts on {self.texts.evaluation} is no number",
+                cause=f"a weight is NaN or infinite, or activations overflow {self.dtype}",
+                hint="nothing can be measured against it: download the model again, or choose "
+                "another --dtype",
+            )
         tensors = open_checkpoint(self.directory).tensors.values()
         return schema.ComparedMethod(
             init="original",

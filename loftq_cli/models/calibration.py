@@ -89,10 +89,11 @@ class Calibration:
             self._run(self._blocks.stages[stage] if self._blocks.done == stage else [])
         found = self._sums[self._blocks.groups[module]]
         if found.broken:
+            dtype = str(self._model.dtype).removeprefix("torch.")
             raise LoftqError(
                 f"the inputs of {module} are NaN or infinite on the calibration text: "
                 f"{found.broken} of {found.tokens} tokens",
-                cause=f"a weight before it is broken, or activations overflow {self._model.dtype}",
+                cause=f"a weight before it is broken, or activations overflow {dtype}",
                 hint=f"look at the model's own output on this text, or {_NO_CALIBRATION}",
             )
         return found.mean
@@ -230,15 +231,7 @@ def _windows(
         )
     loaded = LoadedModel(model, tokenizer, None)
     windows = text_windows(loaded, read_text(text), str(text), most)
-    windows = windows[:, : _positions(model)]
-    rows = model.get_input_embeddings().weight.shape[0]
-    if (largest := int(windows.max())) >= rows:
-        raise CorruptCheckpoint(
-            f"the tokenizer in {directory} is not this model's",
-            cause=f"it has a token {largest}, and the model's embedding {rows} rows",
-            hint="download the model's own tokenizer files",
-        )
-    return windows
+    return windows[:, : _positions(model)]
 
 
 def _positions(model: Any) -> int | None:

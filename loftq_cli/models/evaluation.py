@@ -15,7 +15,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from loftq_cli.errors import UnsupportedModel
+from loftq_cli.errors import CorruptCheckpoint, UnsupportedModel
 from loftq_cli.models import texts
 from loftq_cli.models.generation import context_length
 
@@ -89,6 +89,7 @@ def text_windows(loaded: LoadedModel, text: str, name: str, limit: int | None = 
     Raises:
         UnsupportedModel: there is no tokenizer.
         InvalidSetting: the text does not fill one window.
+        CorruptCheckpoint: the tokenizer is another model's.
     """
     import torch
 
@@ -98,7 +99,15 @@ def text_windows(loaded: LoadedModel, text: str, name: str, limit: int | None = 
     beginning = _beginning(loaded.tokenizer)
     found = texts.windows(loaded.tokenizer, text, length - len(beginning), name, limit)
     first = torch.tensor(beginning, dtype=found.dtype).expand(len(found), len(beginning))
-    return torch.cat([first, found], dim=1)
+    windows = torch.cat([first, found], dim=1)
+    rows = loaded.model.get_input_embeddings().weight.shape[0]
+    if (largest := int(windows.max())) >= rows:
+        raise CorruptCheckpoint(
+            "the tokenizer is not this model's",
+            cause=f"it has a token {largest}, and the model's embedding {rows} rows",
+            hint="download the model's own tokenizer files",
+        )
+    return windows
 
 
 def _beginning(tokenizer: Any) -> list[int]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from loftq_cli.commands.compare_plan import DEMO_CALIBRATION, HELDOUT, Asked, methods, texts_of
@@ -243,6 +244,17 @@ def test_texts_and_models_that_cannot_be_used(
     config = (demo / "config.json").read_text().replace("GPT2LMHeadModel", "GPT2Model")
     (demo / "config.json").write_text(config)
     assert "GPT2Model does not predict the next token" in refused("compare", "-m", demo)
+
+
+def test_nothing_is_measured_against_a_broken_original(
+    refused: Refused, tiny: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(tiny, tmp_path / "broken")
+    weights = load_file(tiny / "model.safetensors")
+    weights["transformer.ln_f.weight"][0] = float("nan")
+    save_file(weights, tmp_path / "broken/model.safetensors", {"format": "pt"})
+    error = refused("compare", "-m", tmp_path / "broken", "--init", "qlora")
+    assert f"what {tmp_path / 'broken'} predicts on {HELDOUT} is no number" in error
 
 
 # --- the verdict --------------------------------------------------------------------------------

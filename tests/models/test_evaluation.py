@@ -16,7 +16,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from loftq_cli.errors import InvalidSetting, UnsupportedModel
+from loftq_cli.errors import CorruptCheckpoint, InvalidSetting, UnsupportedModel
 from loftq_cli.models import evaluation
 from loftq_cli.models.architecture import Architecture
 from loftq_cli.models.evaluation import Reference, evaluate, require_causal, text_windows
@@ -153,6 +153,14 @@ def test_a_text_that_fills_no_window() -> None:
         text_windows(LoadedModel(gpt2(0), Letters(), None), "abc", "hello")
     with pytest.raises(UnsupportedModel, match="no tokenizer"):
         text_windows(LoadedModel(gpt2(0), None, None), "abc", "hello")
+
+
+def test_the_tokenizer_of_another_model() -> None:
+    loaded = LoadedModel(gpt2(0, vocabulary=3), Letters(), None)
+    assert text_windows(loaded, "abc" * 20, "x").max() == 2
+    with pytest.raises(CorruptCheckpoint, match="the tokenizer is not this model's") as caught:
+        text_windows(loaded, "abd" * 20, "x")
+    assert caught.value.cause == "it has a token 3, and the model's embedding 3 rows"
 
 
 def test_only_causal_models() -> None:
