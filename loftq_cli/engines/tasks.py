@@ -228,7 +228,7 @@ def initialize(
         method,
         max(planned.rank, 1),
         iterations=settings.iterations if corrected else 0,
-        start="weight" if settings.init == "pissa" else "zero",
+        start="weight" if corrected and settings.init == "pissa" else "zero",
         svd="exact" if published else settings.svd,
         **common,
     )

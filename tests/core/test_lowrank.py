@@ -110,7 +110,9 @@ def test_randomized_leaves_hardly_more_than_exact(name: str, shape: tuple[int, i
     low_rank = truncated_svd(R, 12, method="randomized", generator=generator(), tolerance=1e-4)
     best = float(spectrum[12:].square().sum())
     left = R.matrix.double() - low_rank.dense().double()
-    assert float(left.square().sum()) == pytest.approx(R.energy - low_rank.energy, rel=1e-4)
+    # "steps" leaves so little of it that the rounding of float32 products is seen in the difference.
+    known = pytest.approx(R.energy - low_rank.energy, rel=1e-4, abs=1e-7 * R.energy)
+    assert float(left.square().sum()) == known
     assert best * (1 - 1e-5) < float(left.square().sum()) < best * 1.005
     eye = torch.eye(12)
     torch.testing.assert_close(low_rank.U.t() @ low_rank.U, eye, rtol=0, atol=1e-3)

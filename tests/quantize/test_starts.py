@@ -196,6 +196,26 @@ def test_the_first_blocks_in_more_bits(quantize: Callable[..., Path]) -> None:
     assert errors["transformer.h.0.mlp.c_fc"] < errors["transformer.h.1.mlp.c_fc"]
 
 
+@pytest.mark.parametrize(
+    "init",
+    ["loftq", "loftq-plain", "qlora", "lora", "pissa", "qera", "qera-diagonal", "calibrated"],
+)
+def test_layers_without_an_adapter_hold_their_weight(
+    init: str, quantize: Callable[..., Path], source: Path, loftq: Loftq
+) -> None:
+    """Nothing that they lost to a low rank would ever come back."""
+    out = quantize(init, "--target-modules", "c_attn")
+    document = results(out)
+    original = weights(AutoModelForCausalLM.from_pretrained(source))
+    held = reload(out).dequantized or original
+    assert len(document["without_adapter"]) == 6
+    for layer in document["without_adapter"]:
+        measured = relative_error(original[layer["name"]], held[layer["name"]])
+        assert measured == pytest.approx(layer["weight_error_relative"], abs=1e-5)
+    verified = loftq("verify", out, "--source", source)
+    assert verified.code == 0, verified.err
+
+
 def test_layers_without_an_adapter_are_calibrated_too(quantize: Callable[..., Path]) -> None:
     document = results(quantize("calibrated", "--target-modules", "c_attn"))
     assert len(document["layers"]) == 2
