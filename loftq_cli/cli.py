@@ -11,6 +11,7 @@ import importlib
 import os
 import signal
 import sys
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from types import FrameType
@@ -182,7 +183,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     console = Console()
     try:
-        with _sigterm_raises():
+        with _signals_raise():
             return _dispatch(arguments, console)
     except BaseException as error:
         # The traceback, if any is wanted, goes first: what helps stands last.
@@ -246,23 +247,42 @@ def _explain(error: BaseException, arguments: list[str], console: Console) -> in
     return 1
 
 
+# Seconds after which a signal that nobody heard is sent again.
+_A_MOMENT = 0.05
+
 # What the parser raises. The class has no public name of its own; its public child has.
 _PARSE_ERROR: Any = typer.BadParameter.__base__
 
 
 @contextmanager
-def _sigterm_raises() -> Iterator[None]:
-    """Turns the first SIGTERM into `Terminated`, so that staged files are cleaned up."""
+def _signals_raise() -> Iterator[None]:
+    """Turns the first SIGTERM into `Terminated`, so that staged files are cleaned up.
+
+    Python drops an exception that a signal's handler raises while an object is being collected.
+    The signal is then sent again, a moment later.
+    """
 
     def handle(number: int, frame: FrameType | None) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         raise Terminated
 
+    def heard(dropped: sys.UnraisableHookArgs) -> None:
+        if dropped.exc_type not in (KeyboardInterrupt, Terminated):
+            hook(dropped)
+            return
+        number = signal.SIGINT
+        if dropped.exc_type is Terminated:
+            number = signal.SIGTERM
+            signal.signal(number, handle)
+        threading.Timer(_A_MOMENT, os.kill, (os.getpid(), number)).start()
+
+    hook, sys.unraisablehook = sys.unraisablehook, heard
     before = signal.signal(signal.SIGTERM, handle)
     try:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+        sys.unraisablehook = hook
 
 
 def _flush() -> None:

@@ -15,7 +15,7 @@ from loftq_cli.engines.plan import CALIBRATED_INITS, UNCORRECTED_INITS, Init, Se
 from loftq_cli.errors import UsageError
 from loftq_cli.models.finetuning import LEARNING_RATE, Training
 from loftq_cli.models.spec import DEMO_DIRECTORY
-from loftq_cli.models.texts import require_different
+from loftq_cli.models.texts import is_same, require_different
 
 HELDOUT = DEMO_DIRECTORY / "heldout.txt"
 DEMO_CALIBRATION = DEMO_DIRECTORY / "calibration.txt"
@@ -95,7 +95,9 @@ def texts_of(
             )
     evaluation = evaluation or HELDOUT
     if calibration is None and model == "demo":
-        calibration = DEMO_CALIBRATION
+        taken = (evaluation, training)
+        if not any(text is not None and is_same(text, DEMO_CALIBRATION) for text in taken):
+            calibration = DEMO_CALIBRATION
     require_different(
         {"--text": evaluation, "--calibration-text": calibration, "--train-text": training}
     )
@@ -111,6 +113,7 @@ def methods(init: str | None, bits: str, ranks: str, asked: Asked, texts: Texts)
     wanted = _bits(bits)
     inits = _named(init, texts) if init is not None else _default(texts)
     every_rank = options.ranks(ranks)
+    _require_meaning(wanted, inits, asked, texts)
     plain = [_settings("lora", "4", rank, asked, texts) for rank in every_rank if "lora" in inits]
     quantizing = ["qlora", *(each for each in inits if each not in UNCORRECTED_INITS)]
     return plain + [
@@ -119,6 +122,24 @@ def methods(init: str | None, bits: str, ranks: str, asked: Asked, texts: Texts)
         # By default a start is left out where there is none; asked for, it is refused.
         if init is not None or number != "8" or each not in CALIBRATED_INITS
     ]
+
+
+def _require_meaning(bits: Sequence[str], inits: Sequence[str], asked: Asked, texts: Texts) -> None:
+    """Refuses options that would have no effect on any of the methods."""
+    form = (asked.quant_type, asked.block_size, asked.double_quant)
+    if set(bits) == {"8"} and form != ("nf4", 64, False):
+        raise UsageError("8 bits have no --quant-type, --block-size or --double-quant")
+    if asked.iterations != "auto" and not any(map(_alternates, inits)):
+        raise UsageError("--iterations has no effect on these starts", hint="--init loftq")
+    calibrated = set(bits) != {"8"} and any(each in CALIBRATED_INITS for each in inits)
+    if texts.calibration not in (None, DEMO_CALIBRATION) and not calibrated:
+        raise UsageError(
+            "--calibration-text has no effect on these starts", hint="--init calibrated"
+        )
+
+
+def _alternates(init: str) -> bool:
+    return init not in UNCORRECTED_INITS and not init.startswith("qera")
 
 
 def _bits(text: str) -> list[str]:
@@ -159,7 +180,6 @@ def _default(texts: Texts) -> Sequence[str]:
 def _settings(init: Init, bits: str, rank: int, asked: Asked, texts: Texts) -> Settings:
     """By the rules of `quantize`; what means nothing to a start is not said to it."""
     in_blocks = init != "lora" and bits != "8"
-    alternating = init not in UNCORRECTED_INITS and not init.startswith("qera")
     return settings_of(
         bits=None if init == "lora" else bits,
         init=init,
@@ -168,7 +188,7 @@ def _settings(init: Init, bits: str, rank: int, asked: Asked, texts: Texts) -> S
         double_quant=asked.double_quant and in_blocks,
         calibration_text=texts.calibration if init in CALIBRATED_INITS else None,
         rank=rank,
-        iterations=asked.iterations if alternating else "auto",
+        iterations=asked.iterations if _alternates(init) else "auto",
         lora_alpha=asked.lora_alpha,
         rslora=asked.rslora,
         target_modules=asked.target_modules,

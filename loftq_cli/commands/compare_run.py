@@ -14,7 +14,7 @@ from loftq_cli.commands.compare_plan import Asked, Texts
 from loftq_cli.commands.compare_verdict import Key, key, relative_to_qlora, verdict
 from loftq_cli.commands.run import Run
 from loftq_cli.console import Console, Progress
-from loftq_cli.errors import LoftqError
+from loftq_cli.errors import InvalidSetting, LoftqError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -85,6 +85,7 @@ class Bench:
     def compare(self, planned: Sequence[Settings]) -> schema.CompareResults:
         """The original and every planned method, with the verdict."""
         run = self.run
+        self._require_possible(planned)
         found: list[schema.ComparedMethod] = []
         losses: dict[Key, Sequence[float]] = {}
         with run.progress("comparing", len(planned) + 1) as progress:
@@ -103,10 +104,25 @@ class Bench:
         return schema.CompareResults(
             architecture=self.architecture.class_name,
             base_parameters=self.original.model.num_parameters(),
-            settings=self._settings(),
+            settings=self._settings(planned),
             methods=found,
             verdict=verdict(found, losses),
         )
+
+    def _require_possible(self, planned: Sequence[Settings]) -> None:
+        """Refuses what some method would be refused for, before the first is made."""
+        from loftq_cli.checkpoint.index import open_checkpoint
+        from loftq_cli.engines.plan import make_plan
+
+        tensors = [info for _, info in open_checkpoint(self.directory).tensors.values()]
+        inventory = self.architecture.inventory(tensors)
+        for settings in planned:
+            try:
+                make_plan(inventory, settings)
+            except InvalidSetting as error:
+                if error.hint:
+                    error.hint = error.hint.replace("--rank ", "--ranks ")
+                raise
 
     def _measure_original(self) -> schema.ComparedMethod:
         from loftq_cli.checkpoint.index import open_checkpoint
@@ -121,16 +137,18 @@ class Bench:
                 hint="nothing can be measured against it: download the model again, or choose "
                 "another --dtype",
             )
-        tensors = open_checkpoint(self.directory).tensors.values()
+        tensors = [info for _, info in open_checkpoint(self.directory).tensors.values()]
+        nbytes = sum(info.nbytes for info in tensors)
+        stored_bits = 8 * nbytes / sum(info.elements for info in tensors)
         return schema.ComparedMethod(
             init="original",
-            bits=16,
-            stored_bits=16,
+            bits=round(stored_bits),
+            stored_bits=stored_bits,
             rank=None,
             weight_error_relative=0.0,
             kl_divergence=evaluation.kl_divergence,
             perplexity=_finite(evaluation.perplexity),
-            backbone_bytes=sum(info.nbytes for _, info in tensors),
+            backbone_bytes=nbytes,
             adapter_bytes=0,
             trainable_parameters=0,
             seconds=0.0,
@@ -182,7 +200,7 @@ class Bench:
         )
 
     def _train(self, output: Path, name: str, progress: Progress) -> Trained | None:
-        from loftq_cli.models.finetuning import finetune
+        from loftq_cli.models.finetuning import TrainingDiverged, finetune
 
         schedule = self.texts.schedule(self.asked.seed)
         if schedule is None:
@@ -200,10 +218,13 @@ class Bench:
                 return finetune(
                     self._load(output).model, self.training, self.heldout, schedule, tell
                 )
+        except TrainingDiverged as error:
+            self.run.warn(f"{name}: {error.what}" + (f" ({error.hint})" if error.hint else ""))
+            return None
         finally:
             self.original.model.to(self.device)
 
-    def _settings(self) -> schema.CompareSettings:
+    def _settings(self, planned: Sequence[Settings]) -> schema.CompareSettings:
         from loftq_cli.commands.options import split_list
         from loftq_cli.models.finetuning import BATCH
 
@@ -213,7 +234,7 @@ class Bench:
         count, length = self.heldout.shape
         return schema.CompareSettings(
             text=evaluation,
-            calibration_text=calibration,
+            calibration_text=calibration if any(each.calibration for each in planned) else None,
             train_text=training,
             predicted_tokens=count * (length - 1),
             window_tokens=length,
@@ -273,10 +294,11 @@ def _method(
     evaluation: Evaluation,
     trained: Trained | None,
 ) -> schema.ComparedMethod:
+    assert totals.stored_bits is not None
     return schema.ComparedMethod(
         init=settings.init,
-        bits=settings.bits,
-        stored_bits=max(4, settings.bits),
+        bits=round(totals.stored_bits) if settings.bits == 16 else settings.bits,
+        stored_bits=totals.stored_bits,
         rank=settings.rank,
         weight_error_relative=totals.weight_error_relative,
         kl_divergence=_finite(evaluation.kl_divergence),

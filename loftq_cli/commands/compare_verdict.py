@@ -137,8 +137,9 @@ def _with_training(
     best = min(here, key=lambda each: _or_infinite(each.heldout_loss_after))
     qlora, lora = _find(here, "qlora", best), _find(methods, "lora", best, any_bits=True)
     assert qlora is not None
-    assert qlora.heldout_loss_after is not None
-    assert best.heldout_loss_after is not None
+    if qlora.heldout_loss_after is None or best.heldout_loss_after is None:
+        text = "Trained, nothing can be said: the training of QLoRA diverged."
+        return part.model_copy(update={"sentence": f"{part.sentence} {text}"})
     aside = ""
     if lora is not None and lora.heldout_loss_after is not None:
         aside = f"; 16-bit LoRA ends at {lora.heldout_loss_after:.4f}"

@@ -42,6 +42,10 @@ def results_of(
 ) -> schema.QuantizeResults:
     """The results; without outcomes those of a dry run, whose measured fields are null."""
     measured = {outcome.name: outcome for outcome in outcomes}
+    settings = plan.settings
+    # What the layers lose decides of these, and nobody has looked yet.
+    bits_open = not outcomes and settings.target_bits is not None
+    ranks_open = not outcomes and settings.rank_budget
     total_bytes = sum(info.nbytes for _, info in checkpoint.tensors.values())
 
     def share(tensor: str) -> tuple[int, float]:
@@ -54,11 +58,11 @@ def results_of(
         return schema.AdaptedLayer(
             name=planned.layer.module,
             shape=planned.shape,
-            bits=planned.bits,
-            rank=planned.rank,
+            bits=None if bits_open else planned.bits,
+            rank=None if ranks_open else planned.rank,
             stored_rank=planned.stored_rank if planned.padding else None,
             **_errors(outcome),
-            iterations=len(outcome.error_curve) if outcome else plan.settings.iterations or 0,
+            iterations=len(outcome.error_curve) if outcome else settings.iterations or 0,
             best_iteration=outcome.best_iteration if outcome else None,
             error_curve=outcome.error_curve if outcome else [],
             seconds=outcome.seconds if outcome else None,
@@ -71,7 +75,7 @@ def results_of(
         return schema.PlainLayer(
             name=planned.layer.module,
             shape=planned.shape,
-            bits=planned.bits,
+            bits=None if bits_open else planned.bits,
             reason="not among --target-modules",
             **_errors(measured.get(planned.layer.module)),
             bytes=nbytes,
@@ -79,6 +83,8 @@ def results_of(
         )
 
     stored_bits, information_bits = _bits_a_weight(plan)
+    if bits_open and settings.target_bits is not None:
+        information_bits = stored_bits - (settings.container_bits - settings.target_bits)
     return schema.QuantizeResults(
         output=output,
         dry_run=not outcomes,
@@ -88,7 +94,7 @@ def results_of(
             {last_part(each.layer.module) for each in plan.layers if each.layer.transposed}
         ),
         fingerprint=fingerprint,
-        settings=_settings(plan.settings, calibration),
+        settings=_settings(settings, calibration),
         layers=[adapted(planned) for planned in plan.layers if planned.adapted],
         without_adapter=[plain(planned) for planned in plan.layers if not planned.adapted],
         untouched=[

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loftq_cli.commands.run import Run
+from loftq_cli.errors import LoftqError
 
 if TYPE_CHECKING:
     from loftq_cli.commands.quantize_result import Report
@@ -44,7 +45,12 @@ def write_directory(
     from loftq_cli.engines.pipeline import Timings
     from loftq_cli.engines.plan import make_plan
     from loftq_cli.models.architecture import read_architecture
-    from loftq_cli.models.source import companions, read_config, refuse_quantized
+    from loftq_cli.models.source import (
+        companions,
+        read_config,
+        refuse_quantized,
+        tokenizer_files,
+    )
     from loftq_cli.models.spec import resolve_model
 
     # Before a model is downloaded for nothing; `Staging` looks again when it holds the lock.
@@ -75,7 +81,12 @@ def write_directory(
             )
         plan = make_plan(architecture.inventory(tensors), settings)
         memory = plan_memory_for(run, plan, limit)
-    fingerprint = output_files.fingerprint(checkpoint, config, settings, chosen.value)
+    seen_through = (
+        tokenizer_files(found.directory, with_code=trust_remote_code)
+        if settings.calibration
+        else []
+    )
+    fingerprint = output_files.fingerprint(checkpoint, config, settings, chosen.value, seen_through)
     if resume and (document := result.finished_run(output, fingerprint)) is not None:
         run.note(f"{output} is already complete")
         return document, found, chosen.value
@@ -181,6 +192,7 @@ def _calibration(
     """The inputs of the plan's layers on the calibration text; None for starts without one."""
     from loftq_cli import hardware
     from loftq_cli.models.calibration import open_calibration
+    from loftq_cli.report import units
 
     asked = plan.settings.calibration
     if text is None or asked is None:
@@ -195,6 +207,10 @@ def _calibration(
         max_memory_bytes=limit or hardware.memory_bytes(),
         most_tokens=asked.tokens,
     ) as calibration:
+        if calibration.text_sha256 != asked.sha256:
+            raise LoftqError(
+                f"{text} has changed since the run began", hint="run it again when it is complete"
+            )
         widest = max(planned.layer.in_features for planned in plan.layers)
         if calibration.tokens < widest:
             run.warn(
@@ -202,6 +218,12 @@ def _calibration(
                 f"{widest} inputs of the widest layer: more text would tell more"
             )
         yield calibration
+        if calibration.unseen:
+            run.warn(
+                f"no token of the calibration text reached "
+                f"{units.plural(len(calibration.unseen), 'layer')}, {min(calibration.unseen)} "
+                "among them: there the errors of weights were what counted"
+            )
 
 
 def plan_memory_for(run: Run, plan: Plan, limit: int | None) -> MemoryPlan:

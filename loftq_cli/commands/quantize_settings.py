@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 
 from loftq_cli.commands import options
@@ -126,6 +125,6 @@ def _calibration(init: Init, text: Path | None) -> CalibrationText | None:
             hint="add --calibration-text FILE: text like that the model was made for",
         )
     from loftq_cli.models.calibration import MOST_TOKENS
-    from loftq_cli.models.texts import read_text
+    from loftq_cli.models.texts import digest, read_text
 
-    return CalibrationText(hashlib.sha256(read_text(text).encode()).hexdigest(), MOST_TOKENS)
+    return CalibrationText(digest(read_text(text)), MOST_TOKENS)

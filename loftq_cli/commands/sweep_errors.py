@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,9 +38,7 @@ def measure_errors(
             )
         return measured, None
     from loftq_cli.models.calibration import open_calibration
-    from loftq_cli.models.texts import read_text
 
-    sha256 = hashlib.sha256(read_text(text).encode()).hexdigest()
     layers = {each.layer.module: each for each in planned}
     with (
         open_calibration(
@@ -63,7 +60,9 @@ def measure_errors(
             progress=progress,
             moments=inputs.moments,
         )
-        tokens = schema.Calibration(sha256=sha256, windows=inputs.windows, tokens=inputs.tokens)
+        tokens = schema.Calibration(
+            sha256=inputs.text_sha256, windows=inputs.windows, tokens=inputs.tokens
+        )
     return measured, tokens
 
 

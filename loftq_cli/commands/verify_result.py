@@ -77,6 +77,8 @@ def claims_of(report: Report) -> Claims:
         corrects=settings.init not in UNCORRECTED_INITS,
         task_type=results.task_type,
         auto_class=auto_class(results),
+        weight_error=results.totals.weight_error_relative,
+        calibrated=settings.calibration is not None,
         layers=_layers(results),
         files=[ClaimedFile(file.name, file.bytes, file.sha256) for file in results.files],
         source_files=frozenset(
@@ -102,9 +104,9 @@ def _layers(results: schema.QuantizeResults) -> list[ClaimedLayer]:
         ClaimedLayer(
             layer.name,
             layer.shape,
-            layer.bits,
-            layer.rank,
-            layer.stored_rank or layer.rank,
+            layer.bits or 0,
+            layer.rank or 0,
+            layer.stored_rank or layer.rank or 0,
             layer.weight_error_relative,
         )
         for layer in results.layers
@@ -114,7 +116,7 @@ def _layers(results: schema.QuantizeResults) -> list[ClaimedLayer]:
         ClaimedLayer(
             layer.name,
             layer.shape,
-            layer.bits,
+            layer.bits or 0,
             0,
             0,
             layer.quantized_only_error_relative

@@ -4,8 +4,8 @@ With G = E[x·xᵀ] over some text that runs through the model, the adapter and 
 
     E‖(W − Q − s·B·A)·x‖² = tr(R·G·Rᵀ)        R = W − Q − s·B·A
 
-- ``qera`` (arXiv 2410.06040, "exact"): Q is the plain quantization, and B·A the best there is for
-  it. ``qera-diagonal`` takes the inputs for uncorrelated.
+- ``qera`` (arXiv 2410.06040, "exact"): Q is quantized without it (with searched absmax), and B·A
+  the best there is for that. ``qera-diagonal`` takes the inputs for uncorrelated.
 - ``calibrated`` chooses the codes too. From L = the best low rank of W itself it takes turns:
 
       Q ← W − L rounded with error feedback (the first time) or improved code by code
@@ -232,9 +232,11 @@ def _first_rounding(
         by_block = quantize_blockwise(
             T, replace(fmt, double_quant=False), search=problem.quantizer.search
         )
-        rounding = feedback(T, U, grid, by_block.absmax.clamp_(max=grid.largest))
+        rounding = feedback(T, U, grid, by_block.absmax.clamp_(-grid.largest, grid.largest))
     if not fmt.double_quant:
         return rounding, None
+    # They are as good as they will be before they are rounded themselves.
+    rounding = descend(T, inputs.moments, rounding, grid, sweeps=_SWEEPS, free=True)
     kept = problem.stored(rounding, None)
     return feedback(T, U, grid, restore_absmax(kept) * problem.unit), kept
 

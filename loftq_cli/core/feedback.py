@@ -36,9 +36,9 @@ _COLUMNS = 64
 _PIECE = 1 << 22
 # Rows that take hardly longer than one.
 _PAYS = 256
-# Where the search for an absmax starts, as a share of the largest value, and how often it then
-# takes the best absmax for the codes and the codes for that. More of either ends no better, since
-# :func:`descend` follows.
+# Where the search for an absmax starts, as a share of the largest value and of either sign, and how
+# often it then takes the best absmax for the codes and the codes for that. More of either ends no
+# better, since :func:`descend` follows.
 _SHARES = (1.0, 0.9, 0.8, 0.65, 0.45)
 _ROUNDS = 1
 _SMALLEST = 1e-30
@@ -52,7 +52,7 @@ class Grid:
     midpoints: Tensor  # float32 (k − 1,)
     block_size: int
     shape: tuple[int, int]
-    largest: float  # what no absmax may exceed
+    largest: float  # what no absmax's magnitude may exceed
 
     @classmethod
     def of(cls, book: Codebook, fmt: BlockwiseFormat, W: Tensor, largest: float) -> "Grid":
@@ -70,6 +70,10 @@ class Grid:
         column = torch.arange(columns.start, columns.stop, device=absmax.device)
         scales = absmax[(row[None, :] * self.shape[1] + column[:, None]) // self.block_size]
         return scales.masked_fill_(scales == 0, _SMALLEST)
+
+    def usable(self, absmax: Tensor) -> Tensor:
+        """Which of these a block may have: of either sign, as in ``absmax.py``."""
+        return (absmax.abs() > _SMALLEST) & (absmax.abs() <= self.largest)
 
     def nearest(self, values: Tensor) -> Tensor:
         """Indices of the levels nearest to values of blocks whose absmax is 1."""
@@ -133,7 +137,7 @@ def _search(block: Tensor, weights: Tensor, grid: Grid) -> Tensor:
     peak = block.abs().amax(dim=0).clamp_(_SMALLEST, grid.largest)
     weights = weights[:, None]
     best, least = peak, torch.full_like(peak, torch.inf)
-    for share in _SHARES:
+    for share in (*_SHARES, *(-share for share in _SHARES)):
         absmax = peak * share
         for last in [False] * _ROUNDS + [True]:
             level = grid.levels[grid.nearest(block / absmax)]
@@ -144,9 +148,8 @@ def _search(block: Tensor, weights: Tensor, grid: Grid) -> Tensor:
             better = cost < least
             best, least = torch.where(better, absmax, best), torch.where(better, cost, least)
             if not last:
-                fits = (square > 0) & (cross > 0)
-                absmax = torch.where(fits, cross / square.clamp_min(_SMALLEST), absmax)
-                absmax.clamp_(_SMALLEST, grid.largest)
+                fitted = cross / square.clamp_min(_SMALLEST)
+                absmax = torch.where(grid.usable(fitted), fitted, absmax)
     return best
 
 
@@ -217,7 +220,7 @@ def _descend_block(
     square = (level * (G @ level)).sum(dim=0)
     step = (level * before.addmm_(G, moved, alpha=-1)).sum(dim=0) / square.clamp_min(_SMALLEST)
     absmax = scales[0] + step
-    fits = (square > 0) & (absmax > _SMALLEST) & (absmax <= grid.largest)
+    fits = (square > 0) & grid.usable(absmax)
     rest -= level * torch.where(fits, step, 0.0)
     return torch.where(fits, absmax, scales[0])
 

@@ -74,8 +74,9 @@ def spread_ranks(gains: Sequence[Sequence[float]], prices: Sequence[int], budget
 
     ``gains`` of each layer are those of its components, descending; every component costs the
     layer's price, and as many as are given are the most that it can get. Taken is whatever gains
-    most for its price, which no other choice of as many parameters beats; what no longer fits
-    makes room for what does. Of equals, the earlier layer gets more.
+    most for its price, and what no longer fits makes room for what does. Where all prices are the
+    same no other choice gains more; elsewhere one may, by less than the gain of one component. Of
+    equals, the earlier layer gets more.
     """
     ranks = [1] * len(gains)
     left = budget - sum(prices)

@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING
 from loftq_cli.checkpoint.index import Checkpoint
 from loftq_cli.checkpoint.tensors import load_tensor
 from loftq_cli.engines.placement import to_device, with_fallback
-from loftq_cli.engines.plan import Plan, PlannedLayer, Settings, block_number
+from loftq_cli.engines.plan import MOST_RANKS, Plan, PlannedLayer, Settings, block_number
 from loftq_cli.engines.tasks import Progress, layer_seed, quantizer
 from loftq_cli.errors import LoftqError
 
@@ -44,9 +44,6 @@ if TYPE_CHECKING:
 
 # What a target for the average may be made of.
 BITS = (2, 3, 4)
-# The largest rank of a layer, as a multiple of the one that is asked for: so many directions of
-# every residual are looked at. No layer of the demo would take more.
-MOST_RANKS = 4
 
 
 def allocate(

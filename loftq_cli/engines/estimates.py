@@ -35,6 +35,7 @@ from loftq_cli.checkpoint.safetensors import DTYPE_BITS
 from loftq_cli.core.sketches import PIECE, sketch_width, slab_columns, takes_exact
 from loftq_cli.engines.plan import (
     CALIBRATED_INITS,
+    MOST_RANKS,
     UNCORRECTED_INITS,
     Plan,
     PlannedLayer,
@@ -62,6 +63,8 @@ _ITERATIONS = 10
 # weight, and matrices of the moments' size.
 _SECONDS_CALIBRATED = 2.0e-10
 _CALIBRATED, _MOMENTS = 8, 8
+# Bytes a weight while its loss is measured: two float32 of the residual, and codes.
+_MEASURING = 9
 
 # Smaller layers are never streamed: as `core` has it, the compiled kernels are not used for them.
 _WORTH_STREAMING = 1 << 16
@@ -126,7 +129,34 @@ def largest_layer(plan: Plan, level: Level, machine: Machine) -> PlannedLayer | 
 
 
 def layer_bytes(plan: Plan, planned: PlannedLayer, level: Level, machine: Machine) -> int:
-    """Memory that working on this layer takes."""
+    """Memory that working on this layer takes, or measuring it before where that takes more."""
+    return max(
+        _working_bytes(plan, planned, level, machine), _measuring_bytes(planned, plan.settings)
+    )
+
+
+def _measuring_bytes(planned: PlannedLayer, settings: Settings) -> int:
+    """Memory of looking at what the layer loses (`core.losses`), which is never done by rows."""
+    if not settings.is_measured:
+        return 0
+    weights, in_features = planned.layer.parameters, planned.layer.in_features
+    stored = DTYPE_BITS[planned.layer.dtype] // 8
+    vectors = _VECTORS * 4 * sketch_width(_most_rank(planned, settings)) * sum(planned.shape)
+    inputs = 0
+    if settings.init in CALIBRATED_INITS:
+        inputs = 8 * weights + _MOMENTS * 4 * in_features**2  # W and W − Q as the inputs see them
+    copied = 1 + planned.layer.transposed
+    return weights * (copied * stored + _MEASURING) + vectors * settings.rank_budget + inputs
+
+
+def _most_rank(planned: PlannedLayer, settings: Settings) -> int:
+    """The rank that the layer may get."""
+    if not settings.rank_budget:
+        return planned.rank
+    return min(MOST_RANKS * planned.rank, *planned.shape)
+
+
+def _working_bytes(plan: Plan, planned: PlannedLayer, level: Level, machine: Machine) -> int:
     product_bytes = machine.product_bytes
     settings, layer = plan.settings, planned.layer
     weights, (out_features, in_features) = layer.parameters, planned.shape
@@ -134,7 +164,8 @@ def layer_bytes(plan: Plan, planned: PlannedLayer, level: Level, machine: Machin
     if planned.bits == 16:
         return 0  # copied
     exact = _takes_exact(planned, settings)
-    vectors = _VECTORS * 4 * sketch_width(planned.rank) if _alternates(planned, settings) else 0
+    rank = _most_rank(planned, settings)
+    vectors = _VECTORS * 4 * sketch_width(rank) if _alternates(planned, settings) else 0
     working = vectors * (out_features + in_features)
     # A piece as it is stored, in float32, its part of the low rank and of the residual.
     piece = min(max(PIECE, 16 * in_features), weights) * (stored + 4 + 2 * product_bytes)

@@ -162,9 +162,17 @@ def written_files(staging: Staging) -> list[WrittenFile]:
 
 
 def fingerprint(
-    checkpoint: Checkpoint, config: dict[str, Any], settings: Settings, device: str
+    checkpoint: Checkpoint,
+    config: dict[str, Any],
+    settings: Settings,
+    device: str,
+    tokenizer: Sequence[Path] = (),
 ) -> dict[str, Any]:
-    """What decides the bytes of the result: two runs with the same one can share their work."""
+    """What decides the bytes of the result: two runs with the same one can share their work.
+
+    ``tokenizer`` are the files that say which tokens a calibration text has.
+    """
+    files = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in tokenizer}
     return {
         "loftq": __version__,
         "source": {
@@ -173,6 +181,7 @@ def fingerprint(
         },
         "config_sha256": hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest(),
         "settings": settings.as_dict(),
+        **({"tokenizer_sha256": files} if files else {}),
         "device": device.partition(":")[0],
     }
 

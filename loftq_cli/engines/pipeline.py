@@ -21,6 +21,8 @@ Chunk = tuple[str, memoryview | bytes]
 
 # Finished chunks that may wait for the disk; each is at most one layer's codes.
 _WAITING = 4
+# Seconds between two looks at whether there is room again.
+_PAUSE = 0.002
 
 
 class Timings:
@@ -72,7 +74,9 @@ def write_behind(
 
     Whatever ends the feeding, an error or Ctrl-C, also ends the file: nothing of it is left.
     """
-    waiting: queue.Queue[Chunk | BaseException | None] = queue.Queue(_WAITING)
+    # Ctrl-C may come in the middle of handing over. A `queue.Queue` would then stay locked, and
+    # the writer wait for ever for what comes next; this one has no lock that Python code holds.
+    waiting: queue.SimpleQueue[Chunk | BaseException | None] = queue.SimpleQueue()
 
     def arriving() -> Iterator[Chunk]:
         while (chunk := waiting.get()) is not None:
@@ -87,12 +91,9 @@ def write_behind(
 
         def hand_over(chunk: Chunk | BaseException | None) -> None:
             """Waits for room, but not for a writer that has given up."""
-            while not written.done():
-                try:
-                    waiting.put(chunk, timeout=0.2)
-                    return
-                except queue.Full:
-                    continue
+            while waiting.qsize() >= _WAITING and not written.done():
+                time.sleep(_PAUSE)
+            waiting.put(chunk)
 
         try:
             for chunk in chunks:
@@ -101,6 +102,6 @@ def write_behind(
                     break  # it failed: its error is raised below
             hand_over(None)
         except BaseException as error:
-            hand_over(error)
+            waiting.put(error)
             raise
         return written.result()

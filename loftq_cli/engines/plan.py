@@ -29,6 +29,9 @@ CALIBRATED_INITS = ("qera", "qera-diagonal", "calibrated")
 UNCORRECTED_INITS = ("qlora", "lora")
 # Beyond these, float32 adapters lose the correction; nobody trains there.
 SCALINGS = (1e-6, 1e6)
+# The largest rank of a layer with --rank-budget, as a multiple of the one asked for: so many
+# directions of every residual are looked at. No layer of the demo would take more.
+MOST_RANKS = 4
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 
@@ -247,6 +250,8 @@ def make_plan(inventory: Inventory, settings: Settings) -> Plan:
             )
     if settings.container_bits == 4:
         _require_whole_blocks(inventory.layers, settings.block_size)
+    if settings.leading is not None:
+        _require_others(inventory.layers, *settings.leading, settings.bits)
     return Plan(settings, tuple(_tasks(entries, settings)))
 
 
@@ -261,6 +266,18 @@ def _bits_of(module: str, settings: Settings) -> int:
     blocks, bits = settings.leading
     number = block_number(module)
     return bits if number is not None and number < blocks else settings.bits
+
+
+def _require_others(layers: Sequence[LinearLayer], blocks: int, bits: int, others: int) -> None:
+    """Refuses so many first blocks that none, or nothing but them, would be left."""
+    numbers = {block_number(layer.module) for layer in layers} - {None}
+    if bits == others or not 0 < blocks < len(numbers):
+        most = f"{bits}x{len(numbers) - 1},{others}"
+        raise InvalidSetting(
+            f"--bits {bits}x{blocks},{others} makes no difference between the layers",
+            cause=f"the model has {len(numbers)} blocks",
+            hint=f"--bits {most}" if len(numbers) > 1 else f"--bits {bits}",
+        )
 
 
 def _require_whole_blocks(layers: Sequence[LinearLayer], block_size: int) -> None:

@@ -139,9 +139,11 @@ class RunningTask:
         def fall_back() -> None:
             self.warn(f"{layer.tensor} does not fit on {self.device}: computed on the CPU")
 
+        moments = None if self.moments is None else self.moments(layer.module)
+
         def work(W: torch.Tensor) -> LoftqResult:
-            moments = None if self.moments is None else self.moments(layer.module).to(W.device)
-            return initialize(W, planned, self.settings, moments)
+            seen = None if moments is None else moments.to(W.device)
+            return initialize(W, planned, self.settings, seen)
 
         try:
             result = with_fallback(work, W, self.device, fall_back)

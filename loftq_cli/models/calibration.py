@@ -21,7 +21,7 @@ from loftq_cli.models.blocks import Blocks, watched
 from loftq_cli.models.evaluation import text_windows
 from loftq_cli.models.loading import LoadedModel, load_tokenizer, stored_dtype
 from loftq_cli.models.source import read_config
-from loftq_cli.models.texts import read_text
+from loftq_cli.models.texts import digest, read_text
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,13 +44,22 @@ class Calibration:
     Attributes:
         order: the modules, those of one block together, block after block as they run. Asked for
             in this order, every block runs once.
+        text_sha256: what the text is known by.
         windows: windows of the text that are run, and their ``window_length`` in tokens.
         blockwise: whether the moments of one block at a time are held, or those of all modules.
         unseen: modules, of blocks that had their turn, which no token reached (experts that were
             never chosen): their moments are zero.
     """
 
-    def __init__(self, model: Any, windows: Tensor, modules: Sequence[str], device: str) -> None:
+    def __init__(
+        self,
+        model: Any,
+        windows: Tensor,
+        modules: Sequence[str],
+        device: str,
+        text_sha256: str = "",
+    ) -> None:
+        self.text_sha256 = text_sha256
         self.windows = int(windows.shape[0])
         self.window_length = int(windows.shape[1])
         batches = windows.split(max(1, _BATCH_TOKENS // self.window_length))
@@ -91,7 +100,8 @@ class Calibration:
         if found.broken:
             dtype = str(self._model.dtype).removeprefix("torch.")
             raise LoftqError(
-                f"the inputs of {module} are NaN or infinite on the calibration text: "
+                f"the inputs of {module} are NaN, infinite or too large to be squared on the "
+                "calibration text: "
                 f"{found.broken} of {found.tokens} tokens",
                 cause=f"a weight before it is broken, or activations overflow {dtype}",
                 hint=f"look at the model's own output on this text, or {_NO_CALIBRATION}",
@@ -203,17 +213,23 @@ def open_calibration(
     config = read_config(directory)
     open_checkpoint(directory)  # its errors name the file; the libraries' often do not
     architecture = read_architecture(directory, config, trust_remote_code=trust_remote_code)
-    windows = _windows(directory, architecture, text, trust_remote_code, most_tokens)
+    content = read_text(text)
+    windows = _windows(directory, architecture, content, str(text), trust_remote_code, most_tokens)
     dtype = stored_dtype(config) or "float32"
     if dtype == "float16" and device == "cpu":
         dtype = "float32"  # half-precision kernels on the CPU are missing for some operations
     with tempfile.TemporaryDirectory(prefix="loftq-") as scratch:
         model = _load(directory, architecture, dtype, device, max_memory_bytes, scratch)
-        yield Calibration(model, windows, modules, device)
+        yield Calibration(model, windows, modules, device, digest(content))
 
 
 def _windows(
-    directory: Path, architecture: Architecture, text: Path, trust_remote_code: bool, most: int
+    directory: Path,
+    architecture: Architecture,
+    text: str,
+    name: str,
+    trust_remote_code: bool,
+    most: int,
 ) -> Tensor:
     model = architecture.model
     if model.main_input_name != "input_ids":
@@ -230,7 +246,7 @@ def _windows(
             hint=f"put the model's tokenizer files there, or {_NO_CALIBRATION}",
         )
     loaded = LoadedModel(model, tokenizer, None)
-    windows = text_windows(loaded, read_text(text), str(text), most)
+    windows = text_windows(loaded, text, name, most)
     return windows[:, : _positions(model)]
 
 

@@ -97,6 +97,10 @@ def text_windows(loaded: LoadedModel, text: str, name: str, limit: int | None = 
         raise UnsupportedModel("this model has no tokenizer", cause="there is no tokenizer.json")
     length = min(texts.window_length(context_length(loaded.model)), LONGEST_WINDOW)
     beginning = _beginning(loaded.tokenizer)
+    if length < 2:
+        raise UnsupportedModel(
+            "this model reads one token at a time", cause="so nothing of a text is predicted"
+        )
     found = texts.windows(loaded.tokenizer, text, length - len(beginning), name, limit)
     first = torch.tensor(beginning, dtype=found.dtype).expand(len(found), len(beginning))
     windows = torch.cat([first, found], dim=1)

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from loftq_cli.errors import InvalidSetting
+from loftq_cli.errors import LoftqError
 from loftq_cli.models.evaluation import Evaluation, evaluate
 
 if TYPE_CHECKING:
@@ -29,6 +29,10 @@ _POINTS = 20
 _LOOKS = 2
 
 
+class TrainingDiverged(LoftqError):
+    """The loss is no number any more."""
+
+
 @dataclass(frozen=True)
 class Training:
     """How every start is trained."""
@@ -39,7 +43,9 @@ class Training:
 
     @property
     def warmup_steps(self) -> int:
-        return max(1, round(WARMUP_SHARE * self.steps))
+        """Of the first of them the Trainer takes none: its rate is zero."""
+        steps = int(WARMUP_SHARE * self.steps)
+        return steps if steps > 1 else 0
 
 
 @dataclass(frozen=True)
@@ -79,7 +85,7 @@ def finetune(
         tell: given the number of steps that are done.
 
     Raises:
-        InvalidSetting: the loss is no number any more.
+        TrainingDiverged: the loss is no number any more.
     """
     from transformers import Trainer, TrainerCallback, TrainingArguments
     from transformers.trainer_callback import PrinterCallback, ProgressCallback
@@ -102,6 +108,8 @@ def finetune(
 
     began = time.perf_counter()
     before = evaluate(model, heldout)
+    if not math.isfinite(before.loss):
+        raise TrainingDiverged("there is nothing to train: what it predicts is no number already")
     with tempfile.TemporaryDirectory(prefix="loftq-training-") as output:
         arguments = TrainingArguments(
             output_dir=output,
@@ -140,7 +148,7 @@ def finetune(
     )
     after = seen[training.steps]
     if not math.isfinite(after.loss):
-        raise InvalidSetting(
+        raise TrainingDiverged(
             "training diverged: the loss is no number any more",
             cause=f"after {training.steps} steps at a learning rate of {training.learning_rate:g}",
             hint=f"--learning-rate {training.learning_rate / 4:g}",

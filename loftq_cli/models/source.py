@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,7 @@ REPORT_FILE = "loftq_report.json"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 # Tokenizer, processor, generation settings; and licences, which copies of weights must carry on.
-COMPANIONS = (
-    "generation_config.json",
+_TOKENIZER = (
     "tokenizer*",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -24,6 +24,10 @@ COMPANIONS = (
     "merges.txt",
     "*.model",
     "*.tiktoken",
+)
+COMPANIONS = (
+    *_TOKENIZER,
+    "generation_config.json",
     "*.jinja",
     "chat_template*",
     "preprocessor_config.json",
@@ -123,7 +127,16 @@ def refuse_quantized(directory: Path, config: dict[str, Any]) -> None:
 
 def companions(directory: Path, *, with_code: bool) -> list[Path]:
     """The files that are copied beside the weights, by name; Python files only if asked for."""
-    patterns = [*COMPANIONS, *(["*.py"] if with_code else [])]
+    return _matching(directory, COMPANIONS, with_code=with_code)
+
+
+def tokenizer_files(directory: Path, *, with_code: bool) -> list[Path]:
+    """Those of them that decide which tokens a text has."""
+    return _matching(directory, _TOKENIZER, with_code=with_code)
+
+
+def _matching(directory: Path, patterns: Sequence[str], *, with_code: bool) -> list[Path]:
+    patterns = [*patterns, *(["*.py"] if with_code else [])]
     found = {path for pattern in patterns for path in directory.glob(pattern) if path.is_file()}
     unwanted = no_companions(with_code=with_code)
     return sorted(path for path in found if path.suffix not in unwanted)

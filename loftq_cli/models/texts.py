@@ -6,6 +6,7 @@ on proves nothing.
 
 from __future__ import annotations
 
+import hashlib
 import stat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,7 +42,7 @@ def read_text(path: Path) -> str:
             raise InvalidSetting(
                 f"{path} is larger than {megabytes} MB",
                 cause="it is tokenized whole, and a small part of it does as well",
-                hint=f"head -c {megabytes}MB {path} | iconv -c -t utf-8 > text.txt",
+                hint=f"head -c {megabytes}MB {path} | iconv -c -f utf-8 -t utf-8 > text.txt",
             )
         text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
@@ -50,13 +51,18 @@ def read_text(path: Path) -> str:
         raise InvalidSetting(
             f"{path} is not a text file",
             cause=f"byte {error.start} is not UTF-8",
-            hint=f"iconv -t utf-8 {path} > text.txt",
+            hint=f"iconv -c -f utf-8 -t utf-8 {path} > text.txt, or -f with its own encoding",
         ) from None
     if not text.strip():
         raise InvalidSetting(f"{path} is empty", hint="a few hundred kilobytes of text do well")
     if "\0" in text:
         raise InvalidSetting(f"{path} is not a text file", cause="it has zero bytes in it")
     return text
+
+
+def digest(text: str) -> str:
+    """What a text that was read is known by."""
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def require_different(texts: dict[str, Path | None]) -> None:
@@ -68,7 +74,7 @@ def require_different(texts: dict[str, Path | None]) -> None:
     given = [(option, path) for option, path in texts.items() if path is not None]
     for number, (option, path) in enumerate(given):
         for other, earlier in given[:number]:
-            if _same(path, earlier):
+            if is_same(path, earlier):
                 raise UsageError(
                     f"{other} and {option} are the same text",
                     cause="what a model was fitted to cannot say how good it is",
@@ -76,12 +82,12 @@ def require_different(texts: dict[str, Path | None]) -> None:
                 )
 
 
-def _same(one: Path, two: Path) -> bool:
+def is_same(one: Path, two: Path) -> bool:
+    """Whether both are the same text."""
     try:
-        if one.samefile(two):
-            return True
-        return one.stat().st_size == two.stat().st_size and one.read_bytes() == two.read_bytes()
-    except OSError:
+        # As they are read: line ends and a byte-order mark make no other text of one.
+        return one.samefile(two) or read_text(one) == read_text(two)
+    except (OSError, LoftqError):
         return False  # whoever reads it says so
 
 

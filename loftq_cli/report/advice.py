@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ from loftq_cli.report import units
 from loftq_cli.report.formats import error_changes
 from loftq_cli.report.remarks import figures, remark
 from loftq_cli.schema import (
+    BitsVerdict,
     CheckResults,
     CompareResults,
     Document,
@@ -206,11 +208,34 @@ def _compare(document: Document[CompareResults]) -> Iterator[str]:
     model = "MODEL" if document.model is None else document.model.id
     for best in document.results.verdict.bits:
         if best.gain:
-            text = " --calibration-text FILE" if best.init in _CALIBRATED else ""
-            yield (
-                f"loftq quantize --model {model} --bits {best.bits} --rank {best.rank} "
-                f"--init {best.init}{text} --output OUT"
-            )
+            line = f"loftq quantize --model {model} --bits {best.bits} --rank {best.rank}"
+            options = [line, f"--init {best.init}", *_as_compared(document.results, best)]
+            yield " ".join([*options, "--output OUT"])
+
+
+def _as_compared(results: CompareResults, best: BitsVerdict) -> Iterator[str]:
+    """The options of `quantize` that make the start what it was when it was measured."""
+    settings = results.settings
+    if best.init in _CALIBRATED:
+        text = settings.calibration_text
+        yield f"--calibration-text {'FILE' if text in (None, 'built-in') else shlex.quote(text)}"
+    if best.bits != 8:
+        if settings.quant_type != "nf4":
+            yield f"--quant-type {settings.quant_type}"
+        if settings.block_size != 64:
+            yield f"--block-size {settings.block_size}"
+        if settings.double_quant:
+            yield "--double-quant"
+    if settings.iterations != "auto" and not best.init.startswith("qera"):
+        yield f"--iterations {settings.iterations}"
+    if settings.lora_alpha is not None:
+        yield f"--lora-alpha {settings.lora_alpha:g}"
+    if settings.rslora:
+        yield "--rslora"
+    if settings.target_modules != ["all-linear"]:
+        yield f"--target-modules {shlex.quote(','.join(settings.target_modules))}"
+    if settings.seed:
+        yield f"--seed {settings.seed}"
 
 
 def _targets(document: Document[TargetsResults]) -> Iterator[str]:

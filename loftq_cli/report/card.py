@@ -92,7 +92,7 @@ def card(document: Document[QuantizeResults]) -> str:
     ]
     if results.settings.bits == 8:
         parts.insert(3, _INT8)
-    if any(layer.bits < 4 for layer in all_layers(results)):
+    if any((layer.bits or 4) < 4 for layer in all_layers(results)):
         parts.insert(3, _FEWER_BITS)
     return "\n\n".join(parts) + "\n"
 

@@ -112,9 +112,7 @@ def _table(title: str, columns: list[Column], methods: list[ComparedMethod]) -> 
 
 
 def _bits(method: ComparedMethod) -> str:
-    if method.bits == method.stored_bits:
-        return str(method.bits)
-    return f"{method.bits} in {method.stored_bits}"
+    return f"{method.bits} in 4" if method.bits < 4 else str(method.bits)
 
 
 _NAME = [Column("init", "start", "name"), Column("bits", "bits"), Column("rank", "rank")]

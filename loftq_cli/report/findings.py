@@ -132,13 +132,13 @@ def _error_change(
 def _spread(results: QuantizeResults) -> Iterator[str]:
     """Where bits and ranks went, if that was measured first."""
     layers = all_layers(results)
-    counts = Counter(layer.bits for layer in layers)
+    counts = Counter(layer.bits for layer in layers if layer.bits is not None)
     if len(counts) > 1:
         each = ", ".join(f"{bits} bits in {counts[bits]}" for bits in sorted(counts, reverse=True))
         yield f"of {units.plural(len(layers), 'layer')}: {each}"
     low, high = rank_range(results)
     if low < high:
-        most = max(results.layers, key=lambda layer: layer.rank)
+        most = max(results.layers, key=lambda layer: layer.rank or 0)
         yield f"ranks go from {low} to {high}, the highest in {most.name}"
 
 

@@ -39,7 +39,8 @@ def number_type(results: QuantizeResults) -> str:
     counts: dict[int, int] = {}
     for layer in all_layers(results):
         out_features, in_features = layer.shape
-        counts[layer.bits] = counts.get(layer.bits, 0) + out_features * in_features
+        bits = layer.bits or settings.bits
+        counts[bits] = counts.get(bits, 0) + out_features * in_features
     kinds = "/".join(f"{name}{bits}" for bits in sorted(counts, reverse=True))
     if len(counts) < 2:
         return kinds or f"{name}{settings.bits}"
@@ -50,11 +51,8 @@ def number_type(results: QuantizeResults) -> str:
 def bits_a_weight(results: QuantizeResults) -> str | None:
     """Information against storage, scales included; None where nothing is quantized."""
     stored, information = results.totals.stored_bits, results.totals.information_bits
-    settings = results.settings
-    if stored is None or information is None or settings.bits == 16:
+    if stored is None or information is None or results.settings.bits == 16:
         return None
-    if results.dry_run and settings.target_bits is not None:
-        information = stored - (4 - settings.target_bits)
     if information == stored:
         return f"{units.plain(stored)} bits a weight, scales included"
     return (
@@ -77,7 +75,8 @@ def adapter_of(results: QuantizeResults) -> str:
 
 def rank_range(results: QuantizeResults) -> tuple[int, int]:
     """The smallest and the largest rank of a correction."""
-    ranks = [layer.rank for layer in results.layers] or [results.settings.rank]
+    ranks = [layer.rank or results.settings.rank for layer in results.layers]
+    ranks = ranks or [results.settings.rank]
     return min(ranks), max(ranks)
 
 
@@ -93,7 +92,7 @@ def ranks_differ(results: QuantizeResults) -> bool:
 
 
 def stored_rank(layer: AdaptedLayer) -> int:
-    return layer.stored_rank or layer.rank
+    return layer.stored_rank or layer.rank or 0
 
 
 def error_changes(results: QuantizeResults) -> list[tuple[str, float, float]]:

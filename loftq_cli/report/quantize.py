@@ -128,8 +128,10 @@ def _by_kind(results: QuantizeResults, what: str | None) -> Table:
     return Table(title, columns, rows)
 
 
-def _range(ranks: Iterable[int]) -> int | str:
-    found = set(ranks)
+def _range(ranks: Iterable[int | None]) -> int | str | None:
+    found = {rank for rank in ranks if rank is not None}
+    if not found:
+        return None
     return found.pop() if len(found) == 1 else f"{min(found)} to {max(found)}"
 
 

@@ -38,16 +38,17 @@ class LossPoint(Model):
 class ComparedMethod(Model):
     """One start: "original" is the model itself, and "lora" its 16-bit weights with an adapter.
 
-    `bits` is what a weight can say, `stored_bits` what it takes in the files. What is relative to
-    QLoRA is so at the same bits and rank, and null where there is none: `error_removed` is the
-    share of QLoRA's weight error that is gone, `kl_gain` is QLoRA's KL divergence over this one.
-    `seconds` are those of making the files. KL, perplexity and losses are in nats a token of held-
-    out text, and null where they are no finite number.
+    `bits` is what a weight's code can say, `stored_bits` what it takes in the files, scales
+    included (of "original" the mean of all its tensors). What is relative to QLoRA is so at the
+    same bits and rank, and null where there is none: `error_removed` is the share of QLoRA's weight
+    error that is gone, `kl_gain` is QLoRA's KL divergence over this one. `seconds` are those of
+    making the files. KL, perplexity and losses are in nats a token of held-out text, and null where
+    they are no finite number; losses also where there was no training, or it diverged.
     """
 
     init: str
     bits: int
-    stored_bits: int
+    stored_bits: float
     rank: int | None
     weight_error_relative: float | None
     error_removed: float | None = None

@@ -37,7 +37,8 @@ class QuantizeSettings(Model):
 
 
 class AdaptedLayer(Model):
-    """One layer that has an adapter. What is measured is null in a dry run.
+    """One layer that has an adapter. What is measured is null in a dry run, and so is what follows
+    from that: `bits` with --target-bits, `rank` with --rank-budget.
 
     `bits` is what a code tells, whatever it takes in the file; the errors of outputs are of the
     calibration's inputs and null without one. `stored_rank` counts the padding of --uniform-rank.
@@ -45,8 +46,8 @@ class AdaptedLayer(Model):
 
     name: str
     shape: tuple[int, int]
-    bits: int
-    rank: int
+    bits: int | None
+    rank: int | None
     stored_rank: int | None = None
     weight_error_relative: float | None = None
     quantized_only_error_relative: float | None = None
@@ -61,11 +62,11 @@ class AdaptedLayer(Model):
 
 
 class PlainLayer(Model):
-    """One layer that is quantized and gets no adapter."""
+    """One layer that is quantized and gets no adapter; what is null in a dry run is so here too."""
 
     name: str
     shape: tuple[int, int]
-    bits: int
+    bits: int | None
     reason: str
     weight_error_relative: float | None = None  # of its codes as they are stored
     quantized_only_error_relative: float | None = None

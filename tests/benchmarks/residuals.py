@@ -44,7 +44,8 @@ def main() -> None:
         W = (W.T if layer.transposed else W).contiguous()
         Q, A, B = peft_on_cpu.loftq_init(W, 4, arguments.rank, ITERATIONS)
         found = [peft_on_cpu.relative_residual(W, Q, A, B)]
-        found += [initialize(W, quantizer, arguments.rank, start=at).error for at in STARTS.values()]
+        for start in STARTS.values():
+            found.append(initialize(W, quantizer, arguments.rank, start=start).error)
         kind = ".".join(part for part in layer.module.split(".") if not part.isdigit())
         residuals[kind, layer.out_features, layer.in_features].append(found)
 

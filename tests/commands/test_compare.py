@@ -92,15 +92,18 @@ def trained(
 
 def test_the_methods(trained: Results) -> None:
     found = trained["results"]["methods"]
-    assert [(each["init"], each["bits"], each["stored_bits"], each["rank"]) for each in found] == [
-        ("original", 16, 16, None),
-        ("lora", 16, 16, 4),
-        ("qlora", 4, 4, 4),
-        ("loftq", 4, 4, 4),
-        ("qlora", 2, 4, 4),
-        ("loftq", 2, 4, 4),
+    assert [(each["init"], each["bits"], each["rank"]) for each in found] == [
+        ("original", 32, None),
+        ("lora", 32, 4),
+        ("qlora", 4, 4),
+        ("loftq", 4, 4),
+        ("qlora", 2, 4),
+        ("loftq", 2, 4),
     ]
     original, lora, *quantized = found
+    assert original["stored_bits"] == lora["stored_bits"] == 32
+    for each in quantized:  # a code and its share of a float32 scale, and the table of levels
+        assert 4.5 < each["stored_bits"] < 4.7
     assert original["kl_divergence"] == 0
     assert lora["kl_divergence"] == pytest.approx(0, abs=1e-9)
     assert lora["perplexity"] == pytest.approx(original["perplexity"])
@@ -168,10 +171,7 @@ def test_in_every_form(loftq: Loftq, tiny: Path) -> None:
     assert "note: evaluated on Python code" in done.err
     done = loftq("compare", "-m", tiny, "--init", "qlora", "--ranks", 2, "--bits", "3")
     rows = list(csv.DictReader(done.out.splitlines(), delimiter="\t"))
-    assert [(row["init"], row["bits"], row["stored_bits"]) for row in rows] == [
-        ("original", "16", "16"),
-        ("qlora", "3", "4"),
-    ]
+    assert [(row["init"], row["bits"]) for row in rows] == [("original", "32"), ("qlora", "3")]
 
 
 # --- what is planned ----------------------------------------------------------------------------
@@ -217,7 +217,11 @@ def test_qlora_is_always_there() -> None:
         ("--learning-rate 0.1", "no effect here", "--train-steps 100"),
         ("--train-steps 3 --train-text x --learning-rate 0", "not above 0", "0.0004"),
         ("--bits 2 --quant-type fp4", "fp4 has 4 bits only", "nf4"),
-        (f"--text {DEMO_CALIBRATION}", "are the same text", "another file"),
+        (f"--text {HELDOUT} --calibration-text {HELDOUT}", "are the same text", "another file"),
+        (f"--init loftq --calibration-text {__file__}", "has no effect", "--init calibrated"),
+        ("--init qlora --iterations 5", "--iterations has no effect", "--init loftq"),
+        ("--bits 8 --init loftq --double-quant", "8 bits have no", ""),
+        (f"--text {DEMO_CALIBRATION} --init qera", "has to see what", "--calibration-text FILE"),
         (f"--train-steps 1 --train-text {HELDOUT}", "are the same text", "another file"),
     ],
 )
@@ -227,10 +231,46 @@ def test_lines_that_mean_nothing(refused: Refused, line: str, says: str, hint: s
     assert hint in error
 
 
-def test_a_copy_of_a_text_is_the_same_text(refused: Refused, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda text: text,
+        lambda text: "\ufeff" + text,
+        lambda text: text.replace("\n", "\r\n"),
+    ],
+    ids=["copied", "with a byte-order mark", "with other line ends"],
+)
+def test_a_copy_of_a_text_is_the_same_text(
+    change: Callable[[str], str], refused: Refused, tmp_path: Path
+) -> None:
     copy = tmp_path / "copy.txt"
-    shutil.copy(HELDOUT, copy)
+    copy.write_bytes(change(HELDOUT.read_text("utf-8")).encode())
     assert "the same text" in refused("compare", "--calibration-text", copy, code=2)
+
+
+def test_a_method_that_cannot_be_is_refused_before_the_first_is_made(
+    refused: Refused, tiny: Path
+) -> None:
+    error = refused("compare", "-m", tiny, "--init", "loftq", "--ranks", "4,65")
+    assert "rank 65 is too large" in error
+    assert "hint: --ranks 64" in error
+    assert "comparing: 2/" not in error
+
+
+def test_training_that_diverges_does_not_end_the_comparison(
+    loftq: Loftq, tiny: Path, other_text: Path
+) -> None:
+    import json
+
+    done = loftq(
+        "compare", "-m", tiny, "--init", "loftq", "--ranks", 4, "--train-steps", 2,
+        "--train-text", other_text, "--learning-rate", 1e30, "--json",
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    assert "warning: loftq, 4 bits, rank 4: training diverged" in done.err
+    results = json.loads(done.out)["results"]
+    assert [each["heldout_loss_after"] for each in results["methods"]] == [None] * 3
+    assert results["methods"][2]["kl_divergence"] > 0
 
 
 def test_texts_and_models_that_cannot_be_used(
@@ -314,7 +354,7 @@ def test_figures_that_are_no_numbers() -> None:
     assert best.bits[0].gain
 
 
-def trained_method(init: str, after: float, bits: int = 4) -> ComparedMethod:
+def trained_method(init: str, after: float | None, bits: int = 4) -> ComparedMethod:
     return method(init, 0.01, bits, heldout_loss_after=after)
 
 
@@ -337,6 +377,9 @@ def test_training_is_judged_by_the_windows() -> None:
     told = decide(qlora, loftq, losses=noisy)
     assert told.bits[0].trained_gain is False
     assert "within the noise: no gain here" in told.sentence
+    diverged = trained_method("qlora", None)
+    told = decide(diverged, loftq, losses={key(loftq): [2.1, 2.5, 2.6]})
+    assert "nothing can be said: the training of QLoRA diverged" in told.sentence
     told = decide(qlora, trained_method("loftq", 2.6), losses=noisy)
     assert told.bits[0].trained_init == "qlora"
     assert "no start ends below QLoRA (2.5000)" in told.sentence

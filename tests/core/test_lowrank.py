@@ -110,7 +110,7 @@ def test_randomized_leaves_hardly_more_than_exact(name: str, shape: tuple[int, i
     low_rank = truncated_svd(R, 12, method="randomized", generator=generator(), tolerance=1e-4)
     best = float(spectrum[12:].square().sum())
     left = R.matrix.double() - low_rank.dense().double()
-    # "steps" leaves so little of it that the rounding of float32 products is seen in the difference.
+    # "steps" leaves so little that the rounding of float32 products is seen in the difference.
     known = pytest.approx(R.energy - low_rank.energy, rel=1e-4, abs=1e-7 * R.energy)
     assert float(left.square().sum()) == known
     assert best * (1 - 1e-5) < float(left.square().sum()) < best * 1.005

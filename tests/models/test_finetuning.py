@@ -10,10 +10,9 @@ import torch
 import transformers
 from transformers import BitsAndBytesConfig, GPT2Config, GPT2LMHeadModel
 
-from loftq_cli.errors import InvalidSetting
 from loftq_cli.models.adapters import attach_fresh
 from loftq_cli.models.evaluation import evaluate
-from loftq_cli.models.finetuning import BATCH, Training, finetune
+from loftq_cli.models.finetuning import BATCH, Training, TrainingDiverged, finetune
 
 TRAINING = Training(steps=6, learning_rate=0.02, seed=5)
 
@@ -113,9 +112,22 @@ def test_every_start_sees_the_same_windows_in_the_same_order(source: Path) -> No
 
 
 def test_a_learning_rate_that_is_far_too_large(source: Path) -> None:
-    with pytest.raises(InvalidSetting, match="diverged") as caught:
+    with pytest.raises(TrainingDiverged, match="diverged") as caught:
         finetune(adapted(source), windows(1), windows(2), Training(3, 1e30, 0))
     assert caught.value.hint == "--learning-rate 2.5e+29"
+
+
+def test_a_model_that_predicts_no_number(source: Path) -> None:
+    model = adapted(source)
+    model.get_input_embeddings().weight.data[:] = torch.nan
+    with pytest.raises(TrainingDiverged, match="nothing to train"):
+        finetune(model, windows(1), windows(2), TRAINING)
+
+
+def test_a_single_step_is_a_step(source: Path) -> None:
+    """The Trainer's first step of a warmup has a rate of zero."""
+    trained = finetune(adapted(source), windows(1), windows(2), Training(1, 0.02, 0))
+    assert trained.after.loss != trained.before.loss
 
 
 def test_nothing_is_printed_or_left_behind(

@@ -76,6 +76,22 @@ def test_what_cannot_be_streamed_ends_at_one_layer(
         plan_memory(fixed, alone - 1, MACHINE)
 
 
+@pytest.mark.parametrize("options", [{"rank_budget": True}, {"target_bits": 2.5}], ids=str)
+def test_looking_at_the_losses_first_is_counted(options: dict[str, Any]) -> None:
+    """It is not done by rows; with a budget a layer may then get four times the rank."""
+    fixed, measured = (
+        plan((2048, 5504), settings=Settings(rank=64, lora_alpha=64, **each))
+        for each in ({}, options)
+    )
+    weights = 2048 * 5504
+    for level in Level:
+        assert memory_bytes(measured, level, MACHINE) > memory_bytes(fixed, level, MACHINE) - 1
+    rows = memory_bytes(measured, Level.ROWS, MACHINE)
+    assert rows - memory_bytes(fixed, Level.ROWS, MACHINE) > 2 * weights, (
+        "the whole weight, at least"
+    )
+
+
 def test_small_layers_and_small_sides_are_not_streamed() -> None:
     shapes = plan((64, 64), (32, 65536), (4096, 4096))
     assert [by_rows(each, shapes.settings) for each in shapes.layers] == [False, False, True]

@@ -32,6 +32,7 @@ TOLERANCE = 1e-5
 # So many layers, spread over the model, come first. If none of them agrees, it is the source that
 # is another, and there is no need to measure a thousand more.
 _PROBES = 5
+_OUTPUTS = "; errors of outputs were not measured again, which takes the calibration text"
 _ROWS = 256
 
 
@@ -39,12 +40,14 @@ _ROWS = 256
 class Measured:
     """One layer's ‖W − Q − s·B·A‖ / ‖W‖: ``error`` by the files, ``reported`` by the report.
 
-    ``copied`` is false where a weight should be the source's, byte by byte, and is not.
+    ``norm`` is ‖W‖. ``copied`` is false where a weight should be the source's, byte by byte, and is
+    not.
     """
 
     name: str
     shape: tuple[int, int]
     error: float
+    norm: float
     reported: float | None
     copied: bool = True
 
@@ -96,6 +99,7 @@ class Residuals:
         order = {layer.name: place for place, layer in enumerate(self.layers)}
         self.measured.sort(key=lambda each: order[each.name])
         self._require_agreement()
+        self._require_total()
         return self._finding(same_files)
 
     def _has_reported_files(self, checkpoint: Checkpoint) -> bool | None:
@@ -135,7 +139,8 @@ class Residuals:
                 for name in lora_names(layer.name)
             )
             correction = (B * self.written.claims.scaling, A)
-        return Measured(layer.name, layer.shape, _residual(W, Q, correction), layer.error, copied)
+        error, norm = _residual(W, Q, correction)
+        return Measured(layer.name, layer.shape, error, norm, layer.error, copied)
 
     def _plain(self, layer: ClaimedLayer) -> Tensor:
         """A weight that is stored as it was, in the checkpoint's orientation."""
@@ -177,6 +182,21 @@ class Residuals:
             hint=WRITE_AGAIN,
         )
 
+    def _require_total(self) -> None:
+        """All layers as one long vector, where all were measured."""
+        reported = self.written.claims.weight_error
+        if reported is None or len(self.measured) < len(self.written.claims.layers):
+            return
+        whole = math.hypot(*(each.norm for each in self.measured)) or 1.0
+        total = math.hypot(*(each.error * each.norm for each in self.measured)) / whole
+        if abs(total - reported) > TOLERANCE:
+            raise CheckFailed(
+                "the layers do not add up to the weight error that was reported for all",
+                cause=f"they leave {total:.6f}, reported was {reported:.6f}: the report was "
+                "changed",
+                hint=WRITE_AGAIN,
+            )
+
     def _finding(self, same_files: bool | None) -> Finding:
         assert self.source is not None
         largest = max(abs(each.error - (each.reported or 0.0)) for each in self.measured)
@@ -188,7 +208,8 @@ class Residuals:
             None: "",
         }[same_files]
         return Finding(
-            f"{which} measured against {self.source.id}: as reported, to {largest:.0e}{note}",
+            f"{which} measured against {self.source.id}: as reported, to {largest:.0e}{note}"
+            f"{_OUTPUTS * self.written.claims.calibrated}",
             {"layers": count, "largest_difference": largest},
         )
 
@@ -219,8 +240,10 @@ def spread(layers: Sequence[ClaimedLayer], count: int | None) -> list[ClaimedLay
     ]
 
 
-def _residual(W: Tensor, Q: Tensor, correction: tuple[Tensor, Tensor] | None) -> float:
-    """‖W − Q − B·A‖ / ‖W‖ for a correction (B, A) in float64, some rows at a time."""
+def _residual(
+    W: Tensor, Q: Tensor, correction: tuple[Tensor, Tensor] | None
+) -> tuple[float, float]:
+    """‖W − Q − B·A‖ / ‖W‖ and ‖W‖ for a correction (B, A) in float64, some rows at a time."""
     left = norm = 0.0
     for start in range(0, W.shape[0], _ROWS):
         rows = slice(start, start + _ROWS)
@@ -231,7 +254,7 @@ def _residual(W: Tensor, Q: Tensor, correction: tuple[Tensor, Tensor] | None) ->
             B, A = correction
             part.addmm_(B[rows], A, alpha=-1)
         left += float(part.square().sum())
-    return math.sqrt(left) / (math.sqrt(norm) or 1.0)
+    return math.sqrt(left) / (math.sqrt(norm) or 1.0), math.sqrt(norm)
 
 
 def _same_bytes(one: Tensor, other: Tensor) -> bool:

@@ -64,6 +64,8 @@ class Claims:
     corrects: bool  # else B is zero everywhere
     task_type: str | None
     auto_class: str  # the transformers class that the README loads it with
+    weight_error: float | None  # of all layers taken as one
+    calibrated: bool  # so it speaks of outputs too, on a text that is not at hand
     layers: Sequence[ClaimedLayer]
     files: Sequence[ClaimedFile]
     source_files: frozenset[tuple[str, int, str]]  # name, bytes, hash of the header
