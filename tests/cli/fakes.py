@@ -78,6 +78,19 @@ def sleepy(run: Run, marker: Annotated[Path, typer.Option()]) -> None:
         marker.unlink(missing_ok=True)
 
 
+@command("load")
+def deaf(run: Run, number: Annotated[int, typer.Option()]) -> None:
+    """Get a signal while an object is collected, where Python drops what its handler raises."""
+
+    class Collected:
+        def __del__(self) -> None:
+            os.kill(os.getpid(), number)
+            time.sleep(0.01)
+
+    Collected()
+    time.sleep(30)
+
+
 FAILURES = {
     "loftq": LoftqError("it broke", cause="it was old", hint="loftq load --model demo"),
     "bare": LoftqError("it broke"),
@@ -113,7 +126,7 @@ def nan(run: Run) -> None:
 
 COMMANDS = {
     name: cli.Command(f"fakes:{name}", f"The {name} fake.")
-    for name in ("noisy", "sleepy", "failing", "late", "nan")
+    for name in ("noisy", "sleepy", "deaf", "failing", "late", "nan")
 }
 
 if __name__ == "__main__":

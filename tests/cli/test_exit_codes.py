@@ -140,6 +140,23 @@ def test_signals_end_a_run_after_its_clean_up(
     assert not marker.exists()
 
 
+@pytest.mark.parametrize(
+    ("number", "code", "message"),
+    [(signal.SIGINT, 130, "error: interrupted\n"), (signal.SIGTERM, 143, "error: terminated\n")],
+)
+def test_a_signal_that_nobody_heard_is_sent_again(
+    number: signal.Signals, code: int, message: str
+) -> None:
+    done = subprocess.run(
+        [sys.executable, FAKES, "deaf", "--json", "--number", str(int(number))],
+        capture_output=True,
+        text=True,
+        timeout=25,  # it would sleep for longer
+        env={key: value for key, value in os.environ.items() if key != "LOFTQ_DEBUG"},
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (code, "", message)
+
+
 def test_the_handler_for_sigterm_is_put_back(loftq: Callable[..., Any]) -> None:
     before = signal.getsignal(signal.SIGTERM)
     loftq("--version")

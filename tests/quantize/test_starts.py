@@ -276,6 +276,77 @@ def test_activations_that_are_no_numbers(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_dry_run_does_not_say_what_is_yet_to_be_measured(source: Path, loftq: Loftq) -> None:
+    line = ("quantize", "-m", source, "--dry-run", "--json", "--rank", 4)
+    outcome = loftq(*line, "--target-bits", 2.5, "--rank-budget")
+    document = json.loads(outcome.out)["results"]
+    assert {(layer["bits"], layer["rank"]) for layer in document["layers"]} == {(None, None)}
+    totals = document["totals"]
+    assert totals["stored_bits"] - totals["information_bits"] == pytest.approx(1.5)
+    for form in ("table", "tsv", "md"):
+        outcome = loftq(*line[:-3], "--rank", 4, "--rank-budget", "--format", form)
+        assert outcome.code == 0, outcome.err
+    document = json.loads(loftq(*line).out)["results"]
+    assert {(layer["bits"], layer["rank"]) for layer in document["layers"]} == {(4, 4)}
+
+
+def interrupted(source: Path, text: Path, out: Path, loftq: Loftq) -> tuple[object, ...]:
+    """A run that ended after its first file; the line that goes on with it."""
+    from loftq_cli.engines import local
+
+    line = ("quantize", "-m", source, "-o", out, "--init", "calibrated", "--rank", 4)
+    line = (*line, "--calibration-text", text)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("loftq_cli.engines.plan.SHARD_BYTES", 20_000)
+        real, calls = local.write_behind, []
+
+        def failing(*args: Any) -> Any:
+            calls.append(args)
+            if len(calls) > 2:
+                raise KeyboardInterrupt
+            return real(*args)
+
+        patch.setattr(local, "write_behind", failing)
+        assert loftq(*line).code == 130
+    return line
+
+
+def test_another_tokenizer_does_not_go_on_with_a_run(
+    source: Path, text: Path, tmp_path: Path, loftq: Loftq
+) -> None:
+    """The moments are those of other tokens then."""
+    model = tmp_path / "model"
+    shutil.copytree(source, model)
+    line = interrupted(model, text, tmp_path / "out", loftq)
+    settings = json.loads((model / "tokenizer_config.json").read_text("utf-8"))
+    (model / "tokenizer_config.json").write_text(json.dumps(settings | {"add_prefix_space": True}))
+    outcome = loftq(*line)
+    assert outcome.code == 1
+    assert "tokenizer" in outcome.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_text_that_changes_while_it_is_used(
+    source: Path, text: Path, tmp_path: Path, loftq: Loftq, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from loftq_cli.models import calibration
+
+    changing = tmp_path / "text"
+    shutil.copy(text, changing)
+    real = calibration.open_calibration
+
+    def later(*args: Any, **options: Any) -> Any:
+        changing.write_text(text.read_text("utf-8")[100:], "utf-8")
+        return real(*args, **options)
+
+    monkeypatch.setattr(calibration, "open_calibration", later)
+    line = ("quantize", "-m", source, "-o", tmp_path / "out", "--init", "calibrated", "--rank", 4)
+    outcome = loftq(*line, "--calibration-text", changing)
+    assert outcome.code == 1
+    assert f"{changing} has changed since the run began" in outcome.err
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -295,6 +366,9 @@ def test_activations_that_are_no_numbers(
         ("--target-bits", 2.5, "--quant-type", "fp4"),
         ("--bits", 2, "--quant-type", "fp4"),
         ("--bits", "4x2"),
+        ("--bits", "4x0,2"),
+        ("--bits", "4x4,2"),  # the demo has four blocks
+        ("--bits", "2x2,2"),
         ("--bits", "8x2,4"),
         ("--bits", 5),
         ("--iterations", 0),

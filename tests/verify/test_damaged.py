@@ -342,6 +342,14 @@ def test_padding_is_zero(source: Path, tmp_path: Path, loftq: Loftq) -> None:
     assert f"not zero from column {padded['rank']} on" in outcome.err
 
 
+def test_a_total_that_its_layers_do_not_have(written: Path, source: Path, loftq: Loftq) -> None:
+    edit_report(written, lambda results: results["totals"].update(weight_error_relative=0.01))
+    outcome, results = run_verify(loftq, written, "--source", source)
+    assert outcome.code == 3
+    assert statuses(results)["residuals"] == "failed"
+    assert "do not add up to the weight error" in outcome.err
+
+
 def test_a_flipped_bit_is_found_by_hash_and_by_residual(written: Path, loftq: Loftq) -> None:
     flip_a_code(written)
     outcome, results = run_verify(loftq, written)
