@@ -301,8 +301,8 @@ def test_broken_activations_are_named(
         with pytest.raises(LoftqError) as caught:
             found.moments(found.order[broken])
     assert caught.value.what == (
-        f"the inputs of transformer.h.1.{first_broken} are NaN or infinite on the calibration "
-        f"text: {found.tokens} of {found.tokens} tokens"
+        f"the inputs of transformer.h.1.{first_broken} are NaN, infinite or too large to be "
+        f"squared on the calibration text: {found.tokens} of {found.tokens} tokens"
     )
     assert caught.value.cause
     assert caught.value.hint
