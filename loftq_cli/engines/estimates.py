@@ -57,8 +57,12 @@ _VECTORS = 10
 _SECONDS_A_WEIGHT = 1.3e-9
 _SECONDS_A_WEIGHT_AND_RANK = 2.0e-11
 _SECONDS_EXACT = 2.0e-10
+# With absmax searched for: once for every weight, from nothing; and instead of the first of those
+# two in every iteration.
+_SECONDS_FIRST_SEARCH = 3.0e-8
+_SECONDS_SEARCHED = 1.2e-8
 # Steps until another hardly pays, as a rule.
-_ITERATIONS = 10
+_ITERATIONS = 12
 # Calibrated, seconds a weight and input of its layer; and in float32, what is held: copies of the
 # weight, and matrices of the moments' size.
 _SECONDS_CALIBRATED = 2.0e-10
@@ -202,8 +206,10 @@ def seconds(plan: Plan) -> float:
         elif _takes_exact(planned, settings):
             total += weights * min(planned.shape) * iterations * _SECONDS_EXACT
         else:
-            each = _SECONDS_A_WEIGHT + planned.rank * _SECONDS_A_WEIGHT_AND_RANK
-            total += weights * iterations * each
+            searches = planned.bits < 8
+            each = _SECONDS_SEARCHED if searches else _SECONDS_A_WEIGHT
+            each += planned.rank * _SECONDS_A_WEIGHT_AND_RANK
+            total += weights * (iterations * each + _SECONDS_FIRST_SEARCH * searches)
     return total
 
 

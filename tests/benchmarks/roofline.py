@@ -73,7 +73,7 @@ def measure_floor(device: str) -> Floor:
         rates[dtype] = 2 * 4096 * 4096 * 72 / median_seconds(lambda R=R, V=V: R @ V, device)
     fastest = max(rates, key=lambda dtype: rates[dtype])
     W = torch.randn(512, 4096, device=device)
-    quantizer = Blockwise(BlockwiseFormat("nf4", 64))
+    quantizer = Blockwise(BlockwiseFormat("nf4", 64)).plain()
     with one_thread_each():
         codes = median_seconds(lambda: quantizer.step(W, None, fast=True), device, repeats=29)
     return Floor(bandwidth, rates[fastest], fastest.itemsize, W.numel() / codes)
