@@ -254,19 +254,16 @@ class Bench:
 
 
 class _QuietRun(Run):
-    """A run of `quantize` inside a comparison, of which only new warnings are heard."""
+    """A run of `quantize` inside a comparison, of which only warnings are heard."""
 
     def __init__(self, outer: Run) -> None:
         console = Console()
         console.quiet, console.debug = True, outer.console.debug
         super().__init__("quantize", console, argv=["loftq", "quantize"], format="json", save=None)
         self._outer = outer
-        self._said: set[str] = set()
 
     def warn(self, text: str) -> None:
-        if text not in self._said:
-            self._said.add(text)
-            self._outer.warn(text)
+        self._outer.warn(text)
 
 
 def _choose(run: Run, config: dict[str, object], device: str, dtype: str) -> tuple[str, str]:

@@ -74,9 +74,10 @@ class Run:
         self.console.note(text)
 
     def warn(self, text: str) -> None:
-        """Tells the person at the terminal and every later reader of the document."""
-        self.console.warn(text)
-        self._warnings.append(text)
+        """Tells the person at the terminal and every later reader of the document, once."""
+        if text not in self._warnings:
+            self.console.warn(text)
+            self._warnings.append(text)
 
     def progress(self, label: str, total: int) -> AbstractContextManager[Progress]:
         """`with run.progress("quantize", n) as p:` then `p.start(name)`, `p.advance(name)`."""

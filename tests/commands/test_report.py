@@ -541,3 +541,20 @@ def test_nothing_is_said_without_numbers() -> None:
     plain = {**LOAD, "timings_seconds": {}}
     plain["environment"] = {**LOAD["environment"], "memory_bytes": None}
     assert said(plain) == ([], [])
+
+
+def test_the_advice_of_a_comparison_is_the_line_that_was_measured() -> None:
+    content = documents.compare()
+    content["results"]["settings"] |= {
+        "calibration_text": "my text.txt", "quant_type": "fp4", "block_size": 128,
+        "double_quant": True, "iterations": "3", "lora_alpha": 8.0, "rslora": True,
+        "target_modules": ["c_attn", "c_proj"], "seed": 3,
+    }  # fmt: skip
+    content["results"]["verdict"]["bits"][0] |= {"bits": 4, "init": "calibrated", "gain": True}
+    _, (advice,) = said(content)
+    assert advice == (
+        f"loftq quantize --model {content['model']['id']} --bits 4 --rank 16 --init calibrated "
+        "--calibration-text 'my text.txt' --quant-type fp4 --block-size 128 --double-quant "
+        "--iterations 3 --lora-alpha 8 --rslora --target-modules c_attn,c_proj --seed 3 "
+        "--output OUT"
+    )

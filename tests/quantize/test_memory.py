@@ -85,7 +85,7 @@ def test_looking_at_the_losses_first_is_counted(options: dict[str, Any]) -> None
     )
     weights = 2048 * 5504
     for level in Level:
-        assert memory_bytes(measured, level, MACHINE) > memory_bytes(fixed, level, MACHINE) - 1
+        assert memory_bytes(measured, level, MACHINE) >= memory_bytes(fixed, level, MACHINE)
     rows = memory_bytes(measured, Level.ROWS, MACHINE)
     assert rows - memory_bytes(fixed, Level.ROWS, MACHINE) > 2 * weights, (
         "the whole weight, at least"
