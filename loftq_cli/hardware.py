@@ -109,7 +109,8 @@ def peak_device_memory_bytes(device: str) -> int | None:
 def product_bytes() -> int:
     """Bytes of a number in the sketches: 2 where the processor multiplies bfloat16, else 4.
 
-    As ``core.fused.product_dtype`` has it, without torch; 4, which needs more memory, if in doubt.
+    As ``core.compiled_step.product_dtype`` has it, without torch; if in doubt 4, which needs more
+    memory.
     """
     cpus = Path("/proc/cpuinfo")
     text = cpus.read_text("utf-8", errors="replace") if cpus.exists() else ""

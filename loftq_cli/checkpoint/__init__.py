@@ -1,1 +1,1 @@
-"""Files: safetensors headers and indexes, streamed reading, staged writing, the containers."""
+"""Files: safetensors headers and indexes, streamed reading, staged writing."""

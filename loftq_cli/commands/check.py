@@ -13,9 +13,9 @@ from loftq_cli.commands.run import Run, command
 from loftq_cli.errors import CheckFailed
 
 if TYPE_CHECKING:
-    from loftq_cli.engines.checks.battery import Check, Outcome
-    from loftq_cli.engines.checks.model import Subject
-    from loftq_cli.engines.checks.roundtrip import RoundTrip
+    from loftq_cli.checks.battery import Check, Outcome
+    from loftq_cli.checks.model import Subject
+    from loftq_cli.checks.roundtrip import RoundTrip
     from loftq_cli.schema import CheckResults
 
 
@@ -39,10 +39,10 @@ def check(
     the others; with any, the exit code is 3.
     """
     run.quiet_libraries()
+    from loftq_cli.checks.battery import run_checks
+    from loftq_cli.checks.model import Subject
+    from loftq_cli.checks.roundtrip import RoundTrip
     from loftq_cli.commands.loaded import choose, timed
-    from loftq_cli.engines.checks.battery import run_checks
-    from loftq_cli.engines.checks.model import Subject
-    from loftq_cli.engines.checks.roundtrip import RoundTrip
     from loftq_cli.models.source import read_config, refuse_quantized
     from loftq_cli.models.spec import resolve_model
     from loftq_cli.schema import ModelIdentity
@@ -76,8 +76,8 @@ def check(
 
 
 def _hardware(device: str) -> list[Check]:
-    from loftq_cli.engines.checks import kernels, layers, rates
-    from loftq_cli.engines.checks.battery import Check
+    from loftq_cli.checks import kernels, layers, rates
+    from loftq_cli.checks.battery import Check
 
     group = "hardware"
     return [
@@ -129,8 +129,8 @@ def _hardware(device: str) -> list[Check]:
 
 
 def _model(subject: Subject) -> Iterable[Check]:
-    from loftq_cli.engines.checks import model
-    from loftq_cli.engines.checks.battery import Check
+    from loftq_cli.checks import model
+    from loftq_cli.checks.battery import Check
 
     group = "model"
     yield Check(
@@ -169,7 +169,7 @@ def _model(subject: Subject) -> Iterable[Check]:
 
 
 def _round(trip: RoundTrip) -> list[Check]:
-    from loftq_cli.engines.checks.battery import Check
+    from loftq_cli.checks.battery import Check
 
     return [
         Check(

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 
 from loftq_cli import schema
 from loftq_cli.commands.compare_plan import Asked, Texts
-from loftq_cli.commands.compare_verdict import Key, key, relative_to_qlora, verdict
 from loftq_cli.commands.run import Run
 from loftq_cli.console import Console, Progress
 from loftq_cli.errors import InvalidSetting, LoftqError
+from loftq_cli.report.start_verdict import Key, key, relative_to_qlora, verdict
 
 if TYPE_CHECKING:
     from torch import Tensor

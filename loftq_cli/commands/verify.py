@@ -58,8 +58,8 @@ def verify(
     """
     run.quiet_libraries()
     from loftq_cli import hardware
+    from loftq_cli.checks.written.source import reported_source, required_source
     from loftq_cli.commands.verify_result import read_report
-    from loftq_cli.engines.verification.source import reported_source, required_source
 
     report = read_report(directory)
     chosen = hardware.resolve_device(device)
@@ -96,11 +96,11 @@ def certify(
 ) -> VerifyResults:
     """Runs every check on the directory. What is wrong with it is in the results, not raised."""
     from loftq_cli import hardware
+    from loftq_cli.checks.battery import run_checks
+    from loftq_cli.checks.written.all import all_checks, count_steps
+    from loftq_cli.checks.written.directory import Written
+    from loftq_cli.checks.written.residuals import Residuals, spread
     from loftq_cli.commands.verify_result import claims_of, results_of
-    from loftq_cli.engines.checks.battery import run_checks
-    from loftq_cli.engines.verification.checks import all_checks, count_steps
-    from loftq_cli.engines.verification.residuals import Residuals, spread
-    from loftq_cli.engines.verification.written import Written
 
     claims = claims_of(report)
     with run.timing("import"):  # or the first check that needs them would seem slow

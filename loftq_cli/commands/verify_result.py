@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING
 from loftq_cli import schema
 from loftq_cli.checkpoint.index import parse_json
 from loftq_cli.checkpoint.safetensors import read_file
+from loftq_cli.checks.written.directory import ClaimedFile, ClaimedLayer, Claims
 from loftq_cli.commands.quantize_result import Report
 from loftq_cli.engines.plan import BLOCK_SIZES, UNCORRECTED_INITS
-from loftq_cli.engines.verification.written import ClaimedFile, ClaimedLayer, Claims
 from loftq_cli.errors import CorruptCheckpoint, LoftqError, ModelNotFound
 from loftq_cli.models.source import REPORT_FILE
 from loftq_cli.report.quantize import auto_class
 
 if TYPE_CHECKING:
-    from loftq_cli.engines.checks.battery import Outcome
-    from loftq_cli.engines.verification.residuals import Measured, Residuals
+    from loftq_cli.checks.battery import Outcome
+    from loftq_cli.checks.written.residuals import Measured, Residuals
 
 # A model of a thousand layers has a report of about a megabyte.
 _MAX_REPORT_BYTES = 200_000_000

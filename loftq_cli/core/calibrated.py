@@ -34,19 +34,19 @@ from loftq_cli.core.blockwise import (
     restore_absmax,
 )
 from loftq_cli.core.codebooks import codebook
-from loftq_cli.core.feedback import Grid, Rounding, descend, feedback
-from loftq_cli.core.loftq import LoftqResult, enliven
-from loftq_cli.core.lowrank import LowRank, check_rank, split
-from loftq_cli.core.parallel import one_thread_each
-from loftq_cli.core.quantizers import Blockwise
-from loftq_cli.core.residual import sum_of_squares
-from loftq_cli.core.whitening import (
+from loftq_cli.core.gptq import Grid, Rounding, descend, feedback
+from loftq_cli.core.input_moments import (
     Inputs,
     check_moments,
     output_energy,
     principal_root,
     weighted_low_rank,
 )
+from loftq_cli.core.loftq import LoftqResult, enliven
+from loftq_cli.core.lowrank import LowRank, check_rank, split
+from loftq_cli.core.parallel import one_thread_each
+from loftq_cli.core.quantizers import Blockwise
+from loftq_cli.core.residual import sum_of_squares
 from loftq_cli.errors import InvalidSetting, NonFiniteWeight
 
 Method = Literal["calibrated", "qera", "qera-diagonal"]

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from loftq_cli.core.blockwise import check_finite, check_weight
+from loftq_cli.core.input_moments import Inputs
 from loftq_cli.core.lowrank import truncated_svd
 from loftq_cli.core.quantizers import Quantizer
 from loftq_cli.core.residual import Residual, rows_times, sum_of_squares
-from loftq_cli.core.whitening import Inputs
 
 
 @dataclass(frozen=True)

@@ -95,16 +95,16 @@ class Blockwise:
         dtype = self.dtype or W.dtype
         around = restore_absmax(previous) if self.search and previous is not None else None
         if self._compiled(W):
-            from loftq_cli.core import fused
+            from loftq_cli.core import compiled_step
 
-            return fused.step(
+            return compiled_step.step(
                 W,
                 carried,
                 self.format,
                 dtype,
                 search=self.search,
                 previous=around,
-                products=fused.product_dtype() if fast else torch.float32,
+                products=compiled_step.product_dtype() if fast else torch.float32,
                 probe=probe,
                 spare=spare,
             )
@@ -121,9 +121,9 @@ class Blockwise:
 
     def remainder(self, W: Tensor, quantized: QuantizedBlockwise, carried: Product) -> float:
         if self._compiled(W):
-            from loftq_cli.core import fused
+            from loftq_cli.core import compiled_step
 
-            return fused.remainder(W, quantized, *carried)
+            return compiled_step.remainder(W, quantized, *carried)
         return _remainder(W, self.dequantize(quantized), carried)
 
     def _compiled(self, W: Tensor | RowsOnDemand) -> bool:

@@ -7,7 +7,7 @@ residual R = W − Q is its truncated SVD, so what remains is known for every r 
 
 With the second moments G = E[x·xᵀ] of the layer's inputs, the same is known of its outputs. The
 correction that is best for them is U_r·U_rᵀ·R, with U the left singular vectors of R·S, S·Sᵀ = G
-(`whitening.py`), and whatever S they were found with, what they leave is
+(`input_moments.py`), and whatever S they were found with, what they leave is
 
     E‖(R − U_r·U_rᵀ·R)·x‖² = tr(R·G·Rᵀ) − Σ_{i≤r} uᵢᵀ·R·G·Rᵀ·uᵢ
 
@@ -22,10 +22,10 @@ import torch
 from torch import Tensor
 
 from loftq_cli.core.blockwise import check_finite, check_weight
+from loftq_cli.core.input_moments import Inputs, check_moments, output_energy
 from loftq_cli.core.lowrank import truncated_svd
 from loftq_cli.core.quantizers import Quantizer
 from loftq_cli.core.residual import Residual, rows_times, sum_of_squares, transposed_times
-from loftq_cli.core.whitening import Inputs, check_moments, output_energy
 
 # The curve is the result here, and is not iterated on: with this, a randomized SVD's is within
 # 5e-4 of the exact one's at the largest rank, and much nearer at the others.

@@ -104,9 +104,9 @@ def worth_compiling(X: "Tensor | RowsOnDemand") -> bool:
 def sum_of_squares(X: Tensor) -> float:
     """‖X‖² in float64."""
     if worth_compiling(X):
-        from loftq_cli.core import fused
+        from loftq_cli.core import compiled_step
 
-        return fused.sum_of_squares(X)
+        return compiled_step.sum_of_squares(X)
     rows = rows_a_piece(X.shape[0], X.shape[1])
     return sum(
         float(X[start : start + rows].double().square().sum())

@@ -1,1 +1,1 @@
-"""Runs the tasks of a plan in this process, and checks what came of them."""
+"""The plan of a `quantize` run, and its tasks run in this process."""

@@ -113,8 +113,8 @@ def _losses(
     moments: Callable[[str], torch.Tensor] | None,
 ) -> list[Loss]:
     """What one layer loses, for each number of bits that it may get."""
+    from loftq_cli.core.input_moments import Inputs, check_moments
     from loftq_cli.core.losses import losses
-    from loftq_cli.core.whitening import Inputs, check_moments
 
     layer = planned.layer
     seen = None if moments is None else moments(layer.module)
@@ -148,7 +148,7 @@ def _with_bits(
     average: float,
 ) -> list[PlannedLayer]:
     """The layers with the bits that lose least together, ``average`` a weight or fewer."""
-    from loftq_cli.core.spread import spread_bits
+    from loftq_cli.core.budgets import spread_bits
 
     sizes = [planned.layer.parameters for planned in layers]
     lost = [[loss.whole for loss in found[planned.layer.module]] for planned in layers]
@@ -160,7 +160,7 @@ def _with_ranks(
     layers: Sequence[PlannedLayer], found: dict[str, list[Loss]], settings: Settings
 ) -> list[PlannedLayer]:
     """For adapted layers, ranks that have no more parameters than the same rank everywhere."""
-    from loftq_cli.core.spread import spread_ranks
+    from loftq_cli.core.budgets import spread_ranks
 
     adapted = [planned for planned in layers if planned.adapted]
     prices = [sum(planned.shape) for planned in adapted]

@@ -17,7 +17,6 @@ from loftq_cli.checkpoint.adapter import (
     adapter_config,
     adapter_part,
 )
-from loftq_cli.checkpoint.container import DTYPE_NAMES
 from loftq_cli.checkpoint.index import INDEX_FILE, Checkpoint
 from loftq_cli.checkpoint.safetensors import read_header, read_tensor
 from loftq_cli.checkpoint.staging import Staging
@@ -28,6 +27,7 @@ from loftq_cli.checkpoint.writer import (
     write_bytes_atomically,
     write_safetensors,
 )
+from loftq_cli.containers.bitsandbytes4 import DTYPE_NAMES
 from loftq_cli.engines.plan import Plan, PlannedLayer, Settings
 
 if TYPE_CHECKING:

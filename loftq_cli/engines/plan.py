@@ -13,8 +13,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, TypeAlias
 
-from loftq_cli.checkpoint import adapter, container
+from loftq_cli.checkpoint import adapter
 from loftq_cli.checkpoint.writer import PlannedTensor
+from loftq_cli.containers import bitsandbytes4 as container
 from loftq_cli.errors import InvalidSetting, UnknownTargetModule, UnsupportedModel, UsageError
 from loftq_cli.models.layers import Inventory, LeftTensor, LinearLayer, last_part
 

@@ -15,10 +15,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
-from loftq_cli.checkpoint import adapter, container
+from loftq_cli.checkpoint import adapter
 from loftq_cli.checkpoint.index import Checkpoint
 from loftq_cli.checkpoint.safetensors import read_pieces
 from loftq_cli.checkpoint.tensors import load_rows, load_tensor, torch_dtype
+from loftq_cli.containers import bitsandbytes4 as container
 from loftq_cli.engines.estimates import Level, by_rows
 from loftq_cli.engines.pipeline import Chunk, Timings, read_ahead
 from loftq_cli.engines.placement import to_device, with_fallback

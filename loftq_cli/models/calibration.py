@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 from loftq_cli.checkpoint.index import open_checkpoint
 from loftq_cli.errors import CorruptCheckpoint, LoftqError, UnsupportedModel, first_line
 from loftq_cli.models.architecture import Architecture, read_architecture
-from loftq_cli.models.blocks import Blocks, watched
 from loftq_cli.models.evaluation import text_windows
+from loftq_cli.models.layerwise import Blocks, watched
 from loftq_cli.models.loading import LoadedModel, load_tokenizer, stored_dtype
 from loftq_cli.models.source import read_config
 from loftq_cli.models.texts import digest, read_text

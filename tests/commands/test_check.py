@@ -18,13 +18,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from loftq_cli.checks import kernels, layers, model, rates, roundtrip, specimens
+from loftq_cli.checks.battery import Check, Finding, NothingToCheck, run_checks
 from loftq_cli.commands import check as command
 from loftq_cli.console import Console, Progress
 from loftq_cli.core import lowrank, quantizers
 from loftq_cli.core.blockwise import BlockwiseFormat
 from loftq_cli.core.codebooks import codebook
-from loftq_cli.engines.checks import kernels, layers, model, rates, roundtrip, specimens
-from loftq_cli.engines.checks.battery import Check, Finding, NothingToCheck, run_checks
 from loftq_cli.errors import CheckFailed, LoftqError
 from loftq_cli.models import costs
 from loftq_cli.models.spec import DEMO_DIRECTORY

@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from loftq_cli.commands.compare_plan import DEMO_CALIBRATION, HELDOUT, Asked, methods, texts_of
-from loftq_cli.commands.compare_verdict import difference, key, relative_to_qlora, verdict
 from loftq_cli.errors import UsageError
 from loftq_cli.models import evaluation
 from loftq_cli.models.spec import DEMO_DIRECTORY
+from loftq_cli.report.start_verdict import difference, key, relative_to_qlora, verdict
 from loftq_cli.schema import ComparedMethod
 from tests.conftest import Outcome
 

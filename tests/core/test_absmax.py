@@ -11,7 +11,7 @@ from test_blockwise import SHAPES, adversarial_weights, plain_dequantization
 from test_kernels import assert_same
 from torch import Tensor
 
-from loftq_cli.core import absmax, fused, residual
+from loftq_cli.core import absmax, compiled_step, residual
 from loftq_cli.core.absmax import largest_absmax, search_absmax
 from loftq_cli.core.blockwise import (
     BLOCK_SIZES,
@@ -44,7 +44,7 @@ def assert_compiled_as_read(W: Tensor, fmt: BlockwiseFormat, previous: Tensor | 
     reference = quantize_blockwise(W, fmt, search=True, previous=previous)
     rest = W.float() - dequantize_blockwise(reference).float()
     for products in (torch.float32, torch.bfloat16):
-        quantized, left = fused.step(
+        quantized, left = compiled_step.step(
             W, None, fmt, W.dtype, search=True, previous=previous, products=products
         )
         assert_same(quantized, reference)
@@ -71,7 +71,7 @@ def test_plain_quantization_with_fewer_levels_too(kind: Any) -> None:
     for block_size in (32, 256):
         fmt = BlockwiseFormat(kind[0], block_size, False, kind[1])
         W = normal(77, 83)
-        quantized, _ = fused.step(W, None, fmt, W.dtype)
+        quantized, _ = compiled_step.step(W, None, fmt, W.dtype)
         assert_same(quantized, quantize_blockwise(W, fmt))
 
 

@@ -13,10 +13,10 @@ from torch import Tensor
 from loftq_cli.core.blockwise import BlockwiseFormat, QuantizedBlockwise, restore_absmax
 from loftq_cli.core.calibrated import initialize_calibrated
 from loftq_cli.core.codebooks import codebook
-from loftq_cli.core.feedback import Grid, Rounding, descend, feedback
+from loftq_cli.core.gptq import Grid, Rounding, descend, feedback
+from loftq_cli.core.input_moments import Inputs, principal_root, weighted_low_rank
 from loftq_cli.core.loftq import LoftqResult, initialize
 from loftq_cli.core.quantizers import Blockwise, Int8
-from loftq_cli.core.whitening import Inputs, principal_root, weighted_low_rank
 from loftq_cli.errors import InvalidSetting, LoftqError, NonFiniteWeight
 
 FORMAT = BlockwiseFormat("nf4", 64)
@@ -99,7 +99,7 @@ def test_feedback_in_pieces_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     grid = grid_of(T, FORMAT)
     once = feedback(T, inputs.inverse_root(), grid)
     once = descend(T, inputs.moments, once, grid, sweeps=1, free=True)
-    monkeypatch.setattr("loftq_cli.core.feedback._PIECE", 64 * 128)
+    monkeypatch.setattr("loftq_cli.core.gptq._PIECE", 64 * 128)
     pieces = feedback(T, inputs.inverse_root(), grid)
     pieces = descend(T, inputs.moments, pieces, grid, sweeps=1, free=True)
     assert (once.indices == pieces.indices).float().mean() > 0.999

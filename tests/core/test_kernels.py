@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from test_blockwise import SHAPES, adversarial_weights, same_bits
 from torch import Tensor
 
-from loftq_cli.core import fused, kernels, residual
+from loftq_cli.core import compiled_step, kernels, residual
 from loftq_cli.core.blockwise import (
     BLOCK_SIZES,
     SOURCE_DTYPES,
@@ -34,7 +34,7 @@ def assert_same(ours: QuantizedBlockwise, reference: QuantizedBlockwise) -> None
 
 
 def assert_as_the_reference(W: Tensor, fmt: BlockwiseFormat, products: torch.dtype) -> None:
-    quantized, left = fused.step(W, None, fmt, W.dtype, products=products)
+    quantized, left = compiled_step.step(W, None, fmt, W.dtype, products=products)
     reference = quantize_blockwise(W, fmt)
     assert_same(quantized, reference)
     rest = W.float() - dequantize_blockwise(reference).float()
@@ -43,7 +43,7 @@ def assert_as_the_reference(W: Tensor, fmt: BlockwiseFormat, products: torch.dty
     energy = float(rest.double().square().sum())
     assert left.energy == pytest.approx(energy, rel=1e-12)
     assert left.exact().energy == pytest.approx(energy, rel=1e-12)
-    assert torch.equal(fused.leave(W, reference, products=products).matrix, left.matrix)
+    assert torch.equal(compiled_step.leave(W, reference, products=products).matrix, left.matrix)
 
 
 @pytest.mark.parametrize("double_quant", [False, True])
@@ -67,7 +67,7 @@ def test_all_formats(
 def test_adversarial_values(case: tuple[Tensor, BlockwiseFormat]) -> None:
     W, fmt = case
     fmt = BlockwiseFormat(fmt.quant_type, fmt.block_size)
-    quantized, _ = fused.step(W, None, fmt, W.dtype)
+    quantized, _ = compiled_step.step(W, None, fmt, W.dtype)
     assert_same(quantized, quantize_blockwise(W, fmt))
 
 
@@ -80,9 +80,9 @@ def test_subtracting_a_product(shape: tuple[int, int], products: torch.dtype) ->
     absmax, rest = torch.empty(-(-W.numel() // 64)), torch.empty_like(W)
     energy = kernels.quantize(
         W.view(-1).numpy(),
-        fused._flat(product),
+        compiled_step._flat(product),
         64,
-        *fused._choices("nf4", 4),
+        *compiled_step._choices("nf4", 4),
         False,
         kernels.FLOAT32,
         packed.numpy(),
@@ -115,7 +115,7 @@ def test_the_step_and_its_products(products: torch.dtype, double_quant: bool) ->
     left, right, probe = torch.randn(300, 4) * 0.1, torch.randn(4, 160), torch.randn(160, 6)
     fmt = BlockwiseFormat("nf4", 64, double_quant)
     carried = (left, right)
-    quantized, rest = fused.step(W, carried, fmt, W.dtype, products=products, probe=probe)
+    quantized, rest = compiled_step.step(W, carried, fmt, W.dtype, products=products, probe=probe)
     exact = W - dequantize_blockwise(quantized)
     assert torch.equal(rest.exact().matrix, exact)
     tolerance = 0.06 if products == torch.bfloat16 else 1e-4
@@ -127,7 +127,7 @@ def test_the_step_and_its_products(products: torch.dtype, double_quant: bool) ->
     torch.testing.assert_close(rest.times(other).float(), exact @ other, **scale)
     Y = torch.randn(300, 5)
     torch.testing.assert_close(rest.transposed_times(Y).float(), exact.t() @ Y, **scale)
-    remainder = fused.remainder(W, quantized, left, right)
+    remainder = compiled_step.remainder(W, quantized, left, right)
     assert remainder == pytest.approx(float((exact - left @ right).double().square().sum()))
     # The codes are those of a target within the rounding of the product.
     reference = quantize_blockwise(W - left @ right, fmt)
@@ -137,15 +137,15 @@ def test_the_step_and_its_products(products: torch.dtype, double_quant: bool) ->
 
 def test_the_memory_of_a_spent_residual_is_taken() -> None:
     W, fmt = torch.randn(200, 160), BlockwiseFormat("nf4", 64)
-    _, spent = fused.step(W, None, fmt, W.dtype)
+    _, spent = compiled_step.step(W, None, fmt, W.dtype)
     carried = (torch.randn(200, 2) * 0.1, torch.randn(2, 160))
-    _, expected = fused.step(W, carried, fmt, W.dtype)
+    _, expected = compiled_step.step(W, carried, fmt, W.dtype)
     for products, taken in [(torch.bfloat16, False), (torch.float32, True)]:
-        _, left = fused.step(W, carried, fmt, W.dtype, products=products, spare=spent)
+        _, left = compiled_step.step(W, carried, fmt, W.dtype, products=products, spare=spent)
         assert (left.matrix.data_ptr() == spent.matrix.data_ptr()) == taken
     assert torch.equal(left.matrix, expected.matrix)
     assert left.energy == expected.energy
-    _, other = fused.step(W[:100], None, fmt, W.dtype, spare=spent)
+    _, other = compiled_step.step(W[:100], None, fmt, W.dtype, spare=spent)
     assert other.matrix.shape == (100, 160)
 
 
@@ -182,8 +182,8 @@ def test_storing_as_bfloat16_is_that_of_torch() -> None:
 def test_sum_of_squares_overflows_nowhere() -> None:
     X = torch.full((300, 300), 3e38)
     X[0, 0] = 1e-30
-    assert fused.sum_of_squares(X) == pytest.approx((300 * 300 - 1) * float(X[1, 1]) ** 2)
-    assert fused.sum_of_squares(X.t().bfloat16()) > 0
+    assert compiled_step.sum_of_squares(X) == pytest.approx((300 * 300 - 1) * float(X[1, 1]) ** 2)
+    assert compiled_step.sum_of_squares(X.t().bfloat16()) > 0
 
 
 def test_the_readable_quantizer_gives_the_same() -> None:

@@ -334,12 +334,12 @@ def test_the_number_of_threads_changes_no_bit(quantizer: Quantizer, dtype: torch
 def test_rounded_products_change_the_error_by_nothing_that_counts(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from loftq_cli.core import fused
+    from loftq_cli.core import compiled_step
 
     W = low_rank_plus_noise(512, 384, 16)
     errors = []
     for dtype in (torch.float32, torch.bfloat16):
-        monkeypatch.setattr(fused, "product_dtype", lambda dtype=dtype: dtype)
+        monkeypatch.setattr(compiled_step, "product_dtype", lambda dtype=dtype: dtype)
         result = initialize(W, NF4, 16, iterations=5, svd="randomized")
         assert result.error == pytest.approx(measured(W, NF4, result), rel=1e-6)
         errors.append(result.error)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from loftq_cli.core import fused, loftq
+from loftq_cli.core import compiled_step, loftq
 from loftq_cli.core.blockwise import BlockwiseFormat, quantize_blockwise
 from loftq_cli.core.loftq import initialize, plain_adapter, relative_error
 from loftq_cli.core.lowrank import truncated_svd
@@ -114,7 +114,7 @@ def test_no_step_raises_the_error(case: tuple[Tensor, Blockwise, dict[str, Any]]
 def test_nor_with_rounded_products(
     start: str, products: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fused, "product_dtype", lambda: products)
+    monkeypatch.setattr(compiled_step, "product_dtype", lambda: products)
     torch.manual_seed(0)
     W = torch.randn(384, 512) + 0.2 * torch.randn(384, 20) @ torch.randn(20, 512)
     for fmt in (BlockwiseFormat("nf4", 64, True), BlockwiseFormat("nf4", 64, bits=2)):

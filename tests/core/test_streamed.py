@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from loftq_cli.core import fused, loftq, sketches
+from loftq_cli.core import compiled_step, loftq, sketches
 from loftq_cli.core.blockwise import BlockwiseFormat
 from loftq_cli.core.int8 import QuantizedInt8
 from loftq_cli.core.quantizers import Blockwise, Int8
@@ -42,7 +42,7 @@ class Watched(RowsOnDemand):
 def _products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Several slabs even for small matrices, and sketches in either dtype."""
     monkeypatch.setattr(sketches, "SLAB", 1 << 16)
-    monkeypatch.setattr(fused, "product_dtype", lambda: request.param)
+    monkeypatch.setattr(compiled_step, "product_dtype", lambda: request.param)
 
 
 def assert_same(one: loftq.LoftqResult, other: loftq.LoftqResult) -> None:
@@ -110,9 +110,9 @@ def test_the_result_does_not_depend_on_threads() -> None:
 
 def test_products_with_a_streamed_residual() -> None:
     W = weight((300, 1216))
-    _, held = fused.step(W, None, BlockwiseFormat(), W.dtype)
+    _, held = compiled_step.step(W, None, BlockwiseFormat(), W.dtype)
     rows: object = Watched(W)
-    _, streamed = fused.step(rows, None, BlockwiseFormat(), W.dtype)  # type: ignore[arg-type]
+    _, streamed = compiled_step.step(rows, None, BlockwiseFormat(), W.dtype)  # type: ignore[arg-type]
     assert isinstance(streamed, StreamedResidual)
     assert streamed.matrix.numel() == 0
     assert (streamed.shape, streamed.energy) == (held.shape, held.energy)

@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 import loftq_cli
 from loftq_cli.errors import CorruptCheckpoint, InvalidSetting, LoftqError, UnsupportedModel
-from loftq_cli.models import blocks, calibration, evaluation
+from loftq_cli.models import calibration, evaluation, layerwise
 from loftq_cli.models.architecture import read_architecture
 from loftq_cli.models.calibration import Calibration, open_calibration
 from loftq_cli.models.evaluation import text_windows
@@ -378,7 +378,7 @@ def test_blocks_that_talk_past_their_outputs_run_in_one_piece(talking: bool) -> 
     model = Chain(talking)
     windows = torch.arange(64).reshape(4, 16) % 13
     inputs: list[Tensor] = []
-    with torch.no_grad(), blocks.watched(model, ["last"], lambda _, x: inputs.append(x)):
+    with torch.no_grad(), layerwise.watched(model, ["last"], lambda _, x: inputs.append(x)):
         model(windows)
     rows = inputs[0].reshape(-1, 8).double()
     found = Calibration(model, windows, ["last", "layers.2.linear"], "cpu")

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from loftq_cli.checkpoint.container import plan_4bit, plan_8bit
+from loftq_cli.containers.bitsandbytes4 import plan_4bit, plan_8bit
 from loftq_cli.models.costs import Training, memory, trainable_parameters
 from loftq_cli.models.known import known_model
 from loftq_cli.models.layers import Inventory, LeftTensor, LinearLayer

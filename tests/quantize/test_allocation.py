@@ -19,10 +19,10 @@ from peft import LoraConfig, get_peft_model
 
 from loftq_cli.checkpoint.index import Checkpoint, open_checkpoint
 from loftq_cli.core.blockwise import BlockwiseFormat
+from loftq_cli.core.budgets import spread_bits, spread_ranks
+from loftq_cli.core.input_moments import DAMPING, Inputs
 from loftq_cli.core.losses import losses
 from loftq_cli.core.quantizers import Blockwise
-from loftq_cli.core.spread import spread_bits, spread_ranks
-from loftq_cli.core.whitening import DAMPING, Inputs
 from loftq_cli.engines import allocation
 from loftq_cli.engines.allocation import MOST_RANKS, allocate
 from loftq_cli.engines.output import _pattern

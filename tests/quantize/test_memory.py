@@ -123,7 +123,7 @@ def test_hostile_sizes(text: str, loftq: LOFTQ, tmp_path: Path) -> None:
 
 
 def test_the_processor_is_read_without_torch() -> None:
-    from loftq_cli.core.fused import product_dtype
+    from loftq_cli.core.compiled_step import product_dtype
 
     assert hardware.product_bytes() == product_dtype().itemsize
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from loftq_cli import hardware
+from loftq_cli.checks.written.directory import ClaimedLayer
+from loftq_cli.checks.written.residuals import spread
 from loftq_cli.engines import plan as plan_module
-from loftq_cli.engines.verification.residuals import spread
-from loftq_cli.engines.verification.written import ClaimedLayer
 from tests.battery import BATTERY
 from tests.verify.conftest import Loftq, edit_json, run_verify, statuses
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from loftq_cli.checkpoint import container
 from loftq_cli.checkpoint.safetensors import shown, strict_json
 from loftq_cli.checkpoint.tensors import load_tensor
-from loftq_cli.engines.verification.written import WRITE_AGAIN, ClaimedLayer, Written
+from loftq_cli.checks.written.directory import WRITE_AGAIN, ClaimedLayer, Written
+from loftq_cli.containers import bitsandbytes4 as container
 from loftq_cli.errors import CheckFailed
 
 if TYPE_CHECKING:

@@ -11,8 +11,8 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any
 
-from loftq_cli.engines.checks.battery import Finding, NothingToCheck
-from loftq_cli.engines.checks.specimens import (
+from loftq_cli.checks.battery import Finding, NothingToCheck
+from loftq_cli.checks.specimens import (
     all_codes,
     differs,
     edge_cases,

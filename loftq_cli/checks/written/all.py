@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from functools import partial
 
-from loftq_cli.engines.checks.battery import Check
-from loftq_cli.engines.verification.adapter import adapter
-from loftq_cli.engines.verification.container import container
-from loftq_cli.engines.verification.files import files
-from loftq_cli.engines.verification.forward import forward
-from loftq_cli.engines.verification.residuals import Residuals
-from loftq_cli.engines.verification.written import Claims, Written
+from loftq_cli.checks.battery import Check
+from loftq_cli.checks.written.adapter import adapter
+from loftq_cli.checks.written.container import container
+from loftq_cli.checks.written.directory import Claims, Written
+from loftq_cli.checks.written.files import files
+from loftq_cli.checks.written.forward import forward
+from loftq_cli.checks.written.residuals import Residuals
 
 _GROUP = "directory"
 _QUANTIZED = (

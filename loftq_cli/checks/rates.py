@@ -7,8 +7,8 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from loftq_cli.engines.checks.battery import Finding
-from loftq_cli.engines.checks.specimens import short
+from loftq_cli.checks.battery import Finding
+from loftq_cli.checks.specimens import short
 from loftq_cli.errors import CheckFailed
 
 if TYPE_CHECKING:

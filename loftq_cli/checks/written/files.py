@@ -8,8 +8,8 @@ from pathlib import Path, PurePosixPath
 
 from loftq_cli.checkpoint.safetensors import shown
 from loftq_cli.checkpoint.writer import hash_file
-from loftq_cli.engines.checks.battery import Finding
-from loftq_cli.engines.verification.written import WRITE_AGAIN, ClaimedFile, Written
+from loftq_cli.checks.battery import Finding
+from loftq_cli.checks.written.directory import WRITE_AGAIN, ClaimedFile, Written
 from loftq_cli.errors import CheckFailed
 from loftq_cli.models.source import REPORT_FILE
 

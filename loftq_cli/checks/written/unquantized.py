@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from loftq_cli.checkpoint.safetensors import shown
 from loftq_cli.checkpoint.tensors import load_tensor
-from loftq_cli.engines.checks.battery import Finding
-from loftq_cli.engines.verification.written import WRITE_AGAIN, ClaimedLayer, Written
+from loftq_cli.checks.battery import Finding
+from loftq_cli.checks.written.directory import WRITE_AGAIN, ClaimedLayer, Written
 from loftq_cli.errors import CheckFailed
 from loftq_cli.models.source import CONFIG_FILE
 

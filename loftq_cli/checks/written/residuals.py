@@ -17,9 +17,9 @@ from loftq_cli.checkpoint.adapter import ADAPTER_NAME, lora_names
 from loftq_cli.checkpoint.index import Checkpoint, open_checkpoint
 from loftq_cli.checkpoint.safetensors import Header, read_header
 from loftq_cli.checkpoint.tensors import load_tensor
-from loftq_cli.engines.checks.battery import Finding, NothingToCheck
-from loftq_cli.engines.verification.stored import StoredWeight
-from loftq_cli.engines.verification.written import WRITE_AGAIN, ClaimedLayer, Written
+from loftq_cli.checks.battery import Finding, NothingToCheck
+from loftq_cli.checks.written.directory import WRITE_AGAIN, ClaimedLayer, Written
+from loftq_cli.checks.written.stored import StoredWeight
 from loftq_cli.errors import CheckFailed
 from loftq_cli.models.layers import LinearLayer
 from loftq_cli.models.spec import ResolvedModel

@@ -20,8 +20,8 @@ from loftq_cli.checkpoint.adapter import (
 from loftq_cli.checkpoint.index import load_json
 from loftq_cli.checkpoint.safetensors import Header, read_header, shown
 from loftq_cli.checkpoint.tensors import load_tensor
-from loftq_cli.engines.checks.battery import Finding
-from loftq_cli.engines.verification.written import WRITE_AGAIN, Written
+from loftq_cli.checks.battery import Finding
+from loftq_cli.checks.written.directory import WRITE_AGAIN, Written
 from loftq_cli.errors import CheckFailed, first_line
 
 _CONFIG_NAME = f"{ADAPTER_DIRECTORY}/{ADAPTER_CONFIG}"

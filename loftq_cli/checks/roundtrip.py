@@ -9,9 +9,9 @@ from pathlib import Path
 
 from loftq_cli.checkpoint.staging import Staging
 from loftq_cli.checkpoint.writer import require_free_space
+from loftq_cli.checks.battery import Finding
+from loftq_cli.checks.model import Subject
 from loftq_cli.engines import output as output_files
-from loftq_cli.engines.checks.battery import Finding
-from loftq_cli.engines.checks.model import Subject
 from loftq_cli.engines.local import run_tasks
 from loftq_cli.engines.pipeline import Timings
 from loftq_cli.engines.plan import Plan, Settings, make_plan

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from loftq_cli.core import kernels, search_kernel
+from loftq_cli.core import kernels, search_kernels
 from loftq_cli.core.absmax import COLD, WARM, largest_absmax
 from loftq_cli.core.blockwise import (
     BlockwiseFormat,
@@ -85,7 +85,7 @@ def step(
         scale = scales[blocks].numpy()
         if find:
             begin = around[blocks], factors, starts.passes, largest
-            search_kernel.search(w, product, fmt.block_size, *choices[:2], *begin, scale)
+            search_kernels.search(w, product, fmt.block_size, *choices[:2], *begin, scale)
         if not encode:
             return
         rest = nothing if residual is None else residual.place(piece)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from loftq_cli.engines.checks.battery import Finding
-from loftq_cli.engines.checks.specimens import UPDATE, differs, short
+from loftq_cli.checks.battery import Finding
+from loftq_cli.checks.specimens import UPDATE, differs, short
 from loftq_cli.errors import CheckFailed
 
 # How near to halfway between two codes a value may go either way, in steps of one code.

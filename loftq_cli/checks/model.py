@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from loftq_cli.checkpoint.index import Checkpoint, open_checkpoint
-from loftq_cli.engines.checks.battery import Figures, Finding, NothingToCheck
+from loftq_cli.checks.battery import Figures, Finding, NothingToCheck
 from loftq_cli.engines.plan import ALL_LINEAR, match_targets
 from loftq_cli.errors import CheckFailed, UnsupportedModel
 from loftq_cli.models import costs

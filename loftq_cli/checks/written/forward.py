@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from loftq_cli.checkpoint.adapter import ADAPTER_DIRECTORY, ADAPTER_NAME
 from loftq_cli.checkpoint.safetensors import read_header
-from loftq_cli.engines.checks.battery import Finding, NothingToCheck
-from loftq_cli.engines.verification.written import WRITE_AGAIN, Written
+from loftq_cli.checks.battery import Finding, NothingToCheck
+from loftq_cli.checks.written.directory import WRITE_AGAIN, Written
 from loftq_cli.errors import CheckFailed
 
 if TYPE_CHECKING:

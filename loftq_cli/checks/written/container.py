@@ -6,10 +6,10 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from loftq_cli.checkpoint.safetensors import shown
-from loftq_cli.engines.checks.battery import Finding
-from loftq_cli.engines.verification.stored import StoredWeight
-from loftq_cli.engines.verification.unquantized import unquantized
-from loftq_cli.engines.verification.written import WRITE_AGAIN, ClaimedLayer, Written
+from loftq_cli.checks.battery import Finding
+from loftq_cli.checks.written.directory import WRITE_AGAIN, ClaimedLayer, Written
+from loftq_cli.checks.written.stored import StoredWeight
+from loftq_cli.checks.written.unquantized import unquantized
 from loftq_cli.errors import CheckFailed
 from loftq_cli.models.source import CONFIG_FILE
 
