@@ -1,4 +1,4 @@
-"""This device's 4-bit and int8 kernels against the readable reference, code for code.
+"""This device's 4-bit kernels against the readable reference, value for value.
 
 What bitsandbytes runs depends on the device: compiled loops on a CPU (other ones with AVX512),
 CUDA kernels on a GPU. `loftq` writes codes by the reference and measures every residual against
@@ -40,7 +40,7 @@ def quantization(device: str) -> Finding:
 
     from loftq_cli.core.blockwise import quantize_blockwise
 
-    codes = ties = count = 0
+    codes = synonyms = ties = count = 0
     for fmt, dtype in formats():
         W = edge_cases(fmt, dtype).to(device)
         ours = quantize_blockwise(W, fmt)
@@ -53,11 +53,13 @@ def quantization(device: str) -> Finding:
                 f"{float(state.absmax[block]):.9g}",
                 f"{float(ours.absmax[block]):.9g}",
             )
-        ties += _compare_codes(W, ours, packed.view(-1, 1), where)
+        same_value, tied = _compare_codes(W, ours, packed.view(-1, 1), where)
+        synonyms, ties = synonyms + same_value, ties + tied
         codes += W.numel()
         count += 1
     return Finding(
         f"{codes:,} codes and their scales equal the reference's in {count} formats"
+        + (f", {synonyms:,} of them other codes of the same value" if synonyms else "")
         + (f", {ties} of them ties that went the other way" if ties else ""),
         {"codes_compared": codes, "formats": count, "ties_decided_otherwise": ties},
     )
@@ -133,30 +135,38 @@ def compiled(device: str) -> Finding:
     )
 
 
-def _compare_codes(W: Tensor, ours: QuantizedBlockwise, packed: Tensor, where: str) -> int:
-    """How many ties were decided otherwise; any other difference is an error."""
+def _compare_codes(
+    W: Tensor, ours: QuantizedBlockwise, packed: Tensor, where: str
+) -> tuple[int, int]:
+    """How many codes differ and mean the same number, and how many ties were decided otherwise.
+
+    Any other difference is an error. Two codes mean the same number where their levels are equal
+    (FP4 has +0 and -0), and in a block whose absmax is 0: CUDA kernels store other ones there.
+    """
     import torch
 
     if torch.equal(packed, ours.packed):
-        return 0
+        return 0, 0
     from loftq_cli.core.codebooks import codebook
 
     size = ours.format.block_size
     levels = codebook(ours.format.quant_type).level_tensor(W.device)
-    scaled = (W.float().view(-1, size) / ours.absmax.clamp(min=1e-38)[:, None]).view(-1)
     theirs, expected = (
-        torch.cat((p >> 4, p & 15), dim=1).view(-1).int() for p in (packed, ours.packed)
+        torch.cat((p >> 4, p & 15), dim=1).view(-1, size).int() for p in (packed, ours.packed)
     )
+    absmax = ours.absmax[:, None]
+    differ = (levels[theirs] != levels[expected]) & (absmax != 0)
+    scaled = W.float().view(-1, size) / absmax
     distance = (scaled - levels[theirs]).abs() - (scaled - levels[expected]).abs()
-    wrong = (theirs != expected) & (distance.abs() > _TIE)
+    wrong = (differ & (distance.abs() > _TIE)).view(-1)
     if wrong.any():
         at = int(wrong.nonzero()[0])
         raise differs(
             f"code {at % size} of block {at // size} of {where}",
-            str(int(theirs[at])),
-            f"{int(expected[at])} ({int(wrong.sum())} of {scaled.numel()} differ)",
+            str(int(theirs.view(-1)[at])),
+            f"{int(expected.view(-1)[at])} ({int(wrong.sum())} of {wrong.numel()} differ)",
         )
-    return int((theirs != expected).sum())
+    return int(((theirs != expected) & ~differ).sum()), int(differ.sum())
 
 
 def _dequantization_rate(device: str) -> float:

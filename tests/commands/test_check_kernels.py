@@ -1,0 +1,121 @@
+"""`loftq check` and kernels that store other codes: of the same values, and of wrong ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import bitsandbytes as bnb
+import pytest
+import torch
+from torch import Tensor
+
+from loftq_cli.checks import kernels
+from loftq_cli.checks.battery import Check
+from loftq_cli.commands import check as command
+from loftq_cli.core.blockwise import BlockwiseFormat
+from tests.commands.test_check import by_name
+from tests.conftest import Outcome
+
+Loftq = Callable[..., Outcome]
+# Takes the codes (blocks × size) and the absmax that bitsandbytes stores, and changes them.
+Change = Callable[[Tensor, Tensor], None]
+ZERO_BLOCK = 5
+
+
+@pytest.fixture
+def check_with(loftq: Loftq, monkeypatch: pytest.MonkeyPatch) -> Callable[[Change], Outcome]:
+    """Runs `check`, of the 4-bit quantization only, on a kernel that stores something else."""
+    some = [
+        (BlockwiseFormat(quant_type, size), dtype)
+        for quant_type, size, dtype in (
+            ("nf4", 32, torch.float32),
+            ("nf4", 64, torch.bfloat16),
+            ("fp4", 32, torch.float16),
+        )
+    ]
+    check = Check("4-bit quantization", "g", "v", partial(kernels.quantization, "cpu"))
+    monkeypatch.setattr(kernels, "formats", lambda: iter(some))
+    monkeypatch.setattr(command, "_hardware", lambda device: [check])
+    monkeypatch.setattr(command, "_model", lambda subject: [])
+    monkeypatch.setattr(command, "_round", lambda trip: [])
+    honest = bnb.functional.quantize_4bit
+
+    def run(change: Change) -> Outcome:
+        def quantize_4bit(*arguments: Any, **options: Any) -> Any:
+            packed, state = honest(*arguments, **options)
+            pairs = packed.view(-1, 1)
+            codes = torch.cat((pairs >> 4, pairs & 15), dim=1).view(-1, state.blocksize)
+            change(codes, state.absmax)
+            codes = codes.view(-1, 2)
+            return (codes[:, :1] << 4 | codes[:, 1:]).view_as(packed), state
+
+        monkeypatch.setattr(bnb.functional, "quantize_4bit", quantize_4bit)
+        return loftq("check", "--json", "--quiet")
+
+    return run
+
+
+def store_as_cuda(codes: Tensor, absmax: Tensor) -> None:
+    """What was seen on an H200: code 0 in blocks of zeros, and -0 for FP4's small values."""
+    is_fp4 = int(codes[ZERO_BLOCK, 0]) == 0  # in NF4 code 7 is the zero
+    codes[absmax == 0] = 0
+    if is_fp4:
+        codes[(codes == 0) & (absmax != 0)[:, None]] = 8
+
+
+def test_codes_of_the_same_values_pass(check_with: Callable[[Change], Outcome]) -> None:
+    done = check_with(store_as_cuda)
+    assert (done.code, done.err) == (0, "")
+    test = by_name(done.out)["4-bit quantization"]
+    assert test["status"] == "passed"
+    assert "of them other codes of the same value" in test["detail"]
+    assert test["figures"]["ties_decided_otherwise"] == 0
+
+
+def one_code_off(codes: Tensor, absmax: Tensor) -> None:
+    codes[3, 20] ^= 1
+
+
+def an_ulp_off(codes: Tensor, absmax: Tensor) -> None:
+    absmax[3] = torch.nextafter(absmax[3], absmax[3] + 1)
+
+
+def zeros_with_a_scale(codes: Tensor, absmax: Tensor) -> None:
+    """The code of a block of zeros is any, and then the block is no longer zero."""
+    codes[ZERO_BLOCK] = 1
+    absmax[ZERO_BLOCK] = 2.0**-20
+
+
+def a_zero_among_others(codes: Tensor, absmax: Tensor) -> None:
+    """Code 0 is zero in FP4, and -1 in NF4."""
+    codes[3, 20] = 0
+
+
+@pytest.mark.parametrize(
+    ("change", "place"),
+    [
+        (one_code_off, "code 20 of block 3"),
+        (an_ulp_off, "the scale of block 3"),
+        (zeros_with_a_scale, "the scale of block 5"),
+        (a_zero_among_others, "code 20 of block 3"),
+    ],
+)
+def test_codes_of_other_values_fail(
+    change: Change, place: str, check_with: Callable[[Change], Outcome]
+) -> None:
+    done = check_with(change)
+    assert done.code == 3
+    test = by_name(done.out)["4-bit quantization"]
+    assert test["status"] == "failed"
+    assert f"{place} of nf4, block size 32, float32: the kernel says" in test["cause"]
+
+
+def test_two_zeros_are_the_same_in_fp4_only(check_with: Callable[[Change], Outcome]) -> None:
+    def swap(codes: Tensor, absmax: Tensor) -> None:
+        codes[codes == 0] = 8
+
+    done = check_with(swap)
+    assert done.code == 3
+    assert " of nf4, block size 32" in by_name(done.out)["4-bit quantization"]["cause"]
