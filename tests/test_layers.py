@@ -21,7 +21,9 @@ MAY_IMPORT = {
     "__init__": "",
     "__main__": "cli",
     "cli": "commands console errors",
-    "commands": "engines checks containers models checkpoint core report hardware console schema errors",
+    "commands": (
+        "engines checks containers models checkpoint core report hardware console schema errors"
+    ),
     "checks": "engines containers models checkpoint core errors",
     "engines": "containers models checkpoint core errors",
     "containers": "checkpoint core errors",

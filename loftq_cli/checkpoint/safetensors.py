@@ -191,16 +191,6 @@ def read_tensor(header: Header, info: TensorInfo, into: memoryview | None = None
     return _read_span(header, info.start, info.end, into)
 
 
-def read_rows(
-    header: Header, info: TensorInfo, first: int, last: int, into: memoryview | None = None
-) -> memoryview:
-    """The bytes of rows ``first`` to ``last`` (not included) of a tensor's first dimension."""
-    if not info.shape or not 0 <= first <= last <= info.shape[0]:
-        raise ValueError(f"no rows {first} to {last} in shape {info.shape}")
-    row_bytes = tensor_bytes(info.dtype, info.shape[1:])
-    return _read_span(header, info.start + first * row_bytes, info.start + last * row_bytes, into)
-
-
 def read_pieces(header: Header, info: TensorInfo) -> Iterator[memoryview]:
     """The bytes of a tensor, a few megabytes at a time: a copy without holding all of it.
 

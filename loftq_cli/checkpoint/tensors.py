@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from loftq_cli.checkpoint.safetensors import Header, TensorInfo, read_rows, read_tensor
+from loftq_cli.checkpoint.safetensors import Header, TensorInfo, read_tensor
 
 if TYPE_CHECKING:
     import torch
@@ -26,15 +26,6 @@ def load_tensor(header: Header, info: TensorInfo) -> torch.Tensor:
         return torch.empty(info.shape, dtype=torch_dtype(info))
     raw = read_tensor(header, info)
     return torch.frombuffer(raw, dtype=torch_dtype(info)).view(info.shape)
-
-
-def load_rows(header: Header, info: TensorInfo, first: int, last: int) -> torch.Tensor:
-    """Rows ``first`` to ``last`` (not included) of a matrix, in memory of their own."""
-    import torch
-
-    raw = read_rows(header, info, first, last)
-    dtype = torch_dtype(info)
-    return torch.frombuffer(raw, dtype=dtype).view(last - first, info.shape[1])
 
 
 def torch_dtype(info: TensorInfo) -> torch.dtype:

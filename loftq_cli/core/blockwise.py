@@ -31,7 +31,6 @@ from torch import Tensor
 
 from loftq_cli.core.absmax import SMALLEST, largest_absmax, search_absmax
 from loftq_cli.core.codebooks import Codebook, codebook, dynamic_map
-from loftq_cli.core.streamed import RowsOnDemand
 from loftq_cli.errors import InvalidSetting, NonFiniteWeight
 
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -178,7 +177,7 @@ def avx512_misreads(shape: tuple[int, int], block_size: int) -> bool:
     )
 
 
-def check_weight(W: Tensor | RowsOnDemand) -> None:
+def check_weight(W: Tensor) -> None:
     """A weight is a matrix of a dtype that checkpoints hold full precision in."""
     if W.ndim != 2:
         raise InvalidSetting(f"a weight of shape {tuple(W.shape)} is not a matrix")
@@ -189,27 +188,16 @@ def check_weight(W: Tensor | RowsOnDemand) -> None:
 
 
 @torch.no_grad()
-def check_finite(W: Tensor, rows: int | None = None) -> None:
-    """Raise if ``W`` holds NaN or infinity, saying how many and where the first is.
-
-    So many ``rows`` are looked at at a time; all, unless given.
-    """
-    rows = rows or W.shape[0]
-    count, first = 0, (0, 0)
-    for start in range(0, W.shape[0], rows):
-        part = W[start : start + rows]
-        if all(bound.isfinite() for bound in part.aminmax()):
-            continue
-        bad = ~part.isfinite()
-        if not count:
-            row, column = divmod(int(bad.reshape(-1).int().argmax()), W.shape[1])
-            first = start + row, column
-        count += int(bad.sum())
-    if count:
-        raise NonFiniteWeight(
-            f"{count} of {W.numel()} values are NaN or infinite, the first at "
-            f"row {first[0]}, column {first[1]}"
-        )
+def check_finite(W: Tensor) -> None:
+    """Raise if ``W`` holds NaN or infinity, saying how many and where the first is."""
+    if all(bound.isfinite() for bound in W.aminmax()):
+        return
+    bad = ~W.isfinite()
+    row, column = divmod(int(bad.reshape(-1).int().argmax()), W.shape[1])
+    raise NonFiniteWeight(
+        f"{int(bad.sum())} of {W.numel()} values are NaN or infinite, the first at "
+        f"row {row}, column {column}"
+    )
 
 
 def _chunks(n: int) -> Iterator[tuple[int, int]]:

@@ -30,7 +30,6 @@ from loftq_cli.core.blockwise import (
 from loftq_cli.core.codebooks import codebook
 from loftq_cli.core.parallel import all_threads, each
 from loftq_cli.core.residual import Residual, rows_a_piece
-from loftq_cli.core.streamed import Leave, RowsOnDemand, StreamedResidual
 
 _ROUNDING = {
     torch.float32: kernels.FLOAT32,
@@ -188,14 +187,11 @@ class _Pieces:
 
 
 class _InTheMaking:
-    """A residual in the making, held in ``matrix``; streamed, that is empty."""
+    """A residual in the making, held in ``matrix``."""
 
-    def __init__(
-        self, pieces: _Pieces, matrix: Tensor, probe: Tensor | None, *, streamed: bool
-    ) -> None:
+    def __init__(self, pieces: _Pieces, matrix: Tensor, probe: Tensor | None) -> None:
         self.pieces = pieces
         self.matrix = matrix
-        self.streamed = streamed
         self.energies = [0.0] * pieces.count
         self.probe = probe
         self.directions: Tensor | None = None
@@ -206,10 +202,7 @@ class _InTheMaking:
 
     def place(self, piece: int) -> Tensor:
         """Where the rows of this piece go."""
-        rows = self.pieces.rows(piece)
-        if not self.streamed:
-            return self.matrix[rows]
-        return self.matrix.new_empty(rows.stop - rows.start, self.pieces.columns)
+        return self.matrix[self.pieces.rows(piece)]
 
     def finish(self, piece: int, rest: Tensor, energy: float) -> None:
         """The rows of this piece are in ``rest``, and their squares add up to ``energy``."""
@@ -221,28 +214,17 @@ class _InTheMaking:
         W = self.pieces.W
         rounded = self.matrix.dtype != torch.float32
         reread = partial(leave, W, quantized) if rounded else None
-        known = self.matrix, math.fsum(self.energies), self.probe, self.probed, reread
-        if not self.streamed:
-            return Residual(*known)
-        return StreamedResidual(
-            *known,
-            out_features=W.shape[0],
-            in_features=W.shape[1],
-            unit=quantized.format.block_size,
-            leave=_part_reader(W, quantized),
-        )
+        return Residual(self.matrix, math.fsum(self.energies), self.probe, self.probed, reread)
 
 
 def _in_the_making(
     pieces: _Pieces, dtype: torch.dtype, probe: Tensor | None, spare: Residual | None
 ) -> _InTheMaking:
-    """Of a weight in memory the residual is held too, in ``spare``'s memory if that fits."""
-    if isinstance(pieces.W, RowsOnDemand):
-        return _InTheMaking(pieces, torch.empty(0, dtype=dtype), probe, streamed=True)
+    """In ``spare``'s memory if that fits."""
     shape = (pieces.W.shape[0], pieces.columns)
     fits = spare is not None and spare.shape == shape and spare.matrix.dtype == dtype
     matrix = spare.matrix if spare is not None and fits else _empty(shape, dtype)
-    return _InTheMaking(pieces, matrix, probe, streamed=False)
+    return _InTheMaking(pieces, matrix, probe)
 
 
 def _reader(pieces: _Pieces, q: QuantizedBlockwise) -> Callable[[int, Tensor], float]:
@@ -261,29 +243,6 @@ def _reader(pieces: _Pieces, q: QuantizedBlockwise) -> Callable[[int, Tensor], f
             _flat(out),
         )
         return energy
-
-    return read
-
-
-def _part_reader(W: Tensor, q: QuantizedBlockwise) -> Leave:
-    """A function that writes W − Q of some rows and some columns in whole blocks."""
-    out_features, size = W.shape[0], q.format.block_size
-    packed = q.packed.view(out_features, -1)
-    absmax = restore_absmax(q).view(out_features, -1)
-    levels = codebook(q.format.quant_type).level_tensor().numpy()
-
-    def read(rows: slice, columns: slice, out: Tensor) -> None:
-        pairs = slice(columns.start // 2, columns.stop // 2)
-        blocks = slice(columns.start // size, columns.stop // size)
-        kernels.leave(
-            _flat(W[rows][:, columns].float().contiguous()),
-            packed[rows, pairs].reshape(-1).numpy(),
-            absmax[rows, blocks].reshape(-1).numpy(),
-            size,
-            levels,
-            _ROUNDING[q.dtype],
-            _flat(out),
-        )
 
     return read
 

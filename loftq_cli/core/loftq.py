@@ -41,7 +41,6 @@ the SVD is exact it is a few products with what the last one found (``lowrank.py
 import math
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -50,15 +49,8 @@ from loftq_cli.core.blockwise import check_finite, check_weight
 from loftq_cli.core.lowrank import LowRank, check_rank, split, truncated_svd
 from loftq_cli.core.parallel import one_thread_each
 from loftq_cli.core.quantizers import Product, Quantized, Quantizer
-from loftq_cli.core.residual import (
-    Residual,
-    rows_a_piece,
-    rows_times,
-    sum_of_squares,
-    transposed_times,
-)
+from loftq_cli.core.residual import Residual, rows_times, sum_of_squares, transposed_times
 from loftq_cli.core.sketches import takes_exact
-from loftq_cli.core.streamed import RowsOnDemand, weight_as_residual
 from loftq_cli.errors import InvalidSetting, NonFiniteWeight
 
 # For published steps, of 0.4 to 0.7 the best for most weights. It overshoots where the rank is most
@@ -99,7 +91,7 @@ class LoftqResult:
 
 @torch.no_grad()
 def initialize(
-    W: Tensor | RowsOnDemand,
+    W: Tensor,
     quantizer: Quantizer,
     rank: int,
     *,
@@ -117,15 +109,13 @@ def initialize(
     and the adapter starts as PEFT's LoRA does: B = 0, A random. ``start`` is the L that is there
     before the first: "zero" or, with "weight", W's own SVD.
 
-    Everything happens on ``W``'s device. Rows on demand give the bits that the weight in memory
-    gives; an exact SVD gathers them first.
+    Everything happens on ``W``'s device.
 
     The same arguments give the same bits on the same machine, however many threads there are, with
     two exceptions: LAPACK's have a say in the last bits of an exact SVD, and torch's in the offset
     of double quantization, as they have in bitsandbytes' own.
     """
     check_weight(W)
-    rows: int | None = None
     check_rank(rank, W.shape[0], W.shape[1])
     if iterations is not None and iterations < 0:
         raise InvalidSetting(f"{iterations} iterations are not possible")
@@ -133,17 +123,8 @@ def initialize(
         raise InvalidSetting(f"start {start!r} is not one of {', '.join(STARTS)}")
     if not scaling > 0:
         raise InvalidSetting(f"a LoRA scaling of {scaling} is not possible: it must be above 0")
-    if isinstance(W, RowsOnDemand):
-        decomposed = iterations != 0 or start == "weight"
-        exact = decomposed and takes_exact((W.shape[0], W.shape[1]), rank, svd)
-        if exact or not quantizer.takes_rows(W):
-            W = W.whole()
-        else:
-            W = cast(Tensor, W)  # as far as it is used as one from here on
-            rows = rows_a_piece(W.shape[0], W.shape[1])
-    else:
-        W = W.detach().contiguous()  # a transposed view would be gathered anew in every pass
-    check_finite(W, rows)
+    W = W.detach().contiguous()  # a transposed view would be gathered anew in every pass
+    check_finite(W)
     if momentum is None:
         usual = BOLD_MOMENTUM if quantizer.searches else MOMENTUM
         momentum = 0.0 if svd == "exact" or 2 * rank > min(W.shape) else usual
@@ -179,7 +160,7 @@ class _Alternation:
         if not math.isfinite(residual.energy):
             raise NonFiniteWeight("the quantized values overflow the dtype of the runtime")
         plain_error = math.sqrt(residual.energy) / self.norm
-        kept = self._decompose(weight_as_residual(W)) if start == "weight" else None
+        kept = self._decompose(Residual.of(W.float())) if start == "weight" else None
         before: LowRank | None
         for way, before in ((quantizer, kept), (quantizer, None), (plain, None)):
             if before is not None or way != plain or not math.isfinite(residual.energy):

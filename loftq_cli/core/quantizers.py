@@ -16,7 +16,6 @@ from loftq_cli.core.blockwise import (
 from loftq_cli.core.int8 import QuantizedInt8, dequantize_int8, quantize_int8
 from loftq_cli.core.parallel import each
 from loftq_cli.core.residual import Residual, rows_a_piece, sum_of_squares, worth_compiling
-from loftq_cli.core.streamed import RowsOnDemand
 
 Quantized = QuantizedBlockwise | QuantizedInt8
 # A matrix of low rank as two factors, left (out × r) and right (r × in), both float32.
@@ -51,9 +50,6 @@ class Quantizer(Protocol):
 
     def plain(self) -> "Quantizer":
         """The same way of storing, filled as its runtime's own library would, without a search."""
-
-    def takes_rows(self, W: RowsOnDemand) -> bool:
-        """Whether all of this can be done with the rows of this weight, none of them held."""
 
     def dequantize(self, quantized: Any) -> Tensor:
         """Q (out × in), in the dtype and to the bit that the runtime computes with."""
@@ -113,9 +109,6 @@ class Blockwise:
         )
         return quantized, Residual.of(W.float() - self.dequantize(quantized).float())
 
-    def takes_rows(self, W: RowsOnDemand) -> bool:
-        return self._compiled(W) and W.shape[1] % self.format.block_size == 0
-
     def dequantize(self, quantized: QuantizedBlockwise) -> Tensor:
         return dequantize_blockwise(quantized)
 
@@ -126,7 +119,7 @@ class Blockwise:
             return compiled_step.remainder(W, quantized, *carried)
         return _remainder(W, self.dequantize(quantized), carried)
 
-    def _compiled(self, W: Tensor | RowsOnDemand) -> bool:
+    def _compiled(self, W: Tensor) -> bool:
         return not self.readable and worth_compiling(W)
 
 
@@ -164,9 +157,6 @@ class Int8:
         each(work, -(-W.shape[0] // rows))
         codes, scb = zip(*((parts[i].codes, parts[i].scb) for i in sorted(parts)), strict=True)
         return QuantizedInt8(torch.cat(codes), torch.cat(scb)), Residual.of(matrix)
-
-    def takes_rows(self, W: RowsOnDemand) -> bool:
-        return False
 
     def dequantize(self, quantized: QuantizedInt8) -> Tensor:
         return dequantize_int8(quantized)

@@ -2,16 +2,12 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from loftq_cli.core.parallel import each
 from loftq_cli.core.sketches import COLUMNS, PIECE
-
-if TYPE_CHECKING:
-    from loftq_cli.core.streamed import RowsOnDemand
 
 # Below this many values, loading the compiled kernels costs more than they save.
 _WORTH_COMPILING = 1 << 16
@@ -95,7 +91,7 @@ def rows_a_piece(rows: int, columns: int, multiple: int = 1) -> int:
     return max(min(PIECE // max(columns, 1), -(-rows // 8)) // multiple, 1) * multiple
 
 
-def worth_compiling(X: "Tensor | RowsOnDemand") -> bool:
+def worth_compiling(X: Tensor) -> bool:
     """Whether ``X`` is on the CPU, where the compiled kernels work, and large enough for them."""
     return X.device.type == "cpu" and X.numel() >= _WORTH_COMPILING
 

@@ -1,7 +1,5 @@
 """Which SVD a matrix gets, and what its sketches take: arithmetic for plans too, so no torch."""
 
-import math
-
 from loftq_cli.errors import InvalidSetting
 
 SVD_METHODS = ("exact", "randomized", "auto")
@@ -9,8 +7,6 @@ SVD_METHODS = ("exact", "randomized", "auto")
 PIECE = 1 << 20
 # Columns of a residual that are multiplied at a time.
 COLUMNS = 256
-# Values of a slab: the columns of a streamed residual that are there at once.
-SLAB = 1 << 24
 
 
 def takes_exact(shape: tuple[int, int], rank: int, method: str) -> bool:
@@ -25,9 +21,3 @@ def takes_exact(shape: tuple[int, int], rank: int, method: str) -> bool:
 def sketch_width(rank: int) -> int:
     """Vectors in a block: at least eight more than the rank, in whole registers."""
     return (rank + 8 + 15) // 16 * 16
-
-
-def slab_columns(out_features: int, block_size: int) -> int:
-    """Columns of a slab: whole blocks, and a multiple of what is multiplied at a time."""
-    least = math.lcm(COLUMNS, block_size)
-    return max(SLAB // (out_features * least), 1) * least

@@ -11,16 +11,15 @@ and the adapters of one output file. In bytes a weight of that layer:
     32          instead of them with the exact SVD: residual, U, V and LAPACK's workspace
 
 and besides, for every direction of a sketch, ten vectors as long as a column and a row.
-Without the reading ahead one dtype less is held. By rows (`Level.ROWS`) neither weight nor
-residual is, but a slab of the residual's columns and the pieces that the threads are at.
+Without the reading ahead one dtype less is held.
 
 Measured on two cores (VmHWM, MB) against what is told here, in the order of the levels:
 
-    the demo, rank 16                               513  608     513  608     513  608
-    GPT-2 (124M, Conv1D, bfloat16), rank 16         577  659     601  654     606  654
-    one block of a 7B Llama, bfloat16, rank 64      922 1036     822  946     721  799
-    the same with float32 sketches                 1036 1135     955 1045     791  841
-    the same in 8 bits, which cannot go by rows    1742 1907    1647 1817    1719 1817
+    the demo, rank 16                               513  608     513  608
+    GPT-2 (124M, Conv1D, bfloat16), rank 16         577  659     601  654
+    one block of a 7B Llama, bfloat16, rank 64      922 1036     822  946
+    the same with float32 sketches                 1036 1135     955 1045
+    the same in 8 bits                             1742 1907    1647 1817
 
 Time is a rate that was measured on two cores (README, "How fast"); other machines differ by their
 own factor.
@@ -32,7 +31,7 @@ from enum import IntEnum
 from typing import NamedTuple
 
 from loftq_cli.checkpoint.safetensors import DTYPE_BITS
-from loftq_cli.core.sketches import PIECE, sketch_width, slab_columns, takes_exact
+from loftq_cli.core.sketches import PIECE, sketch_width, takes_exact
 from loftq_cli.engines.plan import (
     CALIBRATED_INITS,
     MOST_RANKS,
@@ -70,16 +69,12 @@ _CALIBRATED, _MOMENTS = 8, 8
 # Bytes a weight while its loss is measured: two float32 of the residual, and codes.
 _MEASURING = 9
 
-# Smaller layers are never streamed: as `core` has it, the compiled kernels are not used for them.
-_WORTH_STREAMING = 1 << 16
-
 
 class Level(IntEnum):
     """How little of a layer is held at once. The files are the same bytes at every level."""
 
     AHEAD = 1  # the next layer is read while one is worked on
     ALONE = 2  # one layer at a time
-    ROWS = 3  # a layer's rows are read anew in every pass, its residual is formed anew
 
 
 class Machine(NamedTuple):
@@ -87,21 +82,6 @@ class Machine(NamedTuple):
 
     product_bytes: int = 4  # of a number in the sketches; 2 where bfloat16 is multiplied natively
     threads: int = 2
-
-
-def by_rows(planned: PlannedLayer, settings: Settings) -> bool:
-    """Whether this layer can be worked on by rows.
-
-    Not if the rows on disk are columns, if an exact SVD wants all of it, if rounding errors are
-    passed on along its rows, or in 8 bits.
-    """
-    return (
-        planned.bits <= 4
-        and settings.init not in CALIBRATED_INITS
-        and not planned.layer.transposed
-        and planned.layer.parameters >= _WORTH_STREAMING
-        and not _takes_exact(planned, settings)
-    )
 
 
 def memory_bytes(plan: Plan, level: Level, machine: Machine) -> int:
@@ -140,7 +120,7 @@ def layer_bytes(plan: Plan, planned: PlannedLayer, level: Level, machine: Machin
 
 
 def _measuring_bytes(planned: PlannedLayer, settings: Settings) -> int:
-    """Memory of looking at what the layer loses (`core.losses`), which is never done by rows."""
+    """Memory of looking at what the layer loses (`core.losses`)."""
     if not settings.is_measured:
         return 0
     weights, in_features = planned.layer.parameters, planned.layer.in_features
@@ -179,12 +159,9 @@ def _working_bytes(plan: Plan, planned: PlannedLayer, level: Level, machine: Mac
         codes, product_bytes = 3 * weights, 20
     else:
         codes = 3 * weights * 9 // 16
-    if level == Level.ROWS and by_rows(planned, settings):
-        columns = min(slab_columns(out_features, settings.block_size), in_features)
-        return codes + working + out_features * columns * product_bytes
     if settings.init in CALIBRATED_INITS:
         return _CALIBRATED * 4 * weights + _MOMENTS * 4 * in_features**2 + codes + working
-    held = (1 if level >= Level.ALONE else 2) + layer.transposed
+    held = (1 if level == Level.ALONE else 2) + layer.transposed
     if exact:
         return weights * (held * stored + 32) + working
     return weights * (held * stored + product_bytes) + codes + working

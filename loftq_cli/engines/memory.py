@@ -1,6 +1,6 @@
 """`--max-memory`: the lightest touch with which a run stays within a limit, decided from the plan.
 
-Every level gives the same files; the later ones read more and take longer.
+Every level gives the same files; without reading ahead a run takes longer.
 """
 
 from __future__ import annotations
@@ -19,11 +19,10 @@ from loftq_cli.engines.plan import Plan
 from loftq_cli.errors import DoesNotFit
 
 _MB = 10**6
-NAMES = {Level.AHEAD: "read-ahead", Level.ALONE: "one-layer", Level.ROWS: "row-chunked"}
+NAMES = {Level.AHEAD: "read-ahead", Level.ALONE: "one-layer"}
 _DOES = {
     Level.AHEAD: "the next layer is read while one is worked on",
     Level.ALONE: "one layer is held at a time",
-    Level.ROWS: "layers are worked on by rows, which are read again in every pass",
 }
 
 

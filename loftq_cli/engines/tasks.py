@@ -12,15 +12,14 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from loftq_cli.checkpoint import adapter
 from loftq_cli.checkpoint.index import Checkpoint
 from loftq_cli.checkpoint.safetensors import read_pieces
-from loftq_cli.checkpoint.tensors import load_rows, load_tensor, torch_dtype
+from loftq_cli.checkpoint.tensors import load_tensor
 from loftq_cli.containers import bitsandbytes4 as container
-from loftq_cli.engines.estimates import Level, by_rows
+from loftq_cli.engines.estimates import Level
 from loftq_cli.engines.pipeline import Chunk, Timings, read_ahead
 from loftq_cli.engines.placement import to_device, with_fallback
 from loftq_cli.engines.plan import (
@@ -37,7 +36,6 @@ if TYPE_CHECKING:
     import torch
 
     from loftq_cli.core.loftq import LoftqResult
-    from loftq_cli.core.streamed import RowsOnDemand
 
 
 @dataclass(frozen=True)
@@ -118,18 +116,13 @@ class RunningTask:
         for piece in read_pieces(*self.checkpoint.tensors[tensor]):
             yield tensor, bytes(piece)  # the piece's buffer is used again
 
-    def _weight(self, entry: PlannedLayer | LeftTensor) -> torch.Tensor | RowsOnDemand | None:
+    def _weight(self, entry: PlannedLayer | LeftTensor) -> torch.Tensor | None:
         """A layer's weight. Tensors to copy are read when it is their turn, piece by piece."""
         if isinstance(entry, LeftTensor) or entry.bits == 16:
             return None
-        stored = self.checkpoint.tensors[entry.layer.tensor]
-        if self.level == Level.ROWS and self.device == "cpu" and by_rows(entry, self.settings):
-            from loftq_cli.core.streamed import RowsOnDemand
+        return to_device(load_tensor(*self.checkpoint.tensors[entry.layer.tensor]), self.device)
 
-            return RowsOnDemand(entry.shape, torch_dtype(stored[1]), partial(load_rows, *stored))
-        return to_device(load_tensor(*stored), self.device)
-
-    def _quantized(self, planned: PlannedLayer, W: Any) -> Iterator[Chunk]:
+    def _quantized(self, planned: PlannedLayer, W: torch.Tensor) -> Iterator[Chunk]:
         from loftq_cli.core.residual import sum_of_squares
 
         began = time.perf_counter()

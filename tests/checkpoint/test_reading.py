@@ -18,7 +18,6 @@ from loftq_cli.checkpoint.safetensors import (
     Header,
     read_header,
     read_pieces,
-    read_rows,
     read_tensor,
 )
 from loftq_cli.errors import CorruptCheckpoint
@@ -75,9 +74,6 @@ def test_random_files(tmp_path: Path, plan: dict[str, tuple[torch.dtype, list[in
         assert (info.elements, info.nbytes) == (tensor.numel(), tensor.nbytes)
         assert bytes(read_tensor(header, info)) == raw(tensor)
         assert b"".join(map(bytes, read_pieces(header, info))) == raw(tensor)
-        if info.shape:
-            first, last = info.shape[0] // 3, info.shape[0] // 3 * 2
-            assert bytes(read_rows(header, info, first, last)) == raw(tensor[first:last])
 
 
 @pytest.fixture
@@ -106,12 +102,6 @@ def test_a_buffer_may_have_any_item_size(header: Header) -> None:
     tensor = torch.empty(40, 25)
     read_tensor(header, header.tensors["W"], memoryview(tensor.numpy()))
     assert torch.equal(tensor, load_file(header.path)["W"])
-
-
-@pytest.mark.parametrize(("first", "last"), [(-1, 2), (3, 2), (0, 41)])
-def test_rows_that_are_not_there(header: Header, first: int, last: int) -> None:
-    with pytest.raises(ValueError, match="no rows"):
-        read_rows(header, header.tensors["W"], first, last)
 
 
 def test_pieces_of_a_large_tensor(header: Header, monkeypatch: pytest.MonkeyPatch) -> None:

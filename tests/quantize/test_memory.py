@@ -13,8 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from loftq_cli import hardware
 from loftq_cli.commands.options import size
-from loftq_cli.engines import tasks
-from loftq_cli.engines.estimates import Level, Machine, by_rows, memory_bytes
+from loftq_cli.engines.estimates import Level, Machine, memory_bytes
 from loftq_cli.engines.memory import plan_memory
 from loftq_cli.engines.plan import Plan, Settings, make_plan
 from loftq_cli.errors import DoesNotFit, UsageError
@@ -49,36 +48,19 @@ def test_the_lightest_level_that_fits() -> None:
 
 def test_too_little_names_the_layer_and_the_least_that_works() -> None:
     large = plan((4096, 4096), (11008, 4096))
-    least = memory_bytes(large, Level.ROWS, MACHINE)
+    least = memory_bytes(large, Level.ALONE, MACHINE)
     with pytest.raises(DoesNotFit, match="too little") as caught:
         plan_memory(large, least - 1, MACHINE)
     assert "h.1.up (11008×4096)" in str(caught.value.cause)
     hint = str(caught.value.hint)
     works = size(hint.split()[1], "--max-memory")
-    assert plan_memory(large, works, MACHINE).level == Level.ROWS
+    assert plan_memory(large, works, MACHINE).level == Level.ALONE
     assert works - least < 10**6
-
-
-@pytest.mark.parametrize(
-    ("options", "transposed"),
-    [({"svd": "exact"}, False), ({"bits": 8}, False), ({}, True)],
-    ids=["exact", "int8", "Conv1D"],
-)
-def test_what_cannot_be_streamed_ends_at_one_layer(
-    options: dict[str, Any], transposed: bool
-) -> None:
-    fixed = plan((4096, 4096), transposed=transposed, settings=Settings(**options))
-    assert not by_rows(fixed.layers[0], fixed.settings)
-    alone = memory_bytes(fixed, Level.ALONE, MACHINE)
-    assert memory_bytes(fixed, Level.ROWS, MACHINE) == alone
-    assert plan_memory(fixed, alone, MACHINE).level == Level.ALONE
-    with pytest.raises(DoesNotFit):
-        plan_memory(fixed, alone - 1, MACHINE)
 
 
 @pytest.mark.parametrize("options", [{"rank_budget": True}, {"target_bits": 2.5}], ids=str)
 def test_looking_at_the_losses_first_is_counted(options: dict[str, Any]) -> None:
-    """It is not done by rows; with a budget a layer may then get four times the rank."""
+    """It holds a float32 residual; and with a budget a layer may get four times the rank."""
     fixed, measured = (
         plan((2048, 5504), settings=Settings(rank=64, lora_alpha=64, **each))
         for each in ({}, options)
@@ -86,20 +68,13 @@ def test_looking_at_the_losses_first_is_counted(options: dict[str, Any]) -> None
     weights = 2048 * 5504
     for level in Level:
         assert memory_bytes(measured, level, MACHINE) >= memory_bytes(fixed, level, MACHINE)
-    rows = memory_bytes(measured, Level.ROWS, MACHINE)
-    assert rows - memory_bytes(fixed, Level.ROWS, MACHINE) > 2 * weights, (
-        "the whole weight, at least"
-    )
-
-
-def test_small_layers_and_small_sides_are_not_streamed() -> None:
-    shapes = plan((64, 64), (32, 65536), (4096, 4096))
-    assert [by_rows(each, shapes.settings) for each in shapes.layers] == [False, False, True]
+    alone = memory_bytes(measured, Level.ALONE, MACHINE)
+    assert alone - memory_bytes(fixed, Level.ALONE, MACHINE) > weights
 
 
 def test_more_threads_hold_more_pieces() -> None:
     large = plan((8192, 8192))
-    few, many = (memory_bytes(large, Level.ROWS, Machine(2, n)) for n in (2, 16))
+    few, many = (memory_bytes(large, Level.ALONE, Machine(2, n)) for n in (2, 16))
     assert 100e6 < many - few < 200e6
 
 
@@ -133,7 +108,7 @@ def test_the_processor_is_read_without_torch() -> None:
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Llama with layers that are just large enough to be worked on by rows."""
+    """A Llama with layers that are just large enough for the compiled kernels."""
     directory = tmp_path_factory.mktemp("source")
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -158,7 +133,7 @@ def quantize(source: Path, loftq: LOFTQ) -> LOFTQ:
 
 @pytest.fixture
 def limits(quantize: LOFTQ) -> list[int]:
-    """The estimates of the three levels, in bytes."""
+    """The estimates of the two levels, in bytes."""
     found: list[int] = []
     for _ in Level:
         limit = ["--max-memory", found[-1] - 1] if found else []
@@ -172,16 +147,8 @@ def contents(out: Path) -> dict[str, bytes]:
 
 
 def test_every_level_writes_the_same_bytes(
-    quantize: LOFTQ, limits: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    quantize: LOFTQ, limits: list[int], tmp_path: Path
 ) -> None:
-    fetched = []
-    load_rows = tasks.load_rows
-
-    def watched(*arguments: Any) -> torch.Tensor:
-        fetched.append(arguments)
-        return load_rows(*arguments)
-
-    monkeypatch.setattr(tasks, "load_rows", watched)
     written, fingerprints, names = [], set(), []
     for number, limit in enumerate(limits):
         out = tmp_path / str(number) / "out"
@@ -191,11 +158,10 @@ def test_every_level_writes_the_same_bytes(
         fingerprints.add(document["results"]["fingerprint"])
         names.append(document["resolved"]["memory_plan"]["value"])
         assert "of --max-memory" in document["resolved"]["memory_plan"]["reason"]
-        assert bool(fetched) == (number == 2)
         written.append(contents(out))
-    assert names == ["read-ahead", "one-layer", "row-chunked"]
+    assert names == ["read-ahead", "one-layer"]
     assert len(written[0]) == 2
-    assert written[0] == written[1] == written[2]
+    assert written[0] == written[1]
     assert len(fingerprints) == 1
 
 
@@ -218,12 +184,12 @@ def test_too_little_exits_4_before_anything_is_written(
 def test_a_dry_run_decides_the_same_and_shows_it(
     source: Path, loftq: LOFTQ, limits: list[int]
 ) -> None:
-    options = ("quantize", "-m", source, "--rank", 4, "--dry-run", "--max-memory", limits[2])
+    options = ("quantize", "-m", source, "--rank", 4, "--dry-run", "--max-memory", limits[1])
     document = json.loads(loftq(*options, "--json").out)
-    assert document["resolved"]["memory_plan"]["value"] == "row-chunked"
-    assert document["results"]["totals"]["peak_memory_bytes"] == limits[2]
+    assert document["resolved"]["memory_plan"]["value"] == "one-layer"
+    assert document["results"]["totals"]["peak_memory_bytes"] == limits[1]
     shown = loftq(*options, "--format", "md").out
-    assert "row-chunked" in shown
+    assert "one-layer" in shown
 
 
 def test_a_gpu_has_no_say(quantize: LOFTQ, loftq: LOFTQ, source: Path, tmp_path: Path) -> None:
