@@ -1,6 +1,7 @@
 """Imports run one way.
 
-cli → commands → engines, models, checkpoint, core, report → schema, errors
+cli → commands → engines, checks → containers, models, checkpoint, core, report →
+schema, starts, formats, errors
 """
 
 from __future__ import annotations
@@ -22,18 +23,21 @@ MAY_IMPORT = {
     "__main__": "cli",
     "cli": "commands console errors",
     "commands": (
-        "engines checks containers models checkpoint core report hardware console schema errors"
+        "engines checks containers models checkpoint core report hardware console "
+        "schema starts formats errors"
     ),
-    "checks": "engines containers models checkpoint core errors",
-    "engines": "containers models checkpoint core errors",
-    "containers": "checkpoint core errors",
-    "models": "checkpoint core errors",
-    "checkpoint": "core errors",
-    "core": "errors",
+    "checks": "engines containers models checkpoint core starts formats errors",
+    "engines": "containers models checkpoint core starts formats errors",
+    "containers": "checkpoint core starts formats errors",
+    "models": "checkpoint core starts formats errors",
+    "checkpoint": "core starts formats errors",
+    "core": "starts formats errors",
     "hardware": "errors",
     "console": "report.escape errors",
-    "report": "schema errors",
-    "schema": "errors",
+    "report": "schema starts formats errors",
+    "schema": "starts formats errors",
+    "starts": "formats errors",
+    "formats": "errors",
     "errors": "",
 }
 HEAVY = {
@@ -54,6 +58,8 @@ NEVER = {
     "checkpoint": {"transformers", "peft", "accelerate"},
     "report": HEAVY,
     "schema": HEAVY,
+    "starts": HEAVY,
+    "formats": HEAVY,
     "console": HEAVY,
 }
 

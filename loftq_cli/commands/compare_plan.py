@@ -7,22 +7,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import cast, get_args
 
+from loftq_cli import starts
 from loftq_cli.commands import options
 from loftq_cli.commands.quantize_settings import settings_of
-from loftq_cli.engines.plan import CALIBRATED_INITS, UNCORRECTED_INITS, Init, Settings
+from loftq_cli.engines.plan import Settings
 from loftq_cli.errors import UsageError
 from loftq_cli.models.finetuning import LEARNING_RATE, Training
 from loftq_cli.models.spec import DEMO_DIRECTORY
 from loftq_cli.models.texts import is_same, require_different
+from loftq_cli.starts import QLORA, Start
 
 HELDOUT = DEMO_DIRECTORY / "heldout.txt"
 DEMO_CALIBRATION = DEMO_DIRECTORY / "calibration.txt"
 BITS = ("2", "3", "4", "8")
-# Without --init: what needs no text, then what does. QLoRA comes first: ties go to the simplest.
-_NEED_NO_TEXT: tuple[Init, ...] = ("qlora", "loftq-plain", "loftq", "pissa")
-_NEED_TEXT: tuple[Init, ...] = ("qera", "calibrated")
 
 
 @dataclass(frozen=True)
@@ -111,35 +109,40 @@ def methods(init: str | None, bits: str, ranks: str, asked: Asked, texts: Texts)
         UsageError: there is no such start, or it lacks a text.
     """
     wanted = _bits(bits)
-    inits = _named(init, texts) if init is not None else _default(texts)
+    if init is None:
+        tried = starts.compared(
+            with_text=texts.calibration is not None, trained=texts.steps is not None
+        )
+    else:
+        tried = _named(init, texts)
     every_rank = options.ranks(ranks)
-    _require_meaning(wanted, inits, asked, texts)
-    plain = [_settings("lora", "4", rank, asked, texts) for rank in every_rank if "lora" in inits]
-    quantizing = ["qlora", *(each for each in inits if each not in UNCORRECTED_INITS)]
-    return plain + [
-        _settings(cast(Init, each), number, rank, asked, texts)
+    _require_meaning(wanted, tried, asked, texts)
+    plain = [each for each in tried if not each.quantizes]
+    quantizing = [QLORA, *(each for each in tried if each.quantizes and each is not QLORA)]
+    return [
+        _settings(each, None, rank, asked, texts) for each, rank in product(plain, every_rank)
+    ] + [
+        _settings(each, number, rank, asked, texts)
         for number, rank, each in product(wanted, every_rank, quantizing)
         # By default a start is left out where there is none; asked for, it is refused.
-        if init is not None or number != "8" or each not in CALIBRATED_INITS
+        if init is not None or number != "8" or not each.needs_moments
     ]
 
 
-def _require_meaning(bits: Sequence[str], inits: Sequence[str], asked: Asked, texts: Texts) -> None:
+def _require_meaning(
+    bits: Sequence[str], tried: Sequence[Start], asked: Asked, texts: Texts
+) -> None:
     """Refuses options that would have no effect on any of the methods."""
     form = (asked.quant_type, asked.block_size, asked.double_quant)
     if set(bits) == {"8"} and form != ("nf4", 64, False):
         raise UsageError("8 bits have no --quant-type, --block-size or --double-quant")
-    if asked.iterations != "auto" and not any(map(_alternates, inits)):
+    if asked.iterations != "auto" and not any(each.iterates for each in tried):
         raise UsageError("--iterations has no effect on these starts", hint="--init loftq")
-    calibrated = set(bits) != {"8"} and any(each in CALIBRATED_INITS for each in inits)
+    calibrated = set(bits) != {"8"} and any(each.needs_moments for each in tried)
     if texts.calibration not in (None, DEMO_CALIBRATION) and not calibrated:
         raise UsageError(
             "--calibration-text has no effect on these starts", hint="--init calibrated"
         )
-
-
-def _alternates(init: str) -> bool:
-    return init not in UNCORRECTED_INITS and not init.startswith("qera")
 
 
 def _bits(text: str) -> list[str]:
@@ -150,45 +153,36 @@ def _bits(text: str) -> list[str]:
     return found
 
 
-def _named(text: str, texts: Texts) -> list[str]:
-    found = list(dict.fromkeys(options.split_list(text, "--init")))
+def _named(text: str, texts: Texts) -> list[Start]:
+    names = dict.fromkeys(options.split_list(text, "--init"))
+    found = [starts.find(name) for name in names]
     for each in found:
-        if each not in get_args(Init):
+        if each.needs_moments and texts.calibration is None:
             raise UsageError(
-                f"there is no start {each!r:.80}", hint=f"--init {','.join(get_args(Init))}"
-            )
-        if each in CALIBRATED_INITS and texts.calibration is None:
-            raise UsageError(
-                f"--init {each} has to see what the layers are given",
+                f"--init {each.name} has to see what the layers are given",
                 hint="add --calibration-text FILE: text like that the model was made for",
             )
-    if "lora" in found and texts.steps is None:
-        raise UsageError(
-            "--init lora has nothing to show without training",
-            cause="until it is trained, it is the original model",
-            hint="add --train-steps 100 --train-text FILE",
-        )
+        if not each.quantizes and texts.steps is None:
+            raise UsageError(
+                f"--init {each.name} has nothing to show without training",
+                cause="until it is trained, it is the original model",
+                hint="add --train-steps 100 --train-text FILE",
+            )
     return found
 
 
-def _default(texts: Texts) -> Sequence[str]:
-    trained: tuple[Init, ...] = () if texts.steps is None else ("lora",)
-    calibrated = () if texts.calibration is None else _NEED_TEXT
-    return [*trained, *_NEED_NO_TEXT, *calibrated]
-
-
-def _settings(init: Init, bits: str, rank: int, asked: Asked, texts: Texts) -> Settings:
+def _settings(start: Start, bits: str | None, rank: int, asked: Asked, texts: Texts) -> Settings:
     """By the rules of `quantize`; what means nothing to a start is not said to it."""
-    in_blocks = init != "lora" and bits != "8"
+    in_blocks = bits not in (None, "8")
     return settings_of(
-        bits=None if init == "lora" else bits,
-        init=init,
+        bits=bits,
+        init=start.name,
         quant_type=asked.quant_type if in_blocks else "nf4",
         block_size=asked.block_size if in_blocks else 64,
         double_quant=asked.double_quant and in_blocks,
-        calibration_text=texts.calibration if init in CALIBRATED_INITS else None,
+        calibration_text=texts.calibration if start.needs_moments else None,
         rank=rank,
-        iterations=asked.iterations if _alternates(init) else "auto",
+        iterations=asked.iterations if start.iterates else "auto",
         lora_alpha=asked.lora_alpha,
         rslora=asked.rslora,
         target_modules=asked.target_modules,

@@ -176,7 +176,6 @@ class Bench:
     def _make(self, output: Path, settings: Settings) -> Report:
         """The files of one method, as `quantize` writes them."""
         from loftq_cli.commands.quantize_run import write_directory
-        from loftq_cli.engines.plan import CALIBRATED_INITS
 
         document, _, _ = write_directory(
             self.quiet_run,
@@ -184,7 +183,7 @@ class Bench:
             output,
             settings,
             device=self.device,
-            calibration_text=self.texts.calibration if settings.init in CALIBRATED_INITS else None,
+            calibration_text=self.texts.calibration if settings.start.needs_moments else None,
             trust_remote_code=self.trust_remote_code,
         )
         return document

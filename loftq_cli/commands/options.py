@@ -11,11 +11,13 @@ import re
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Literal, TypeAlias, get_args
+from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
 
 import typer
 
+from loftq_cli import starts
 from loftq_cli.errors import UsageError
+from loftq_cli.starts import STARTS
 
 ALL_LINEAR = "all-linear"
 
@@ -166,19 +168,17 @@ LoraAlpha: TypeAlias = Annotated[
 RsLora: TypeAlias = Annotated[
     bool, typer.Option("--rslora", help="Scale by X / √rank (rank-stabilized LoRA).")
 ]
-InitName: TypeAlias = Literal[
-    "loftq", "loftq-plain", "qlora", "lora", "pissa", "qera", "qera-diagonal", "calibrated"
-]
+if TYPE_CHECKING:
+    InitName: TypeAlias = str
+else:
+    InitName = Literal[tuple(STARTS)]
 Init: TypeAlias = Annotated[
     InitName,
     typer.Option(
         "--init",
         metavar="INIT",
-        help="How backbone and adapter start: loftq corrects the quantization error; loftq-plain "
-        "does it as published; pissa begins with the weight's own low rank; qlora corrects "
-        "nothing; lora does not quantize; calibrated, qera and qera-diagonal look at what the "
-        "layers are given for --calibration-text.",
-        autocompletion=lambda: list(get_args(InitName)),
+        help=starts.help_text(),
+        autocompletion=lambda: list(STARTS),
     ),
 ]
 CalibrationText: TypeAlias = Annotated[

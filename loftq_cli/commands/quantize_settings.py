@@ -5,17 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from loftq_cli.commands import options
-from loftq_cli.engines.plan import (
-    CALIBRATED_INITS,
-    UNCORRECTED_INITS,
-    CalibrationText,
-    Init,
-    Settings,
-)
+from loftq_cli.engines.plan import CalibrationText, Settings
 from loftq_cli.errors import UsageError
-
-# As PEFT's documentation has it, and most who publish figures of LoftQ.
-PUBLISHED_ITERATIONS = 5
+from loftq_cli.starts import Start, find
 
 
 def settings_of(
@@ -25,7 +17,7 @@ def settings_of(
     quant_type: options.QuantTypeName = "nf4",
     block_size: int = 64,
     double_quant: bool = False,
-    init: Init = "loftq",
+    init: str = "loftq",
     calibration_text: Path | None = None,
     rank: int = 16,
     rank_budget: bool = False,
@@ -42,29 +34,29 @@ def settings_of(
     Raises:
         UsageError: two options contradict each other, or one would have no effect.
     """
-    if bits is not None and (init == "lora" or target_bits is not None):
-        raise UsageError(
-            "--init lora does not quantize: no --bits"
-            if init == "lora"
-            else "--target-bits chooses the bits: no --bits beside it"
-        )
+    start = find(init)
+    if bits is not None and not start.quantizes:
+        raise UsageError(f"--init {init} does not quantize: no --bits")
+    if bits is not None and target_bits is not None:
+        raise UsageError("--target-bits chooses the bits: no --bits beside it")
     base, leading = options.bits(bits or "4")
     wanted = options.iterations(iterations)
-    _require_meaning(base, leading, target_bits, quant_type, block_size, double_quant, init)
-    if init in UNCORRECTED_INITS and (wanted, svd) != (None, "auto"):
-        raise UsageError(f"--init {init} corrects nothing: --iterations and --svd have no effect")
-    if init.startswith("qera") and (wanted, svd) != (None, "auto"):
-        raise UsageError(f"--init {init} is one decomposition: no --iterations and no --svd")
-    if init in ("calibrated", "loftq-plain") and svd != "auto":
+    _require_meaning(base, leading, target_bits, quant_type, block_size, double_quant, start)
+    svd_has_no_effect = svd != "auto" and start.svd != "any"
+    if not start.iterates and (wanted is not None or svd_has_no_effect):
+        raise UsageError(
+            f"--init {init} is one decomposition: no --iterations and no --svd"
+            if start.corrects
+            else f"--init {init} corrects nothing: --iterations and --svd have no effect"
+        )
+    if svd_has_no_effect:
         raise UsageError(f"--init {init} has an SVD of its own: no --svd")
-    if rank_budget and init in UNCORRECTED_INITS:
+    if rank_budget and not start.corrects:
         raise UsageError(f"--init {init} corrects nothing: no rank pays more than another")
     if uniform_rank and not rank_budget:
         raise UsageError("all ranks are the same without --rank-budget: no --uniform-rank")
-    if init == "loftq-plain" and wanted is None:
-        wanted = PUBLISHED_ITERATIONS
     return Settings(
-        bits=16 if init == "lora" else base,  # type: ignore[arg-type]
+        bits=base if start.quantizes else 16,  # type: ignore[arg-type]
         leading=leading,
         target_bits=target_bits,
         quant_type=quant_type,
@@ -74,12 +66,12 @@ def settings_of(
         rank=rank,
         rank_budget=rank_budget,
         uniform_rank=uniform_rank,
-        iterations=wanted,
+        iterations=start.default_iterations if wanted is None else wanted,
         lora_alpha=float(rank) if lora_alpha is None else lora_alpha,
         use_rslora=rslora,
         svd=svd,
         target_modules=tuple(options.split_list(target_modules, "--target-modules")),
-        calibration=_calibration(init, calibration_text),
+        calibration=_calibration(start, calibration_text),
         seed=seed,
     )
 
@@ -91,7 +83,7 @@ def _require_meaning(
     quant_type: str,
     block_size: int,
     double_quant: bool,
-    init: Init,
+    start: Start,
 ) -> None:
     """Refuses number formats that there are not."""
     if target_bits is not None and not 2 <= target_bits <= 4:
@@ -102,26 +94,27 @@ def _require_meaning(
     form = (quant_type, block_size, double_quant)
     if bits == 8 and form != ("nf4", 64, False):
         raise UsageError("8 bits have no --quant-type, --block-size or --double-quant")
-    if bits == 8 and init in CALIBRATED_INITS:
+    if bits == 8 and start.needs_moments:
         raise UsageError(
-            f"--init {init} is for 4 bits and fewer",
+            f"--init {start.name} is for 4 bits and fewer",
             cause="8-bit layers round the activations too, which no start corrects",
             hint="--bits 4",
         )
-    if init == "lora" and (target_bits, *form) != (None, "nf4", 64, False):
-        raise UsageError("--init lora does not quantize: no bits and no number format")
+    if not start.quantizes and (target_bits, *form) != (None, "nf4", 64, False):
+        raise UsageError(f"--init {start.name} does not quantize: no bits and no number format")
 
 
-def _calibration(init: Init, text: Path | None) -> CalibrationText | None:
-    if init not in CALIBRATED_INITS:
+def _calibration(start: Start, text: Path | None) -> CalibrationText | None:
+    if not start.needs_moments:
         if text is not None:
             raise UsageError(
-                f"--calibration-text has no effect with --init {init}", hint="--init calibrated"
+                f"--calibration-text has no effect with --init {start.name}",
+                hint="--init calibrated",
             )
         return None
     if text is None:
         raise UsageError(
-            f"--init {init} has to see what the layers are given",
+            f"--init {start.name} has to see what the layers are given",
             hint="add --calibration-text FILE: text like that the model was made for",
         )
     from loftq_cli.models.calibration import MOST_TOKENS

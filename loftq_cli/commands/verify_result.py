@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from loftq_cli import schema
+from loftq_cli import schema, starts
 from loftq_cli.checkpoint.index import parse_json
 from loftq_cli.checkpoint.safetensors import read_file
 from loftq_cli.checks.written.directory import ClaimedFile, ClaimedLayer, Claims
 from loftq_cli.commands.quantize_result import Report
-from loftq_cli.engines.plan import BLOCK_SIZES, UNCORRECTED_INITS
+from loftq_cli.engines.plan import BLOCK_SIZES
 from loftq_cli.errors import CorruptCheckpoint, LoftqError, ModelNotFound
 from loftq_cli.models.source import REPORT_FILE
 from loftq_cli.report.quantize import auto_class
@@ -74,7 +74,7 @@ def claims_of(report: Report) -> Claims:
         rank=settings.rank,
         lora_alpha=settings.lora_alpha,
         use_rslora=settings.rslora,
-        corrects=settings.init not in UNCORRECTED_INITS,
+        corrects=starts.of_report(settings.init).corrects,
         task_type=results.task_type,
         auto_class=auto_class(results),
         weight_error=results.totals.weight_error_relative,

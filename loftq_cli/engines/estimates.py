@@ -32,14 +32,7 @@ from typing import NamedTuple
 
 from loftq_cli.checkpoint.safetensors import DTYPE_BITS
 from loftq_cli.core.sketches import PIECE, sketch_width, takes_exact
-from loftq_cli.engines.plan import (
-    CALIBRATED_INITS,
-    MOST_RANKS,
-    UNCORRECTED_INITS,
-    Plan,
-    PlannedLayer,
-    Settings,
-)
+from loftq_cli.engines.plan import MOST_RANKS, Plan, PlannedLayer, Settings
 
 # Python, torch, transformers and the compiled kernels, resident after a run on a tiny model:
 # 510 MB were measured there, and more is wanted where the kernels are compiled first.
@@ -127,7 +120,7 @@ def _measuring_bytes(planned: PlannedLayer, settings: Settings) -> int:
     stored = DTYPE_BITS[planned.layer.dtype] // 8
     vectors = _VECTORS * 4 * sketch_width(_most_rank(planned, settings)) * sum(planned.shape)
     inputs = 0
-    if settings.init in CALIBRATED_INITS:
+    if settings.start.needs_moments:
         inputs = 8 * weights + _MOMENTS * 4 * in_features**2  # W and W − Q as the inputs see them
     copied = 1 + planned.layer.transposed
     return weights * (copied * stored + _MEASURING) + vectors * settings.rank_budget + inputs
@@ -159,7 +152,7 @@ def _working_bytes(plan: Plan, planned: PlannedLayer, level: Level, machine: Mac
         codes, product_bytes = 3 * weights, 20
     else:
         codes = 3 * weights * 9 // 16
-    if settings.init in CALIBRATED_INITS:
+    if settings.start.needs_moments:
         return _CALIBRATED * 4 * weights + _MOMENTS * 4 * in_features**2 + codes + working
     held = (1 if level == Level.ALONE else 2) + layer.transposed
     if exact:
@@ -169,21 +162,21 @@ def _working_bytes(plan: Plan, planned: PlannedLayer, level: Level, machine: Mac
 
 def seconds(plan: Plan) -> float:
     """Computing time on two cores; reading and writing run beside it."""
-    settings = plan.settings
+    settings, start = plan.settings, plan.settings.start
+    iterations = settings.iterations or (_ITERATIONS if start.iterates else 1)
     total = 0.0
     for planned in plan.layers:
         weights = planned.layer.parameters
-        iterations = settings.iterations or _ITERATIONS
+        searches = planned.bits < 8 and start.searches
         if planned.bits == 16:
             continue
-        if settings.init in CALIBRATED_INITS:
+        if settings.start.needs_moments:
             total += weights * planned.layer.in_features * _SECONDS_CALIBRATED
         elif not _alternates(planned, settings):
-            total += weights * _SECONDS_A_WEIGHT
+            total += weights * (_SECONDS_FIRST_SEARCH if searches else _SECONDS_A_WEIGHT)
         elif _takes_exact(planned, settings):
             total += weights * min(planned.shape) * iterations * _SECONDS_EXACT
         else:
-            searches = planned.bits < 8
             each = _SECONDS_SEARCHED if searches else _SECONDS_A_WEIGHT
             each += planned.rank * _SECONDS_A_WEIGHT_AND_RANK
             total += weights * (iterations * each + _SECONDS_FIRST_SEARCH * searches)
@@ -191,9 +184,10 @@ def seconds(plan: Plan) -> float:
 
 
 def _alternates(planned: PlannedLayer, settings: Settings) -> bool:
-    return planned.adapted and settings.init not in (*UNCORRECTED_INITS, *CALIBRATED_INITS)
+    start = settings.start
+    return planned.adapted and start.corrects and not start.needs_moments
 
 
 def _takes_exact(planned: PlannedLayer, settings: Settings) -> bool:
-    svd = "exact" if settings.init == "loftq-plain" else settings.svd
+    svd = "exact" if settings.start.svd == "exact" else settings.svd
     return _alternates(planned, settings) and takes_exact(planned.shape, planned.rank, svd)

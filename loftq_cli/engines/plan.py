@@ -11,23 +11,18 @@ import difflib
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal
 
 from loftq_cli.checkpoint import adapter
 from loftq_cli.checkpoint.writer import PlannedTensor
 from loftq_cli.containers import bitsandbytes4 as container
 from loftq_cli.errors import InvalidSetting, UnknownTargetModule, UnsupportedModel, UsageError
 from loftq_cli.models.layers import Inventory, LeftTensor, LinearLayer, last_part
+from loftq_cli.starts import STARTS, Start
 
 # One output file is the unit of work that a killed run may lose.
 SHARD_BYTES = 1 << 30
 ALL_LINEAR = "all-linear"
-Init: TypeAlias = Literal[
-    "loftq", "loftq-plain", "qlora", "lora", "pissa", "qera", "qera-diagonal", "calibrated"
-]
-# Starts that need to know the layers' inputs, and those that correct nothing.
-CALIBRATED_INITS = ("qera", "qera-diagonal", "calibrated")
-UNCORRECTED_INITS = ("qlora", "lora")
 # Beyond these, float32 adapters lose the correction; nobody trains there.
 SCALINGS = (1e-6, 1e6)
 # The largest rank of a layer with --rank-budget, as a multiple of the one asked for: so many
@@ -61,7 +56,7 @@ class Settings:
     quant_type: Literal["nf4", "fp4"] = "nf4"
     block_size: int = 64
     double_quant: bool = False
-    init: Init = "loftq"
+    init: str = "loftq"  # a name in `starts.STARTS`
     rank: int = 16
     rank_budget: bool = False
     uniform_rank: bool = False
@@ -91,6 +86,10 @@ class Settings:
                 "the correction is divided by it",
                 hint=f"--lora-alpha {self.rank}",
             )
+
+    @property
+    def start(self) -> Start:
+        return STARTS[self.init]
 
     @property
     def scaling(self) -> float:

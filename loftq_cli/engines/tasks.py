@@ -22,15 +22,10 @@ from loftq_cli.containers import bitsandbytes4 as container
 from loftq_cli.engines.estimates import Level
 from loftq_cli.engines.pipeline import Chunk, Timings, read_ahead
 from loftq_cli.engines.placement import to_device, with_fallback
-from loftq_cli.engines.plan import (
-    CALIBRATED_INITS,
-    UNCORRECTED_INITS,
-    PlannedLayer,
-    Settings,
-    Task,
-)
+from loftq_cli.engines.plan import PlannedLayer, Settings, Task
 from loftq_cli.errors import LoftqError
 from loftq_cli.models.layers import LeftTensor
+from loftq_cli.starts import QLORA
 
 if TYPE_CHECKING:
     import torch
@@ -194,39 +189,25 @@ def initialize(
     settings: Settings,
     moments: torch.Tensor | None = None,
 ) -> LoftqResult:
-    """The start of one layer. A layer without an adapter is quantized and no more.
-
-    ``moments`` are those of the layer's inputs (in × in), for the calibrated starts.
-    """
-    from loftq_cli.core import calibrated, loftq
-
-    common: dict[str, Any] = {
-        "scaling": settings.scaling,
-        "seed": layer_seed(settings.seed, planned.layer.module),
-    }
-    method = quantizer(settings, planned.bits)
-    if settings.init in CALIBRATED_INITS:
-        assert moments is not None
-        found: LoftqResult = calibrated.initialize_calibrated(
-            W,
-            moments,
-            method,
-            planned.rank,
-            method=settings.init,
-            iterations=settings.iterations,
-            **common,
-        )
-        return found
-    corrected = planned.adapted and settings.init not in UNCORRECTED_INITS
-    published = settings.init == "loftq-plain"
-    result: LoftqResult = loftq.initialize(
-        W,
-        method,
-        max(planned.rank, 1),
-        iterations=settings.iterations if corrected else 0,
-        start="weight" if corrected and settings.init == "pissa" else "zero",
-        svd="exact" if published else settings.svd,
-        **common,
+    """The start of one layer. ``moments`` are those of its inputs (in × in), if it needs them."""
+    start, rank = settings.start, planned.rank
+    if not (planned.adapted or start.needs_moments):
+        start, rank = QLORA, 1  # quantized and no more
+    given: dict[str, Any] = {}
+    if start.needs_moments:
+        given["moments"] = moments
+    if start.iterates:
+        given["iterations"] = settings.iterations
+    if start.svd != "own":
+        given["svd"] = settings.svd if start.svd == "any" else start.svd
+    result: LoftqResult = start.load()(
+        W=W,
+        quantizer=quantizer(settings, planned.bits),
+        rank=rank,
+        scaling=settings.scaling,
+        seed=layer_seed(settings.seed, planned.layer.module),
+        **start.arguments,
+        **given,
     )
     return result
 
@@ -240,7 +221,7 @@ def quantizer(settings: Settings, bits: int) -> Any:
         return Int8()
     return Blockwise(
         BlockwiseFormat(settings.quant_type, settings.block_size, settings.double_quant, bits),
-        search=settings.init not in ("qlora", "loftq-plain"),
+        search=settings.start.searches,
     )
 
 

@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from loftq_cli import starts
 from loftq_cli.report import units
 from loftq_cli.report.formats import error_changes
 from loftq_cli.report.remarks import figures, remark
@@ -29,7 +30,6 @@ _WORTH_BYTES = 0.03
 _LITTLE = 0.2
 # The last iteration took this much of the error away: another may do the same.
 _STILL_FALLING = 0.01
-_CALIBRATED = ("calibrated", "qera", "qera-diagonal")
 
 
 def recommendations(documents: Sequence[Document[Any]]) -> list[Remark]:
@@ -131,7 +131,7 @@ def _quantize(document: Document[QuantizeResults]) -> Iterator[str]:
     results, totals, settings = document.results, document.results.totals, document.results.settings
     model = "MODEL" if document.model is None else document.model.id
     changes = error_changes(results)
-    if changes and settings.init != "qlora" and settings.bits < 8:
+    if changes and starts.of_report(settings.init).corrects and settings.bits < 8:
         what, before, after = changes[-1]  # the error of outputs, where that is known
         removed = units.removed(before, after)
         if before and removed < _LITTLE:
@@ -216,7 +216,8 @@ def _compare(document: Document[CompareResults]) -> Iterator[str]:
 def _as_compared(results: CompareResults, best: BitsVerdict) -> Iterator[str]:
     """The options of `quantize` that make the start what it was when it was measured."""
     settings = results.settings
-    if best.init in _CALIBRATED:
+    start = starts.of_report(best.init)
+    if start.needs_moments:
         text = settings.calibration_text
         yield f"--calibration-text {'FILE' if text in (None, 'built-in') else shlex.quote(text)}"
     if best.bits != 8:
@@ -226,7 +227,7 @@ def _as_compared(results: CompareResults, best: BitsVerdict) -> Iterator[str]:
             yield f"--block-size {settings.block_size}"
         if settings.double_quant:
             yield "--double-quant"
-    if settings.iterations != "auto" and not best.init.startswith("qera"):
+    if settings.iterations != "auto" and start.iterates:
         yield f"--iterations {settings.iterations}"
     if settings.lora_alpha is not None:
         yield f"--lora-alpha {settings.lora_alpha:g}"

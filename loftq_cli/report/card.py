@@ -8,9 +8,9 @@ import textwrap
 from collections.abc import Sequence
 from pathlib import PurePath
 
+from loftq_cli import starts
 from loftq_cli.report import units
 from loftq_cli.report.formats import (
-    STARTS,
     all_layers,
     bits_a_weight,
     error_changes,
@@ -56,7 +56,7 @@ def card(document: Document[QuantizeResults]) -> str:
     here = PurePath(results.output).name
     auto = auto_class(results)
     quantized = results.settings.bits != 16
-    corrects = results.settings.init not in ("qlora", "lora")
+    corrects = starts.of_report(results.settings.init).corrects
     parts = [
         f"# {here}",
         _introduction(document),
@@ -104,7 +104,7 @@ def _introduction(document: Document[QuantizeResults]) -> str:
         source += f" (revision `{model.revision}`)"
     return (
         f"{source}{_form(document.results)}, and in `loftq_init/` a LoRA adapter of "
-        f"{_ranks(document.results)}. The adapter {STARTS.get(settings.init, 'has a start')}. "
+        f"{_ranks(document.results)}. The adapter {starts.of_report(settings.init).sentence}. "
         f"Written by loftq {document.tool.version}; `loftq_report.json` has every figure."
     )
 

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from loftq_cli import starts
 from loftq_cli.report import units
 from loftq_cli.report.box import FASTER, check_findings, verify_findings
 from loftq_cli.report.formats import all_layers, error_changes, rank_range
@@ -115,7 +116,7 @@ def _error_change(
     results: QuantizeResults, what: str, before: float, after: float
 ) -> Iterator[str]:
     """Of plain quantization's error, by backbone and adapter together."""
-    if not before or results.settings.init == "qlora":
+    if not before or not starts.of_report(results.settings.init).corrects:
         return
     whose = "the weights" if what == "weight error" else "the layers' outputs"
     share = units.removed(before, after)

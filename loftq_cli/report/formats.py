@@ -5,24 +5,6 @@ from __future__ import annotations
 from loftq_cli.report import units
 from loftq_cli.schema import AdaptedLayer, PlainLayer, QuantizeResults
 
-# What each start is, to go on from "the adapter ...".
-STARTS = {
-    "loftq": "starts as LoftQ does: codes and adapter were chosen in turns to leave the least "
-    "error in the weights, with a scale searched for each block",
-    "loftq-plain": "starts as published for LoftQ: plain quantization and an exact SVD of what it "
-    "loses, in turns",
-    "pissa": "starts from the weight's own largest singular directions (PiSSA); what they leave "
-    "was quantized, and both were refined in turns",
-    "qera": "starts as QERA does: for codes that were rounded without it, it is the correction "
-    "that leaves the least error in the layers' outputs on the calibration text",
-    "qera-diagonal": "starts as QERA does in its approximation: the correction that would leave "
-    "the least error in the layers' outputs if their inputs were uncorrelated",
-    "calibrated": "has a calibrated start: codes and adapter were chosen in turns to leave the "
-    "least error in the layers' outputs on the calibration text",
-    "qlora": "corrects nothing yet (QLoRA): the weights are plainly quantized, and its product is "
-    "zero",
-    "lora": "changes nothing yet (LoRA): its product is zero",
-}
 _CONTAINER = "the container has no smaller codes"
 
 

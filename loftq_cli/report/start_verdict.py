@@ -11,22 +11,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 
+from loftq_cli import starts
 from loftq_cli.report import units
 from loftq_cli.report.compare import figures
 from loftq_cli.schema import BitsVerdict, ComparedMethod, CompareVerdict
+from loftq_cli.starts import Start
 
 # Nearer by less than this is no gain.
 WORTHWHILE_SHARE = 0.02
 # Standard errors that a difference in loss has to exceed.
 _ERRORS = 2.0
-
-NAMES = {
-    "original": "the original",
-    "lora": "16-bit LoRA",
-    "qlora": "QLoRA",
-    "loftq-plain": "LoftQ as published",
-    "loftq": "loftq",
-}
 
 Key = tuple[str, int, int | None]
 Losses = Mapping[Key, Sequence[float]]
@@ -41,7 +35,7 @@ def relative_to_qlora(methods: Sequence[ComparedMethod]) -> list[ComparedMethod]
     """The methods, with what each gains over QLoRA at the same bits and rank."""
     found = []
     for method in methods:
-        plain = _find(methods, "qlora", method)
+        plain = _find(methods, starts.QLORA, method)
         if plain is None:
             found.append(method)
             continue
@@ -55,7 +49,11 @@ def relative_to_qlora(methods: Sequence[ComparedMethod]) -> list[ComparedMethod]
 
 def verdict(methods: Sequence[ComparedMethod], losses: Losses) -> CompareVerdict:
     """The verdict; ``losses`` has the held-out losses of every window after training, if any."""
-    quantized = [method for method in methods if method.rank is not None and method.init != "lora"]
+    quantized = [
+        method
+        for method in methods
+        if method.rank is not None and starts.of_report(method.init).quantizes
+    ]
     parts = [
         _at(bits, [each for each in quantized if each.bits == bits], methods, losses)
         for bits in dict.fromkeys(each.bits for each in quantized)
@@ -75,7 +73,7 @@ def _at(
     """The part for one number of bits."""
     # Ties go to the one that comes first, which is QLoRA.
     best = min(here, key=lambda each: _or_infinite(each.kl_divergence))
-    qlora, published = _find(here, "qlora", best), _find(here, "loftq-plain", best)
+    qlora, published = (_find(here, each, best) for each in (starts.QLORA, starts.PUBLISHED))
     assert qlora is not None
     over_plain = None
     if published is not None and best is not published:
@@ -107,7 +105,7 @@ def _distance_sentence(
 ) -> str:
     if best.kl_divergence is None:
         return f"At {bits} bits nothing can be said: no KL divergence is a number."
-    if best.init == "qlora":
+    if best is qlora:
         return (
             f"At {bits} bits no gain here: no start is nearer to the original than QLoRA "
             f"(KL {figures(best.kl_divergence)})."
@@ -135,7 +133,8 @@ def _with_training(
 ) -> BitsVerdict:
     """The same with where the starts ended."""
     best = min(here, key=lambda each: _or_infinite(each.heldout_loss_after))
-    qlora, lora = _find(here, "qlora", best), _find(methods, "lora", best, any_bits=True)
+    qlora = _find(here, starts.QLORA, best)
+    lora = _find(methods, starts.LORA, best, any_bits=True)
     assert qlora is not None
     if qlora.heldout_loss_after is None or best.heldout_loss_after is None:
         text = "Trained, nothing can be said: the training of QLoRA diverged."
@@ -178,16 +177,16 @@ def difference(high: Sequence[float], low: Sequence[float]) -> tuple[float, floa
 
 
 def name_of(method: ComparedMethod, *, with_rank: bool = False) -> str:
-    name = NAMES.get(method.init, method.init)
+    name = starts.of_report(method.init).label
     return f"{name} at rank {method.rank}" if with_rank else name
 
 
 def _find(
-    methods: Sequence[ComparedMethod], init: str, like: ComparedMethod, *, any_bits: bool = False
+    methods: Sequence[ComparedMethod], start: Start, like: ComparedMethod, *, any_bits: bool = False
 ) -> ComparedMethod | None:
     """The method with this start at the bits and rank of another."""
     same: Callable[[ComparedMethod], bool] = lambda each: (  # noqa: E731
-        each.init == init and each.rank == like.rank and (any_bits or each.bits == like.bits)
+        (each.init, each.rank) == (start.name, like.rank) and (any_bits or each.bits == like.bits)
     )
     return next(filter(same, methods), None)
 

@@ -6,18 +6,17 @@ import copy
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from loftq_cli import schema
-from loftq_cli.engines.plan import Init
 from loftq_cli.models.spec import DEMO_DIRECTORY
 from loftq_cli.report import units
 from loftq_cli.report.card import card
-from loftq_cli.report.formats import STARTS
+from loftq_cli.starts import STARTS
 from tests.cli import documents
 from tests.conftest import Outcome
 from tests.reload import reload
@@ -97,10 +96,10 @@ def test_padded_ranks_are_one_for_vllm() -> None:
     assert "rank pattern" not in text
 
 
-@pytest.mark.parametrize("init", get_args(Init))
+@pytest.mark.parametrize("init", STARTS)
 def test_every_start_is_named(init: str) -> None:
     text = card_of(init=init)
-    assert f"The adapter {STARTS[init]}." in text
+    assert f"The adapter {STARTS[init].sentence}." in text
     assert ("Keep its dropout at 0" in text) == (init not in ("qlora", "lora"))
 
 
