@@ -8,10 +8,10 @@ that it does not have.
 
 from __future__ import annotations
 
-import time
 from typing import TYPE_CHECKING, Any
 
 from loftq_cli.checks.battery import Finding, NothingToCheck
+from loftq_cli.checks.rates import fastest
 from loftq_cli.checks.specimens import (
     all_codes,
     differs,
@@ -170,18 +170,13 @@ def _compare_codes(
 
 
 def _dequantization_rate(device: str) -> float:
-    """Bytes of bfloat16 weight a second, the best of three."""
+    """Bytes of bfloat16 weight a second."""
     import torch
     from bitsandbytes import functional as bnb
 
     W = torch.randn(2048, 2048, generator=torch.Generator().manual_seed(0))
     packed, state = bnb.quantize_4bit(W.to(device, torch.bfloat16), quant_type="nf4")
-    seconds = []
-    for _ in range(3):
-        began = time.perf_counter()
-        bnb.dequantize_4bit(packed, state)[-1, -1].item()  # which waits for a GPU to be done
-        seconds.append(time.perf_counter() - began)
-    return 2 * 2048**2 / min(seconds)
+    return 2 * 2048**2 / fastest(lambda: bnb.dequantize_4bit(packed, state), device)
 
 
 def _named(fmt: BlockwiseFormat, dtype: Any) -> str:

@@ -15,7 +15,7 @@ from loftq_cli.errors import CheckFailed, UnsupportedModel
 from loftq_cli.models import costs
 from loftq_cli.models.adapters import attach_fresh
 from loftq_cli.models.architecture import Architecture, read_architecture
-from loftq_cli.models.generation import Continuation, continue_text
+from loftq_cli.models.generation import Continuation, continue_text, warm_up
 from loftq_cli.models.layers import LinearLayer
 from loftq_cli.models.loading import LoadedModel, load_model, logical_parameters, require_text_model
 from loftq_cli.models.outline import Outline, outline_of
@@ -157,13 +157,12 @@ def generation(subject: Subject) -> Finding:
         require_text_model(loaded)
     except UnsupportedModel as error:
         raise NothingToCheck(error.what) from None
-    continue_text(loaded, _PROMPTS[0], 2)  # the first pass sets kernels up, which is no part of it
-    alone = [continue_text(loaded, prompt, _NEW_TOKENS) for prompt in _PROMPTS]
+    alone = _texts(loaded)
     architecture = subject.on_meta()
     adapted = LoadedModel(
         attach_fresh(loaded.model, 8, architecture.task_type).eval(), loaded.tokenizer, "new"
     )
-    together = [continue_text(adapted, prompt, _NEW_TOKENS) for prompt in _PROMPTS]
+    together = _texts(adapted)
     if [each.text for each in alone] != [each.text for each in together]:
         raise CheckFailed(
             "a new adapter changes the text",
@@ -231,6 +230,12 @@ def _efficiency(outline: Outline, layers: Sequence[LinearLayer], rank: int) -> F
         "adapter_bytes": 4 * trainable,
         "memory_bytes": costs.memory(outline, layers, rank, training).total,
     }
+
+
+def _texts(loaded: LoadedModel) -> list[Continuation]:
+    for prompt in _PROMPTS:
+        warm_up(loaded, prompt, _NEW_TOKENS)
+    return [continue_text(loaded, prompt, _NEW_TOKENS) for prompt in _PROMPTS]
 
 
 def _rate(texts: Sequence[Continuation]) -> float:

@@ -87,9 +87,9 @@ def _product_rate(device: str, dtype: Any, side: int) -> float:
     import torch
 
     small, large = (torch.ones(n, n, device=device, dtype=dtype) for n in (_TRIAL_SIDE, side))
-    seconds = _fastest(lambda: small @ small, device, seconds=0.0)
+    seconds = fastest(lambda: small @ small, device, seconds=0.0)
     if seconds * (side / _TRIAL_SIDE) ** 3 < _SECONDS:
-        return 2 * side**3 / _fastest(lambda: large @ large, device)
+        return 2 * side**3 / fastest(lambda: large @ large, device)
     # Without a kernel of its own a dtype can be a thousand times slower than the others.
     return 2 * _TRIAL_SIDE**3 / seconds
 
@@ -100,7 +100,7 @@ def memory_bandwidth(device: str) -> Finding:
 
     source = torch.ones(_COPY_BYTES, dtype=torch.uint8, device=device)
     target = torch.zeros_like(source)
-    rate = 2 * _COPY_BYTES / _fastest(lambda: target.copy_(source), device)
+    rate = 2 * _COPY_BYTES / fastest(lambda: target.copy_(source), device)
     if not torch.equal(source[:: 1 << 12], target[:: 1 << 12]):
         raise CheckFailed(
             "memory does not hold what was copied into it",
@@ -124,7 +124,7 @@ def decomposition(device: str) -> Finding:
     R = torch.randn(_SVD_SIDE, _SVD_SIDE, generator=generator).to(device)
     residual = Residual.of(R)
     low_rank = truncated_svd(residual, _SVD_RANK)
-    seconds = _fastest(lambda: truncated_svd(residual, _SVD_RANK).S, device, seconds=0.0)
+    seconds = fastest(lambda: truncated_svd(residual, _SVD_RANK).S, device, seconds=0.0)
     U, Vh = low_rank.U.double(), low_rank.Vh.double()
     unit = torch.eye(_SVD_RANK, dtype=torch.float64, device=device)
     skew = max(float((U.T @ U - unit).norm()), float((Vh @ Vh.T - unit).norm()))
@@ -161,10 +161,15 @@ def _native_bfloat16(device: str) -> bool:
     return onednn and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-def _fastest(work: Callable[[], Tensor], device: str, seconds: float = _SECONDS) -> float:
-    """Seconds of the fastest of as many runs as fit into ``seconds``, but at least two."""
+def fastest(work: Callable[[], Tensor], device: str, seconds: float = _SECONDS) -> float:
+    """Seconds of the fastest of as many runs as fit into ``seconds``, but at least one.
+
+    A run before them is not counted: it holds what happens once, such as the choice of a kernel.
+    """
+    work()
+    _wait(device)
     best, spent, count = math.inf, 0.0, 0
-    while count < 2 or (spent < seconds and count < _REPEATS):
+    while not count or (spent < seconds and count < _REPEATS):
         began = time.perf_counter()
         work()
         _wait(device)

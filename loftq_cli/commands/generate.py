@@ -88,6 +88,7 @@ def generate(
         raise UsageError("--rank makes a new adapter, --adapter takes one: choose one")
     prompts = read_prompts(prompt, prompts_file, run.note)
     from loftq_cli.commands.loaded import load_for_run
+    from loftq_cli.models.generation import warm_up
     from loftq_cli.models.loading import require_text_model
     from loftq_cli.schema import GenerateResults
 
@@ -104,6 +105,8 @@ def generate(
     if rank is not None:
         run.note("the new adapter starts at B = 0: the text is that of the model without it")
     lengths = [_length(run, loaded, text, max_new_tokens) for text in prompts]
+    with run.timing("warm_up", "warming up"):
+        warm_up(loaded, prompts[0], lengths[0])
     with run.timing("generate"):
         generations = _generate(run, loaded, prompts, lengths, sampling)
     seconds = sum(each.seconds for each in generations)

@@ -59,7 +59,11 @@ class Point:
 
 @dataclass(frozen=True)
 class Trained:
-    """The loss before the first step, along the way, and after the last one."""
+    """The loss before the first step, along the way, and after the last one.
+
+    The time is that of the steps and of the looks at held-out text between them: what happens
+    once in a process would fall on the first of several models.
+    """
 
     curve: tuple[Point, ...]
     before: Evaluation
@@ -106,7 +110,6 @@ def finetune(
             if state.global_step in looks:
                 seen[state.global_step] = evaluate(model, heldout)
 
-    began = time.perf_counter()
     before = evaluate(model, heldout)
     if not math.isfinite(before.loss):
         raise TrainingDiverged("there is nothing to train: what it predicts is no number already")
@@ -141,7 +144,9 @@ def finetune(
         )
         for printing in (PrinterCallback, ProgressCallback):
             trainer.remove_callback(printing)
+        began = time.perf_counter()
         trainer.train()
+        seconds = time.perf_counter() - began
     curve = tuple(
         Point(step, losses.get(step), seen[step].loss if step in seen else None)
         for step in sorted({*losses, *seen})
@@ -153,7 +158,7 @@ def finetune(
             cause=f"after {training.steps} steps at a learning rate of {training.learning_rate:g}",
             hint=f"--learning-rate {training.learning_rate / 4:g}",
         )
-    return Trained(curve, before, after, time.perf_counter() - began)
+    return Trained(curve, before, after, seconds)
 
 
 def _example(window: Tensor) -> dict[str, Tensor]:

@@ -11,6 +11,8 @@ from typing import Any
 from loftq_cli.errors import InvalidSetting
 from loftq_cli.models.loading import LoadedModel
 
+_WARM_UP_SECONDS = 2.0
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -58,6 +60,22 @@ def room_for(loaded: LoadedModel, prompt: str) -> int | None:
             hint="shorten the prompt, or choose a model with a longer context",
         )
     return room
+
+
+def warm_up(loaded: LoadedModel, prompt: str, max_new_tokens: int) -> None:
+    """Continues the prompt for nobody, so that no rate holds what happens only once.
+
+    Kernels are loaded, chosen and compiled when they are first used, by some libraries once for
+    each length of text. It ends with the token during which two seconds have passed.
+    """
+    import torch
+
+    tokens, settings = _tokens(loaded, prompt), _settings(loaded.model, max_new_tokens, None)
+    settings.max_time = _WARM_UP_SECONDS
+    with torch.inference_mode():
+        loaded.model.generate(
+            input_ids=tokens, attention_mask=torch.ones_like(tokens), generation_config=settings
+        )
 
 
 def continue_text(

@@ -81,6 +81,7 @@ def load_model(
             import peft  # noqa: F401
         if "quantization_config" in config:
             import bitsandbytes  # noqa: F401
+        torch.empty(1, device=device)  # sets a GPU up, which is no part of reading
     with clock("build"):
         architecture = read_architecture(directory, config, trust_remote_code=trust_remote_code)
         tokenizer = load_tokenizer(directory, trust_remote_code)
