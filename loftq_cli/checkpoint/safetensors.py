@@ -37,19 +37,13 @@ from pathlib import Path
 from typing import Any
 
 from loftq_cli.errors import CorruptCheckpoint
+from loftq_cli.formats import DTYPE_BITS
 
 MAX_HEADER_BYTES = 100_000_000
 MAX_JSON_MARKS = 4_000_000
 MAX_JSON_DEPTH = 127
 MAX_U64 = 2**64 - 1
 PIECE_BYTES = 8 << 20
-
-# In the order of the crate's `Dtype`, which is the order its writer sorts by: ascending alignment.
-DTYPE_BITS = {
-    "BOOL": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8,
-    "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16,
-    "I32": 32, "U32": 32, "F32": 32, "C64": 64, "F64": 64, "I64": 64, "U64": 64,
-}  # fmt: skip
 
 DOWNLOAD_AGAIN = "download the file again; `hf download` resumes and checks what it fetches"
 

@@ -5,17 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from loftq_cli.checkpoint.safetensors import Header, TensorInfo, read_tensor
+from loftq_cli.formats import DTYPE_NAMES
 
 if TYPE_CHECKING:
     import torch
 
-_TORCH_NAMES = {
-    "F32": "float32",
-    "F16": "float16",
-    "BF16": "bfloat16",
-    "U8": "uint8",
-    "I8": "int8",
-}
+_TORCH_NAMES = {**DTYPE_NAMES, "U8": "uint8", "I8": "int8"}
 
 
 def load_tensor(header: Header, info: TensorInfo) -> torch.Tensor:

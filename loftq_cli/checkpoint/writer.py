@@ -30,7 +30,6 @@ from pathlib import Path
 from types import TracebackType
 
 from loftq_cli.checkpoint.safetensors import (
-    DTYPE_BITS,
     PIECE_BYTES,
     corrupt,
     opened,
@@ -39,6 +38,7 @@ from loftq_cli.checkpoint.safetensors import (
     tensor_bytes,
 )
 from loftq_cli.errors import DoesNotFit, LoftqError, WriteFailed
+from loftq_cli.formats import DTYPE_BITS
 
 TEMPORARY_SUFFIX = ".tmp"
 _ALIGNMENT = {dtype: position for position, dtype in enumerate(DTYPE_BITS)}

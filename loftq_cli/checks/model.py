@@ -10,8 +10,9 @@ from typing import Any
 
 from loftq_cli.checkpoint.index import Checkpoint, open_checkpoint
 from loftq_cli.checks.battery import Figures, Finding, NothingToCheck
-from loftq_cli.engines.plan import ALL_LINEAR, match_targets
+from loftq_cli.engines.plan import match_targets
 from loftq_cli.errors import CheckFailed, UnsupportedModel
+from loftq_cli.formats import ALL_LINEAR
 from loftq_cli.models import costs
 from loftq_cli.models.adapters import attach_fresh
 from loftq_cli.models.architecture import Architecture, read_architecture

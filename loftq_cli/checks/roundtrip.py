@@ -14,8 +14,9 @@ from loftq_cli.checks.model import Subject
 from loftq_cli.engines import output as output_files
 from loftq_cli.engines.local import run_tasks
 from loftq_cli.engines.pipeline import Timings
-from loftq_cli.engines.plan import Plan, Settings, make_plan
+from loftq_cli.engines.plan import Plan, make_plan
 from loftq_cli.engines.remeasure import residuals
+from loftq_cli.engines.settings import Settings
 from loftq_cli.engines.tasks import LayerOutcome, Progress
 from loftq_cli.errors import CheckFailed, UnsupportedModel
 from loftq_cli.models.generation import continue_text

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from loftq_cli.errors import CheckFailed
+from loftq_cli.formats import BLOCK_SIZES, NESTED_BLOCK_SIZE
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,7 +19,7 @@ _BLOCKS = 128
 
 
 def formats() -> Iterator[tuple[BlockwiseFormat, Any]]:
-    from loftq_cli.core.blockwise import BLOCK_SIZES, SOURCE_DTYPES, BlockwiseFormat
+    from loftq_cli.core.blockwise import SOURCE_DTYPES, BlockwiseFormat
 
     for quant_type in ("nf4", "fp4"):
         for block_size in BLOCK_SIZES:
@@ -88,7 +89,6 @@ def quant_state(stored: QuantizedBlockwise) -> Any:
     import torch
     from bitsandbytes.functional import QuantState
 
-    from loftq_cli.core.blockwise import NESTED_BLOCK_SIZE
     from loftq_cli.core.codebooks import codebook, dynamic_map
 
     device = stored.packed.device

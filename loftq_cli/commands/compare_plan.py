@@ -11,8 +11,9 @@ from pathlib import Path
 from loftq_cli import starts
 from loftq_cli.commands import options
 from loftq_cli.commands.quantize_settings import settings_of
-from loftq_cli.engines.plan import Settings
+from loftq_cli.engines.settings import Settings
 from loftq_cli.errors import UsageError
+from loftq_cli.formats import QuantType
 from loftq_cli.models.finetuning import LEARNING_RATE, Training
 from loftq_cli.models.spec import DEMO_DIRECTORY
 from loftq_cli.models.texts import is_same, require_different
@@ -53,7 +54,7 @@ class Texts:
 class Asked:
     """What the command line says of all methods."""
 
-    quant_type: options.QuantTypeName
+    quant_type: QuantType
     block_size: int
     double_quant: bool
     iterations: str

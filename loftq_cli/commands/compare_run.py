@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from loftq_cli.commands.quantize_result import Report
-    from loftq_cli.engines.plan import Settings
+    from loftq_cli.engines.settings import Settings
     from loftq_cli.models.evaluation import Evaluation
     from loftq_cli.models.finetuning import Trained
     from loftq_cli.models.loading import LoadedModel

@@ -15,11 +15,10 @@ from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
 
 import typer
 
-from loftq_cli import starts
+from loftq_cli import formats, starts
 from loftq_cli.errors import UsageError
+from loftq_cli.formats import ALL_LINEAR, BLOCK_SIZES, SvdMethod
 from loftq_cli.starts import STARTS
-
-ALL_LINEAR = "all-linear"
 
 
 def _complete_model(incomplete: str) -> Iterator[str]:
@@ -40,7 +39,7 @@ def _complete_device() -> list[str]:
 
 
 def _complete_targets() -> list[tuple[str, str]]:
-    return [("all-linear", "every linear layer but the output head")]
+    return [(ALL_LINEAR, "every linear layer but the output head")]
 
 
 # --- the model and where it runs ----------------------------------------------------------------
@@ -138,9 +137,8 @@ Iterations: TypeAlias = Annotated[
         autocompletion=lambda: ["auto", "1", "5"],
     ),
 ]
-SvdName: TypeAlias = Literal["auto", "exact", "randomized"]
 Svd: TypeAlias = Annotated[
-    SvdName,
+    SvdMethod,
     typer.Option(
         "--svd",
         metavar="auto|exact|randomized",
@@ -189,9 +187,8 @@ CalibrationText: TypeAlias = Annotated[
         help="Text like that the model was made for; a few hundred kilobytes do.",
     ),
 ]
-QuantTypeName: TypeAlias = Literal["nf4", "fp4"]
 QuantType: TypeAlias = Annotated[
-    QuantTypeName,
+    formats.QuantType,
     typer.Option("--quant-type", metavar="nf4|fp4", help="The 4-bit data type."),
 ]
 BlockSize: TypeAlias = Annotated[
@@ -200,7 +197,7 @@ BlockSize: TypeAlias = Annotated[
         "--block-size",
         metavar="N",
         help="Weights that share one scale: 32, 64, … 4096.",
-        autocompletion=lambda: [str(2**n) for n in range(5, 13)],
+        autocompletion=lambda: [str(size) for size in BLOCK_SIZES],
     ),
 ]
 DoubleQuant: TypeAlias = Annotated[

@@ -38,7 +38,7 @@ from loftq_cli.commands.verify import certify, require_passed
 from loftq_cli.errors import UsageError
 
 if TYPE_CHECKING:
-    from loftq_cli.engines.plan import Settings
+    from loftq_cli.engines.settings import Settings
 
 
 @command("quantize")

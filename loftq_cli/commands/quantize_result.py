@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loftq_cli import schema
-from loftq_cli.engines.plan import Plan, PlannedLayer, Settings, stored
+from loftq_cli.engines.plan import Plan, PlannedLayer, stored
+from loftq_cli.engines.settings import Settings
 from loftq_cli.errors import LoftqError, OutputExists
 from loftq_cli.models.layers import last_part
 from loftq_cli.models.source import REPORT_FILE

@@ -14,7 +14,8 @@ from loftq_cli.errors import LoftqError
 if TYPE_CHECKING:
     from loftq_cli.commands.quantize_result import Report
     from loftq_cli.engines.memory import MemoryPlan
-    from loftq_cli.engines.plan import Plan, Settings
+    from loftq_cli.engines.plan import Plan
+    from loftq_cli.engines.settings import Settings
     from loftq_cli.models.calibration import Calibration
     from loftq_cli.models.spec import ResolvedModel
 

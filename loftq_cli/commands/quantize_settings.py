@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from loftq_cli.commands import options
-from loftq_cli.engines.plan import CalibrationText, Settings
+from loftq_cli.engines.settings import CalibrationText, Settings
 from loftq_cli.errors import UsageError
+from loftq_cli.formats import ALL_LINEAR, QuantType, SvdMethod
 from loftq_cli.starts import Start, find
 
 
@@ -14,7 +15,7 @@ def settings_of(
     *,
     bits: str | None = None,
     target_bits: float | None = None,
-    quant_type: options.QuantTypeName = "nf4",
+    quant_type: QuantType = "nf4",
     block_size: int = 64,
     double_quant: bool = False,
     init: str = "loftq",
@@ -23,10 +24,10 @@ def settings_of(
     rank_budget: bool = False,
     uniform_rank: bool = False,
     iterations: str = "auto",
-    svd: options.SvdName = "auto",
+    svd: SvdMethod = "auto",
     lora_alpha: float | None = None,
     rslora: bool = False,
-    target_modules: str = options.ALL_LINEAR,
+    target_modules: str = ALL_LINEAR,
     seed: int = 0,
 ) -> Settings:
     """The settings that these options ask for.

@@ -10,8 +10,9 @@ from loftq_cli.report.units import removed
 
 if TYPE_CHECKING:
     from loftq_cli.commands.run import Run
-    from loftq_cli.engines.plan import PlannedLayer, Settings
+    from loftq_cli.engines.plan import PlannedLayer
     from loftq_cli.engines.rank_errors import Measured
+    from loftq_cli.engines.settings import Settings
     from loftq_cli.models.lookup import FoundModel
 
 

@@ -61,7 +61,8 @@ def sweep_ranks(
     as well what each rank leaves of the error in the layers' outputs.
     """
     from loftq_cli.commands.sweep_errors import errors_at, measure_errors
-    from loftq_cli.engines.plan import Settings, make_plan
+    from loftq_cli.engines.plan import make_plan
+    from loftq_cli.engines.settings import Settings
     from loftq_cli.models.costs import Training
     from loftq_cli.models.lookup import fetch_model, find_model
     from loftq_cli.report.rank_verdict import verdict

@@ -12,8 +12,8 @@ from loftq_cli.checkpoint.index import parse_json
 from loftq_cli.checkpoint.safetensors import read_file
 from loftq_cli.checks.written.directory import ClaimedFile, ClaimedLayer, Claims
 from loftq_cli.commands.quantize_result import Report
-from loftq_cli.engines.plan import BLOCK_SIZES
 from loftq_cli.errors import CorruptCheckpoint, LoftqError, ModelNotFound
+from loftq_cli.formats import BLOCK_SIZES
 from loftq_cli.models.source import REPORT_FILE
 from loftq_cli.report.quantize import auto_class
 

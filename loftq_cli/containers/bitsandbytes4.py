@@ -24,6 +24,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from loftq_cli.checkpoint.writer import PlannedTensor
+from loftq_cli.formats import DTYPE_NAMES, NESTED_BLOCK_SIZE
 
 if TYPE_CHECKING:
     import torch
@@ -31,13 +32,10 @@ if TYPE_CHECKING:
     from loftq_cli.core.blockwise import QuantizedBlockwise
     from loftq_cli.core.int8 import QuantizedInt8
 
-NESTED_BLOCK_SIZE = 256
 NESTED_LEVELS = 256
 LEVELS = 16
 # The longest repr of a double: sign, 17 digits, point, exponent.
 _FLOAT_WIDTH = 24
-
-DTYPE_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 def plan_4bit(

@@ -24,7 +24,6 @@ with three exceptions, and in all of them this module keeps to the line above:
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -32,9 +31,8 @@ from torch import Tensor
 from loftq_cli.core.absmax import SMALLEST, largest_absmax, search_absmax
 from loftq_cli.core.codebooks import Codebook, codebook, dynamic_map
 from loftq_cli.errors import InvalidSetting, NonFiniteWeight
+from loftq_cli.formats import BLOCK_SIZES, NESTED_BLOCK_SIZE, QuantType
 
-BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
-NESTED_BLOCK_SIZE = 256
 SOURCE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # Work goes by this many values, so that no temporary grows with the weight: 4 MiB of float32.
@@ -45,7 +43,7 @@ _CHUNK = 1 << 20
 class BlockwiseFormat:
     """How a weight is stored in four bits."""
 
-    quant_type: Literal["nf4", "fp4"] = "nf4"
+    quant_type: QuantType = "nf4"
     block_size: int = 64
     double_quant: bool = False
     bits: int = 4  # 2 and 3 make do with some of the levels, stored as the same four bits

@@ -33,9 +33,11 @@ from typing import TYPE_CHECKING
 from loftq_cli.checkpoint.index import Checkpoint
 from loftq_cli.checkpoint.tensors import load_tensor
 from loftq_cli.engines.placement import to_device, with_fallback
-from loftq_cli.engines.plan import MOST_RANKS, Plan, PlannedLayer, Settings, block_number
+from loftq_cli.engines.plan import Plan, PlannedLayer, block_number
+from loftq_cli.engines.settings import Settings
 from loftq_cli.engines.tasks import Progress, layer_seed, quantizer
 from loftq_cli.errors import LoftqError
+from loftq_cli.formats import MOST_RANKS
 
 if TYPE_CHECKING:
     import torch

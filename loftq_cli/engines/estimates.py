@@ -30,9 +30,10 @@ from __future__ import annotations
 from enum import IntEnum
 from typing import NamedTuple
 
-from loftq_cli.checkpoint.safetensors import DTYPE_BITS
 from loftq_cli.core.sketches import PIECE, sketch_width, takes_exact
-from loftq_cli.engines.plan import MOST_RANKS, Plan, PlannedLayer, Settings
+from loftq_cli.engines.plan import Plan, PlannedLayer
+from loftq_cli.engines.settings import Settings
+from loftq_cli.formats import DTYPE_BITS, MOST_RANKS
 
 # Python, torch, transformers and the compiled kernels, resident after a run on a tiny model:
 # 510 MB were measured there, and more is wanted where the kernels are compiled first.

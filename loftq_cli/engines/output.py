@@ -27,8 +27,9 @@ from loftq_cli.checkpoint.writer import (
     write_bytes_atomically,
     write_safetensors,
 )
-from loftq_cli.containers.bitsandbytes4 import DTYPE_NAMES
-from loftq_cli.engines.plan import Plan, PlannedLayer, Settings
+from loftq_cli.engines.plan import Plan, PlannedLayer
+from loftq_cli.engines.settings import Settings
+from loftq_cli.formats import DTYPE_NAMES
 
 if TYPE_CHECKING:
     from loftq_cli.models.architecture import Architecture

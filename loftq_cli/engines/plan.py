@@ -8,112 +8,19 @@ process or many, and again after a crash.
 from __future__ import annotations
 
 import difflib
-import math
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import dataclass
 
 from loftq_cli.checkpoint import adapter
 from loftq_cli.checkpoint.writer import PlannedTensor
 from loftq_cli.containers import bitsandbytes4 as container
-from loftq_cli.errors import InvalidSetting, UnknownTargetModule, UnsupportedModel, UsageError
+from loftq_cli.engines.settings import Settings
+from loftq_cli.errors import InvalidSetting, UnknownTargetModule, UnsupportedModel
+from loftq_cli.formats import ALL_LINEAR, BLOCK_SIZES
 from loftq_cli.models.layers import Inventory, LeftTensor, LinearLayer, last_part
-from loftq_cli.starts import STARTS, Start
 
 # One output file is the unit of work that a killed run may lose.
 SHARD_BYTES = 1 << 30
-ALL_LINEAR = "all-linear"
-# Beyond these, float32 adapters lose the correction; nobody trains there.
-SCALINGS = (1e-6, 1e6)
-# The largest rank of a layer with --rank-budget, as a multiple of the one asked for: so many
-# directions of every residual are looked at. No layer of the demo would take more.
-MOST_RANKS = 4
-BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
-
-
-@dataclass(frozen=True)
-class CalibrationText:
-    """The text that the moments come from, told apart from others by its content."""
-
-    sha256: str
-    tokens: int  # at most so many of it
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What decides the bytes of the result. The same settings give the same bytes.
-
-    ``bits`` is what a weight's code tells: 2 and 3 live in the 4-bit container, as fewer of its
-    levels; 16 leaves the weights as they are. ``leading`` (blocks, bits) says it for the first
-    blocks of the model, ``target_bits`` for the average of all layers, which get 2, 3 or 4 by what
-    each loses. With ``rank_budget`` the ranks differ too, with as many parameters in all as
-    ``rank`` everywhere would have; ``uniform_rank`` then pads them to the largest.
-    """
-
-    bits: Literal[2, 3, 4, 8, 16] = 4
-    leading: tuple[int, int] | None = None
-    target_bits: float | None = None
-    quant_type: Literal["nf4", "fp4"] = "nf4"
-    block_size: int = 64
-    double_quant: bool = False
-    init: str = "loftq"  # a name in `starts.STARTS`
-    rank: int = 16
-    rank_budget: bool = False
-    uniform_rank: bool = False
-    iterations: int | None = None  # None: until another one hardly pays
-    lora_alpha: float = 16
-    use_rslora: bool = False
-    svd: Literal["auto", "exact", "randomized"] = "auto"
-    target_modules: tuple[str, ...] = (ALL_LINEAR,)
-    calibration: CalibrationText | None = None
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.block_size not in BLOCK_SIZES:
-            raise UsageError(
-                f"no block size {self.block_size}",
-                cause="bitsandbytes has kernels for powers of two from 32 to 4096",
-                hint="--block-size 64",
-            )
-        for name, value in (("rank", self.rank), ("iterations", self.iterations)):
-            if value is not None and value < 1:
-                raise UsageError(f"{name} {value} is too small", hint=f"--{name} 1")
-        low, high = SCALINGS
-        if not (math.isfinite(self.lora_alpha) and low <= self.scaling <= high):
-            raise UsageError(
-                f"lora_alpha {self.lora_alpha:g} is out of range",
-                cause=f"it must leave a LoRA scaling between {low:g} and {high:g}: "
-                "the correction is divided by it",
-                hint=f"--lora-alpha {self.rank}",
-            )
-
-    @property
-    def start(self) -> Start:
-        return STARTS[self.init]
-
-    @property
-    def scaling(self) -> float:
-        """s in W ≈ Q + s·B·A."""
-        return self.lora_alpha / (self.rank**0.5 if self.use_rslora else self.rank)
-
-    def alpha_of(self, rank: int) -> float:
-        """The lora_alpha that gives a layer of this rank the scaling that all have."""
-        if rank == self.rank:
-            return self.lora_alpha
-        return self.scaling * (rank**0.5 if self.use_rslora else rank)
-
-    @property
-    def container_bits(self) -> Literal[4, 8, 16]:
-        """Bits of a weight in the file: the container has no smaller codes than 4 bits."""
-        return 4 if self.bits < 4 else self.bits  # type: ignore[return-value]
-
-    @property
-    def is_measured(self) -> bool:
-        """Whether bits or ranks follow from what the layers lose, which has to be seen first."""
-        return self.target_bits is not None or self.rank_budget
-
-    def as_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "target_modules": list(self.target_modules)}
 
 
 @dataclass(frozen=True)

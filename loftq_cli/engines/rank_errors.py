@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 from loftq_cli.checkpoint.index import Checkpoint
 from loftq_cli.checkpoint.tensors import load_tensor
-from loftq_cli.engines.plan import PlannedLayer, Settings
+from loftq_cli.engines.plan import PlannedLayer
+from loftq_cli.engines.settings import Settings
 from loftq_cli.engines.tasks import Moments, Progress, quantizer
 from loftq_cli.errors import LoftqError
 

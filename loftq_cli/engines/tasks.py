@@ -22,7 +22,8 @@ from loftq_cli.containers import bitsandbytes4 as container
 from loftq_cli.engines.estimates import Level
 from loftq_cli.engines.pipeline import Chunk, Timings, read_ahead
 from loftq_cli.engines.placement import to_device, with_fallback
-from loftq_cli.engines.plan import PlannedLayer, Settings, Task
+from loftq_cli.engines.plan import PlannedLayer, Task
+from loftq_cli.engines.settings import Settings
 from loftq_cli.errors import LoftqError
 from loftq_cli.models.layers import LeftTensor
 from loftq_cli.starts import QLORA

@@ -15,6 +15,7 @@ from typing import Any
 
 from loftq_cli.checkpoint.safetensors import TensorInfo
 from loftq_cli.errors import CorruptCheckpoint, UnsafeCheckpoint, UnsupportedModel, first_line
+from loftq_cli.formats import DTYPE_NAMES
 from loftq_cli.models import layers
 from loftq_cli.models.layers import Inventory, LeftTensor, LinearLayer
 
@@ -281,7 +282,7 @@ class _Sorter:
     def reason_to_leave(self, info: TensorInfo, parameter: str, assembled: bool) -> str | None:
         module = parameter.removesuffix(".weight")
         owner = self.modules.get(parameter.rpartition(".")[0])
-        if info.dtype not in layers.FLOAT_DTYPES:
+        if info.dtype not in DTYPE_NAMES:
             return layers.NOT_FLOATING_POINT
         if parameter not in self.state:
             return NOT_IN_MODEL

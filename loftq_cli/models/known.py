@@ -26,13 +26,14 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from loftq_cli.formats import DTYPE_BITS
 from loftq_cli.models.layers import LeftTensor, LinearLayer
 from loftq_cli.models.outline import Outline, make_outline
 
 TABLE = Path(__file__).with_name("known.json")
 
 # Counts and estimates do not depend on the dtype of files that nobody has opened.
-_DTYPE, _ITEM_BYTES = "BF16", 2
+_DTYPE = "BF16"
 
 
 def known_model(name: str) -> tuple[str, Outline] | None:
@@ -93,7 +94,9 @@ def _outline(entry: dict[str, Any], reasons: list[str]) -> Outline:
         for module in expand(pattern, indices)
     ]
     matrices += (
-        LeftTensor(tensor, tuple(shape), _DTYPE, _ITEM_BYTES * prod(shape), reasons[reason])
+        LeftTensor(
+            tensor, tuple(shape), _DTYPE, DTYPE_BITS[_DTYPE] // 8 * prod(shape), reasons[reason]
+        )
         for pattern, indices, shape, reason in entry["left"]
         for tensor in expand(pattern, indices)
     )

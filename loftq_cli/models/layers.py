@@ -13,9 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from loftq_cli.checkpoint.safetensors import TensorInfo
-
-# What bitsandbytes can quantize.
-FLOAT_DTYPES = {"F32", "F16", "BF16"}
+from loftq_cli.formats import DEFAULT_BLOCK_SIZE, DTYPE_NAMES
 
 # Why a tensor is left as it was. The report and `targets` print these words.
 NOT_A_MATRIX = "not a matrix (norm, bias or convolution)"
@@ -31,7 +29,6 @@ AWKWARD_SHAPE = "a shape that bitsandbytes' kernels do not take on every device"
 # bitsandbytes' CPU kernels (`_convert_weight_packed_for_cpu`) want whole groups of rows and, in
 # each row, whole blocks; a layer that does not have them would load and then fail to run.
 ROW_GROUP = 32
-DEFAULT_BLOCK_SIZE = 64
 
 # `X.weight` with one of these as the last part of X is a lookup table, not a product.
 _EMBEDDING = re.compile(
@@ -133,7 +130,7 @@ def last_part(name: str) -> str:
 def _reason_to_leave(info: TensorInfo, model_type: str, names: set[str]) -> str | None:
     module = info.name.removesuffix(".weight")
     parent = module.rpartition(".")[0]
-    if info.dtype not in FLOAT_DTYPES:
+    if info.dtype not in DTYPE_NAMES:
         return NOT_FLOATING_POINT
     if _EXPERT.search(info.name) or (len(info.shape) == 3 and ".experts." in info.name):
         return STACKED_EXPERTS

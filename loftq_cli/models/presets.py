@@ -18,10 +18,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
+from loftq_cli.formats import ALL_LINEAR
 from loftq_cli.models.kinds import shortest_names
 from loftq_cli.models.layers import LinearLayer
-
-ALL_LINEAR = "all-linear"
 
 Role: TypeAlias = Literal["attention-in", "attention-out", "mlp-in", "mlp-out"]
 

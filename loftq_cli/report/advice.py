@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from loftq_cli import starts
+from loftq_cli.formats import ALL_LINEAR
 from loftq_cli.report import units
 from loftq_cli.report.formats import error_changes
 from loftq_cli.report.remarks import figures, remark
@@ -233,7 +234,7 @@ def _as_compared(results: CompareResults, best: BitsVerdict) -> Iterator[str]:
         yield f"--lora-alpha {settings.lora_alpha:g}"
     if settings.rslora:
         yield "--rslora"
-    if settings.target_modules != ["all-linear"]:
+    if settings.target_modules != [ALL_LINEAR]:
         yield f"--target-modules {shlex.quote(','.join(settings.target_modules))}"
     if settings.seed:
         yield f"--seed {settings.seed}"

@@ -10,7 +10,8 @@ import json
 import struct
 from typing import Any
 
-from loftq_cli.checkpoint.safetensors import DTYPE_BITS, MAX_JSON_MARKS
+from loftq_cli.checkpoint.safetensors import MAX_JSON_MARKS
+from loftq_cli.formats import DTYPE_BITS
 
 
 def file_bytes(header: str | bytes, data: bytes = b"", length: int | None = None) -> bytes:

@@ -21,7 +21,7 @@ from patched_os import PatchedOs
 from safetensors import TensorSpec, safe_open, serialize
 
 from loftq_cli.checkpoint import writer
-from loftq_cli.checkpoint.safetensors import DTYPE_BITS, read_header, read_tensor
+from loftq_cli.checkpoint.safetensors import read_header, read_tensor
 from loftq_cli.checkpoint.writer import (
     NewFile,
     PlannedTensor,
@@ -36,6 +36,7 @@ from loftq_cli.checkpoint.writer import (
     write_safetensors,
 )
 from loftq_cli.errors import CorruptCheckpoint, DoesNotFit, WriteFailed
+from loftq_cli.formats import DTYPE_BITS
 
 # The crate's names for the dtypes, as its Python binding takes them.
 SPEC_NAMES = {

@@ -26,7 +26,8 @@ from loftq_cli.core.quantizers import Blockwise
 from loftq_cli.engines import allocation
 from loftq_cli.engines.allocation import MOST_RANKS, allocate
 from loftq_cli.engines.output import _pattern
-from loftq_cli.engines.plan import Plan, PlannedLayer, Settings, make_plan
+from loftq_cli.engines.plan import Plan, PlannedLayer, make_plan
+from loftq_cli.engines.settings import Settings
 from loftq_cli.errors import NonFiniteWeight
 from loftq_cli.models.layers import LinearLayer, linear_layers
 from tests.battery import BATTERY

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from loftq_cli.engines.estimates import seconds
-from loftq_cli.engines.plan import Plan, PlannedLayer, Settings, Task
+from loftq_cli.engines.plan import Plan, PlannedLayer, Task
+from loftq_cli.engines.settings import Settings
 from loftq_cli.models.layers import LinearLayer
 
 LAYER = LinearLayer("h.0.up", "h.0.up.weight", 1024, 1024, False, "F32")

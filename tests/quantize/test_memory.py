@@ -15,7 +15,8 @@ from loftq_cli import hardware
 from loftq_cli.commands.options import size
 from loftq_cli.engines.estimates import Level, Machine, memory_bytes
 from loftq_cli.engines.memory import plan_memory
-from loftq_cli.engines.plan import Plan, Settings, make_plan
+from loftq_cli.engines.plan import Plan, make_plan
+from loftq_cli.engines.settings import Settings
 from loftq_cli.errors import DoesNotFit, UsageError
 from loftq_cli.models.layers import Inventory, LinearLayer
 from tests.conftest import Outcome

@@ -14,11 +14,12 @@ from loftq_cli.checkpoint.tensors import load_tensor
 from loftq_cli.checks.written.directory import WRITE_AGAIN, ClaimedLayer, Written
 from loftq_cli.containers import bitsandbytes4 as container
 from loftq_cli.errors import CheckFailed
+from loftq_cli.formats import DTYPE_NAMES, NESTED_BLOCK_SIZE
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-_DTYPES = {name: short for short, name in container.DTYPE_NAMES.items()}
+_DTYPES = {name: short for short, name in DTYPE_NAMES.items()}
 # What a quantizer of 4-bit weights may put into its JSON beyond what is compared below.
 _MAX_STATE_BYTES = 4096
 
@@ -157,7 +158,7 @@ class StoredWeight:
             "shape": list(self.layer.shape),
         }
         if claims.double_quant:
-            expected["nested_blocksize"] = container.NESTED_BLOCK_SIZE
+            expected["nested_blocksize"] = NESTED_BLOCK_SIZE
             expected["nested_dtype"] = "float32"
         if not isinstance(state, dict):
             raise self._damaged(f"the JSON in {shown(name)} is no object")

@@ -1,0 +1,31 @@
+"""Facts that code with torch and code without it both need, each of them once."""
+
+from __future__ import annotations
+
+from typing import Literal, TypeAlias
+
+# Bits of a value, by safetensors' name of its dtype. In the order of the crate's `Dtype`, which is
+# the order its writer sorts by: ascending alignment.
+DTYPE_BITS = {
+    "BOOL": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8,
+    "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16,
+    "I32": 32, "U32": 32, "F32": 32, "C64": 64, "F64": 64, "I64": 64, "U64": 64,
+}  # fmt: skip
+# The dtypes of weights that can be quantized: safetensors' names and torch's.
+DTYPE_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+QuantType: TypeAlias = Literal["nf4", "fp4"]
+# bitsandbytes has kernels for these.
+BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+DEFAULT_BLOCK_SIZE = 64
+# With double quantization so many absmax share a scale.
+NESTED_BLOCK_SIZE = 256
+
+SvdMethod: TypeAlias = Literal["auto", "exact", "randomized"]
+# Beyond these, float32 adapters lose the correction; nobody trains there.
+SCALINGS = (1e-6, 1e6)
+# The largest rank of a layer with --rank-budget, as a multiple of the one asked for: so many
+# directions of every residual are looked at. No layer of the demo would take more.
+MOST_RANKS = 4
+# As a target module: every linear layer but the output head.
+ALL_LINEAR = "all-linear"
