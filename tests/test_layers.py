@@ -7,7 +7,8 @@ schema, starts, formats, errors
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -95,6 +96,76 @@ def test_a_module_imports_only_what_its_room_may(path: Path) -> None:
     if room == "core":
         called = {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
         assert not called & {"open", "print"}
+
+
+def files_and_imports(root: Path) -> dict[str, set[str]]:
+    """Which files of the package at ``root`` each of them imports, early or late."""
+    files = {
+        ".".join(path.relative_to(root.parent).with_suffix("").parts).removesuffix(
+            ".__init__"
+        ): path
+        for path in root.rglob("*.py")
+    }
+    graph: dict[str, set[str]] = {file: set() for file in files}
+    for file, path in files.items():
+        for name, _ in imports(ast.parse(path.read_text("utf-8"))):
+            while name and name not in files:  # what is imported from a file is no file
+                name = name.rpartition(".")[0]
+            if name not in ("", root.name):  # a package is imported with whatever is in it
+                graph[file].add(name)
+    return graph
+
+
+def between_rooms(graph: Mapping[str, set[str]]) -> dict[str, set[str]]:
+    def room(file: str) -> str:
+        return ".".join(file.split(".")[:2])
+
+    rooms: dict[str, set[str]] = {room(file): set() for file in graph}
+    for file, imported in graph.items():
+        rooms[room(file)] |= {room(other) for other in imported} - {room(file)}
+    return rooms
+
+
+def circle(graph: Mapping[str, set[str]]) -> list[str]:
+    """Some circle of imports, its first member repeated at the end; empty if there is none."""
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        found: list[str] = error.args[1][::-1]
+        return found
+    return []
+
+
+def test_no_circle_of_imports_between_files_nor_between_rooms() -> None:
+    """An import inside a function counts: it only hides a circle."""
+    graph = files_and_imports(ROOT)
+    assert circle({file: graph[file] for file in graph if ".commands." not in file}) == []
+    assert circle(between_rooms(graph)) == []
+
+
+def test_circles_are_found(tmp_path: Path) -> None:
+    """Late imports count, those for type checkers do not; rooms may make one that files do not."""
+    package = tmp_path / "package"
+    for path, text in {
+        "__init__.py": "",
+        "a/__init__.py": "",
+        "a/one.py": "from package.b import two",
+        "a/other.py": "",
+        "b/__init__.py": "",
+        "b/two.py": "if TYPE_CHECKING:\n    from package.a.one import name",
+        "b/three.py": "def f():\n    from package.a.other import name",
+    }.items():
+        (package / path).parent.mkdir(parents=True, exist_ok=True)
+        (package / path).write_text(text)
+    graph = files_and_imports(package)
+    assert circle(graph) == []
+    assert set(circle(between_rooms(graph))) == {"package.a", "package.b"}
+    (package / "b/two.py").write_text("def f():\n    from package.a.one import name")
+    found = circle(files_and_imports(package))
+    assert found in (
+        ["package.a.one", "package.b.two", "package.a.one"],
+        ["package.b.two", "package.a.one", "package.b.two"],
+    )
 
 
 def test_every_room_is_in_the_table() -> None:

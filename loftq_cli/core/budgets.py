@@ -12,16 +12,16 @@ import numpy as np
 
 # Steps that a budget of bits is counted in at most: more of them only cost time and memory.
 _MOST_STEPS = 1 << 14
-# Sums of the same losses in another order differ by so much.
+# Sums of the same errors in another order differ by so much.
 _ROUNDING = 1e-12
 
 
 def spread_bits(
-    losses: Sequence[Sequence[float]], sizes: Sequence[int], bits: Sequence[int], average: float
+    errors: Sequence[Sequence[float]], sizes: Sequence[int], bits: Sequence[int], average: float
 ) -> list[int]:
     """The bits of each layer that lose least together, with ``average`` bits a weight or fewer.
 
-    ``losses`` of each layer are in the order of ``bits``, which ascend one by one; ``sizes`` count
+    ``errors`` of each layer are in the order of ``bits``, which ascend one by one; ``sizes`` count
     weights. The least bits are taken for granted and the others bought, one choice a layer, by
     dynamic programming: exact as long as the sizes share a divisor that is not too small, and else
     to one part in 16384 of all weights, which what is left then buys one by one. Of equals, the
@@ -31,11 +31,11 @@ def spread_bits(
     spare = math.floor(wanted * sum(sizes))  # bits beyond the least, of all weights together
     unit = max(math.gcd(*sizes), -(-sum(sizes) // _MOST_STEPS))
     prices = [-(-size // unit) for size in sizes]
-    extra = _cheapest(losses, prices, min(spare // unit, (len(bits) - 1) * sum(prices)))
+    extra = _cheapest(errors, prices, min(spare // unit, (len(bits) - 1) * sum(prices)))
     spare -= sum(size * more for size, more in zip(sizes, extra, strict=True))
     while True:
         better = [
-            (losses[i][more] - losses[i][more + 1], -i)
+            (errors[i][more] - errors[i][more + 1], -i)
             for i, more in enumerate(extra)
             if more + 1 < len(bits) and sizes[i] <= spare
         ]
@@ -46,7 +46,7 @@ def spread_bits(
         spare -= sizes[-place]
 
 
-def _cheapest(losses: Sequence[Sequence[float]], prices: Sequence[int], budget: int) -> list[int]:
+def _cheapest(errors: Sequence[Sequence[float]], prices: Sequence[int], budget: int) -> list[int]:
     """How many bits each layer buys, at so much a bit.
 
     From the last layer to the first: least[c] is what the layers seen so far lose with c to spend.
@@ -54,11 +54,11 @@ def _cheapest(losses: Sequence[Sequence[float]], prices: Sequence[int], budget: 
     least = np.zeros(budget + 1)
     bought = np.zeros((len(prices), budget + 1), np.int8)
     for place in reversed(range(len(prices))):
-        options = np.full((len(losses[place]), budget + 1), np.inf)
-        for more, loss in enumerate(losses[place]):
+        options = np.full((len(errors[place]), budget + 1), np.inf)
+        for more, error in enumerate(errors[place]):
             cost = more * prices[place]
             if cost <= budget:
-                options[more, cost:] = least[: budget + 1 - cost] + loss
+                options[more, cost:] = least[: budget + 1 - cost] + error
         least = options.min(axis=0)
         for more, option in enumerate(options):  # the last that is as good, so the most bits
             bought[place, option <= least * (1 + _ROUNDING)] = more

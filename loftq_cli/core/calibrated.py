@@ -36,7 +36,7 @@ from loftq_cli.core.blockwise import (
 from loftq_cli.core.codebooks import codebook
 from loftq_cli.core.gptq import Grid, Rounding, descend, feedback
 from loftq_cli.core.input_moments import (
-    Inputs,
+    DampedMoments,
     check_moments,
     output_energy,
     principal_root,
@@ -197,7 +197,7 @@ def _low_rank_only(problem: _Problem, *, diagonal: bool) -> _Found:
 def _take_turns(problem: _Problem, turns: int, worth: float) -> tuple[_Found, list[float]]:
     """At most so many turns, fewer if one takes less than the share ``worth`` off the error."""
     W, grid, rank, generator = problem.W, problem.grid, problem.rank, problem.generator
-    inputs = Inputs.of(problem.moments)
+    inputs = DampedMoments.of(problem.moments)
     low_rank = weighted_low_rank(W, inputs.root, rank, generator)
     rounding, kept = _first_rounding(problem, inputs, W - low_rank.dense())
     best: _Found | None = None
@@ -222,7 +222,7 @@ def _take_turns(problem: _Problem, turns: int, worth: float) -> tuple[_Found, li
 
 
 def _first_rounding(
-    problem: _Problem, inputs: Inputs, T: Tensor
+    problem: _Problem, inputs: DampedMoments, T: Tensor
 ) -> tuple[Rounding, QuantizedBlockwise | None]:
     """``T`` rounded with error feedback; and the absmax as stored, if they are to stay."""
     U, grid, fmt = inputs.inverse_root(), problem.grid, problem.quantizer.format

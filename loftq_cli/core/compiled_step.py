@@ -145,25 +145,13 @@ def remainder(W: Tensor, quantized: QuantizedBlockwise, left: Tensor, right: Ten
     return math.fsum(energies)
 
 
-def sum_of_squares(X: Tensor) -> float:
-    """‖X‖² in float64."""
-    pieces = _Pieces(X, None)
-    energies = [0.0] * pieces.count
-
-    def work(piece: int) -> None:
-        energies[piece] = kernels.sum_of_squares(_flat(pieces.weight(piece)))
-
-    each(work, pieces.count)
-    return math.fsum(energies)
-
-
 class _Pieces:
     """A weight in runs of rows that end where blocks end."""
 
-    def __init__(self, W: Tensor, fmt: BlockwiseFormat | None) -> None:
+    def __init__(self, W: Tensor, fmt: BlockwiseFormat) -> None:
         out_features, self.columns = W.shape
         self.W = W
-        self.block_size = fmt.block_size if fmt else 1
+        self.block_size = fmt.block_size
         whole = self.block_size // math.gcd(self.columns, self.block_size)
         self.height = rows_a_piece(out_features, self.columns, math.lcm(whole, 16))
         self.count = -(-out_features // self.height)

@@ -47,14 +47,14 @@ def check_moments(moments: Tensor, in_features: int) -> None:
 
 
 @dataclass(frozen=True)
-class Inputs:
+class DampedMoments:
     """Damped moments in units of their mean diagonal, and their triangular root."""
 
     moments: Tensor  # float32 (in, in), positive definite
     root: Tensor  # float32 (in, in), upper triangular: root·rootᵀ = moments
 
     @classmethod
-    def of(cls, moments: Tensor, damping: float = DAMPING) -> "Inputs":
+    def of(cls, moments: Tensor, damping: float = DAMPING) -> "DampedMoments":
         """Inputs that were never seen count as independent, and all alike."""
         n = moments.shape[0]
         mean = float(moments.diagonal().double().mean())

@@ -1,4 +1,4 @@
-"""The error of a LoftQ start at many ranks, from one decomposition.
+"""What an adapter of any rank brings back of a quantization's error, from one decomposition.
 
 With one iteration Q = q(W) does not depend on the rank, and the best correction of rank r of the
 residual R = W − Q is its truncated SVD, so what remains is known for every r at once:
@@ -12,6 +12,8 @@ correction that is best for them is U_r·U_rᵀ·R, with U the left singular vec
     E‖(R − U_r·U_rᵀ·R)·x‖² = tr(R·G·Rᵀ) − Σ_{i≤r} uᵢᵀ·R·G·Rᵀ·uᵢ
 
 So the errors of outputs are exact for a correction that was found with slightly damped moments.
+:func:`rank_errors` tells these for a model; :func:`error_shares` is what bits and ranks are spread
+over the layers by.
 """
 
 import math
@@ -22,7 +24,7 @@ import torch
 from torch import Tensor
 
 from loftq_cli.core.blockwise import check_finite, check_weight
-from loftq_cli.core.input_moments import Inputs, check_moments, output_energy
+from loftq_cli.core.input_moments import DampedMoments, check_moments, output_energy
 from loftq_cli.core.lowrank import truncated_svd
 from loftq_cli.core.quantizers import Quantizer
 from loftq_cli.core.residual import Residual, rows_times, sum_of_squares, transposed_times
@@ -70,18 +72,65 @@ def rank_errors(
         math.sqrt(sum_of_squares(W)),
         math.sqrt(plain.energy),
         math.sqrt(residual.energy),
-        _left(residual.energy, _decompose(residual, ranks)[1], ranks),
+        _remaining(residual.energy, _decompose(residual, ranks)[1], ranks),
     )
     if moments is None:
         return RankErrors(weights)
     return RankErrors(weights, _outputs(W, plain.matrix, residual.matrix, ranks, moments))
 
 
+@dataclass(frozen=True)
+class ErrorShares:
+    """What quantizing does to what a layer puts out, as shares of the energy of that."""
+
+    quantized_only: float  # what quantizing takes away
+    captured: tuple[float, ...]  # what each direction of an adapter brings back, descending
+
+    def times(self, count: int) -> "ErrorShares":
+        """The same of a layer that counts so many times."""
+        return ErrorShares(
+            count * self.quantized_only, tuple(count * each for each in self.captured)
+        )
+
+
+@torch.no_grad()
+def error_shares(
+    W: Tensor,
+    quantizers: Sequence[Quantizer],
+    rank: int,
+    *,
+    inputs: DampedMoments | None = None,
+    seed: int = 0,
+) -> list[ErrorShares]:
+    """What the weight ``W`` (out × in) loses with each quantizer, and at every rank gets back.
+
+        quantized_only = ‖R·S‖² / ‖W·S‖²    captured[i] = σᵢ(R·S)² / ‖W·S‖²    R = W − Q, i ≤ rank
+
+    S is the root of the ``inputs``' moments; without them inputs count as independent and all
+    alike, S = 1. No rank, no decomposition.
+    """
+    check_weight(W)
+    check_finite(W)
+    norm = sum_of_squares(W if inputs is None else rows_times(W.float(), inputs.root)) or 1.0
+    found = []
+    for quantizer in quantizers:
+        _, residual = quantizer.step(W, None)
+        if inputs is not None:
+            residual = Residual.of(rows_times(residual.matrix, inputs.root))
+        captured: tuple[float, ...] = ()
+        if rank:
+            generator = torch.Generator().manual_seed(seed)
+            svd = truncated_svd(residual, min(rank, *W.shape), generator=generator)
+            captured = tuple((svd.S.double().square() / norm).tolist())
+        found.append(ErrorShares(residual.energy / norm, captured))
+    return found
+
+
 def _outputs(W: Tensor, plain: Tensor, R: Tensor, ranks: Sequence[int], moments: Tensor) -> Curve:
     energy = output_energy(R, moments)
     removed = torch.zeros(0, dtype=torch.float64)
     if ranks:
-        weighted = Residual.of(rows_times(R, Inputs.of(moments, _DAMPING).root))
+        weighted = Residual.of(rows_times(R, DampedMoments.of(moments, _DAMPING).root))
         U, _ = _decompose(weighted, ranks)
         Y = transposed_times(U, R).to(R)
         removed = (Y @ moments).mul_(Y).sum(dim=1, dtype=torch.float64).cpu()
@@ -89,7 +138,7 @@ def _outputs(W: Tensor, plain: Tensor, R: Tensor, ranks: Sequence[int], moments:
         math.sqrt(output_energy(W.float(), moments)),
         math.sqrt(output_energy(plain, moments)),
         math.sqrt(energy),
-        _left(energy, removed, ranks),
+        _remaining(energy, removed, ranks),
     )
 
 
@@ -106,7 +155,7 @@ def _decompose(residual: Residual, ranks: Sequence[int]) -> tuple[Tensor, Tensor
     return svd.U, svd.S.double().square().cpu()
 
 
-def _left(energy: float, removed: Tensor, ranks: Sequence[int]) -> list[float]:
+def _remaining(energy: float, removed: Tensor, ranks: Sequence[int]) -> list[float]:
     """√(energy − what so many directions take away of it), for each rank."""
     sums = removed.cumsum(0).tolist()
     return [math.sqrt(max(energy - sums[min(rank, len(sums)) - 1], 0.0)) for rank in ranks]

@@ -1,5 +1,6 @@
 """What a quantization leaves, W − Q, as the SVD sees it: a norm, and products from either side."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -99,12 +100,17 @@ def worth_compiling(X: Tensor) -> bool:
 @torch.no_grad()
 def sum_of_squares(X: Tensor) -> float:
     """‖X‖² in float64."""
-    if worth_compiling(X):
-        from loftq_cli.core import compiled_step
+    if not worth_compiling(X):
+        rows = rows_a_piece(X.shape[0], X.shape[1])
+        return sum(float(part.double().square().sum()) for part in X.split(rows))
+    from loftq_cli.core import kernels
 
-        return compiled_step.sum_of_squares(X)
-    rows = rows_a_piece(X.shape[0], X.shape[1])
-    return sum(
-        float(X[start : start + rows].double().square().sum())
-        for start in range(0, X.shape[0], rows)
-    )
+    pieces = X.split(rows_a_piece(X.shape[0], X.shape[1], 16))
+    sums = [0.0] * len(pieces)
+
+    def work(piece: int) -> None:
+        values = pieces[piece].float().contiguous().view(-1)
+        sums[piece] = kernels.sum_of_squares(values.numpy())
+
+    each(work, len(pieces))
+    return math.fsum(sums)

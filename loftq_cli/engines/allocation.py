@@ -42,7 +42,7 @@ from loftq_cli.formats import MOST_RANKS
 if TYPE_CHECKING:
     import torch
 
-    from loftq_cli.core.losses import Loss
+    from loftq_cli.core.rank_errors import ErrorShares
 
 # What a target for the average may be made of.
 BITS = (2, 3, 4)
@@ -67,13 +67,14 @@ def allocate(
     """
     settings = plan.settings
     places = {module: place for place, module in enumerate(order)}
-    found: dict[str, list[Loss]] = {}
+    found: dict[str, list[ErrorShares]] = {}
     for planned in sorted(plan.layers, key=lambda each: places.get(each.layer.module, 0)):
         module = planned.layer.module
         progress.start(module)
         count = planned.layer.parameters if moments is None else 1
         found[module] = [
-            each.times(count) for each in _losses(planned, checkpoint, settings, device, moments)
+            each.times(count)
+            for each in _error_shares(planned, checkpoint, settings, device, moments)
         ]
         progress.advance(module)
     layers = _as_they_run(plan.layers)
@@ -107,28 +108,28 @@ def _choices(planned: PlannedLayer, settings: Settings) -> tuple[int, ...]:
     return (planned.bits,) if settings.target_bits is None else BITS
 
 
-def _losses(
+def _error_shares(
     planned: PlannedLayer,
     checkpoint: Checkpoint,
     settings: Settings,
     device: str,
     moments: Callable[[str], torch.Tensor] | None,
-) -> list[Loss]:
+) -> list[ErrorShares]:
     """What one layer loses, for each number of bits that it may get."""
-    from loftq_cli.core.input_moments import Inputs, check_moments
-    from loftq_cli.core.losses import losses
+    from loftq_cli.core.input_moments import DampedMoments, check_moments
+    from loftq_cli.core.rank_errors import error_shares
 
     layer = planned.layer
     seen = None if moments is None else moments(layer.module)
 
-    def work(W: torch.Tensor) -> list[Loss]:
+    def work(W: torch.Tensor) -> list[ErrorShares]:
         if layer.transposed:
             W = W.T.contiguous()
         inputs = None
         if seen is not None:
             check_moments(seen, layer.in_features)
-            inputs = Inputs.of(seen.to(W.device))
-        found: list[Loss] = losses(
+            inputs = DampedMoments.of(seen.to(W.device))
+        found: list[ErrorShares] = error_shares(
             W,
             [quantizer(settings, bits) for bits in _choices(planned, settings)],
             MOST_RANKS * settings.rank if settings.rank_budget and planned.adapted else 0,
@@ -146,20 +147,20 @@ def _losses(
 
 def _with_bits(
     layers: Sequence[PlannedLayer],
-    found: dict[str, list[Loss]],
+    found: dict[str, list[ErrorShares]],
     average: float,
 ) -> list[PlannedLayer]:
     """The layers with the bits that lose least together, ``average`` a weight or fewer."""
     from loftq_cli.core.budgets import spread_bits
 
     sizes = [planned.layer.parameters for planned in layers]
-    lost = [[loss.whole for loss in found[planned.layer.module]] for planned in layers]
+    lost = [[share.quantized_only for share in found[planned.layer.module]] for planned in layers]
     bits = spread_bits(lost, sizes, BITS, average)
     return [replace(planned, bits=each) for planned, each in zip(layers, bits, strict=True)]
 
 
 def _with_ranks(
-    layers: Sequence[PlannedLayer], found: dict[str, list[Loss]], settings: Settings
+    layers: Sequence[PlannedLayer], found: dict[str, list[ErrorShares]], settings: Settings
 ) -> list[PlannedLayer]:
     """For adapted layers, ranks that have no more parameters than the same rank everywhere."""
     from loftq_cli.core.budgets import spread_ranks

@@ -114,7 +114,7 @@ def layer_bytes(plan: Plan, planned: PlannedLayer, level: Level, machine: Machin
 
 
 def _measuring_bytes(planned: PlannedLayer, settings: Settings) -> int:
-    """Memory of looking at what the layer loses (`core.losses`)."""
+    """Memory of looking at what the layer loses (`core.rank_errors`)."""
     if not settings.is_measured:
         return 0
     weights, in_features = planned.layer.parameters, planned.layer.in_features

@@ -14,7 +14,7 @@ from loftq_cli.core.blockwise import BlockwiseFormat, QuantizedBlockwise, restor
 from loftq_cli.core.calibrated import initialize_calibrated
 from loftq_cli.core.codebooks import codebook
 from loftq_cli.core.gptq import Grid, Rounding, descend, feedback
-from loftq_cli.core.input_moments import Inputs, principal_root, weighted_low_rank
+from loftq_cli.core.input_moments import DampedMoments, principal_root, weighted_low_rank
 from loftq_cli.core.loftq import LoftqResult, initialize
 from loftq_cli.core.quantizers import Blockwise, Int8
 from loftq_cli.errors import InvalidSetting, LoftqError, NonFiniteWeight
@@ -81,7 +81,7 @@ def textbook_feedback(T: Tensor, G: Tensor, scales: Tensor, levels: Tensor) -> T
 )
 def test_feedback_is_the_textbooks(rows: int, columns: int, fmt: BlockwiseFormat) -> None:
     T, G = normal(rows, columns), moments_of(correlated_inputs(1000, columns))
-    inputs, grid = Inputs.of(G), grid_of(T, fmt)
+    inputs, grid = DampedMoments.of(G), grid_of(T, fmt)
     absmax = None if grid.aligned else torch.rand(-(-T.numel() // 32), generator=seeded()) + 1
     rounding = feedback(T, inputs.inverse_root(), grid, absmax)
     scales = rounding.absmax.repeat_interleave(fmt.block_size)[: T.numel()].view(T.shape)
@@ -95,7 +95,7 @@ def test_feedback_is_the_textbooks(rows: int, columns: int, fmt: BlockwiseFormat
 
 def test_feedback_in_pieces_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """No row's result depends on which others are worked on with it."""
-    T, inputs = normal(150, 128), Inputs.of(moments_of(correlated_inputs(500, 128)))
+    T, inputs = normal(150, 128), DampedMoments.of(moments_of(correlated_inputs(500, 128)))
     grid = grid_of(T, FORMAT)
     once = feedback(T, inputs.inverse_root(), grid)
     once = descend(T, inputs.moments, once, grid, sweeps=1, free=True)
@@ -134,7 +134,7 @@ def test_absmax_is_nearly_the_best_of_a_fine_grid(bits: int) -> None:
 )
 def test_descent_never_raises_the_objective(columns: int, fmt: BlockwiseFormat, free: bool) -> None:
     T = normal(30, columns) * normal(30, 1, seed=5).exp()
-    G = Inputs.of(moments_of(correlated_inputs(40, columns))).moments
+    G = DampedMoments.of(moments_of(correlated_inputs(40, columns))).moments
     grid = grid_of(T, fmt)
     count = -(-T.numel() // fmt.block_size)
     rounding = Rounding(
@@ -151,9 +151,9 @@ def test_descent_never_raises_the_objective(columns: int, fmt: BlockwiseFormat, 
 
 
 def test_descent_ends_where_no_single_code_and_no_absmax_can_be_bettered() -> None:
-    T, G = normal(6, 64), Inputs.of(moments_of(correlated_inputs(300, 64))).moments
+    T, G = normal(6, 64), DampedMoments.of(moments_of(correlated_inputs(300, 64))).moments
     grid = grid_of(T, FORMAT)
-    start = feedback(T, Inputs.of(G).inverse_root(), grid)
+    start = feedback(T, DampedMoments.of(G).inverse_root(), grid)
     end = descend(T, G, start, grid, sweeps=60, free=True)
     Q, scales = values(end, grid), end.absmax.view(6, 1)
     least = objective(T - Q, G)
@@ -222,7 +222,7 @@ def test_no_matrix_of_the_rank_is_better() -> None:
 
 def test_a_root_is_a_root_and_an_inverse_one() -> None:
     G = moments_of(correlated_inputs(300, 70))
-    inputs = Inputs.of(G)
+    inputs = DampedMoments.of(G)
     damped = G.double() / G.diagonal().double().mean()
     assert torch.allclose(inputs.moments.double(), damped + 0.01 * torch.eye(70), atol=1e-6)
     root, inverse = inputs.root.double(), inputs.inverse_root().double()
@@ -391,7 +391,7 @@ def test_smaller_blocks_are_better() -> None:
     errors = []
     for size in (32, 64, 128, 256):
         grid = grid_of(W, BlockwiseFormat("nf4", size))
-        inputs = Inputs.of(G)
+        inputs = DampedMoments.of(G)
         Q = values(feedback(W, inputs.inverse_root(), grid), grid)
         errors.append(objective(W - Q, inputs.moments))
     assert errors == sorted(errors)

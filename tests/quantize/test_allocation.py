@@ -20,9 +20,9 @@ from peft import LoraConfig, get_peft_model
 from loftq_cli.checkpoint.index import Checkpoint, open_checkpoint
 from loftq_cli.core.blockwise import BlockwiseFormat
 from loftq_cli.core.budgets import spread_bits, spread_ranks
-from loftq_cli.core.input_moments import DAMPING, Inputs
-from loftq_cli.core.losses import losses
+from loftq_cli.core.input_moments import DAMPING, DampedMoments
 from loftq_cli.core.quantizers import Blockwise
+from loftq_cli.core.rank_errors import error_shares
 from loftq_cli.engines import allocation
 from loftq_cli.engines.allocation import MOST_RANKS, allocate
 from loftq_cli.engines.output import _pattern
@@ -144,7 +144,7 @@ def moments_of(n: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("calibrated", [False, True])
-def test_losses_against_float64(calibrated: bool) -> None:
+def test_error_shares_against_float64(calibrated: bool) -> None:
     W, G = weight(), moments_of(192)
     quantizers = [Blockwise(BlockwiseFormat("nf4", 64, False, bits)) for bits in BITS]
     S = torch.eye(192).double()
@@ -152,19 +152,19 @@ def test_losses_against_float64(calibrated: bool) -> None:
         damped = G.double() + DAMPING * G.double().diagonal().mean() * S
         S = torch.linalg.cholesky(damped)
     norm = (W.double() @ S).square().sum()
-    found = losses(W, list(quantizers), 40, inputs=Inputs.of(G) if calibrated else None)
-    for loss, quantizer in zip(found, quantizers, strict=True):
+    found = error_shares(W, quantizers, 40, inputs=DampedMoments.of(G) if calibrated else None)
+    for share, quantizer in zip(found, quantizers, strict=True):
         R = W.double() - quantizer.dequantize(quantizer.step(W, None)[0]).double()
-        assert loss.whole == pytest.approx(float((R @ S).square().sum() / norm), rel=1e-4)
+        assert share.quantized_only == pytest.approx(float((R @ S).square().sum() / norm), rel=1e-4)
         squares = torch.linalg.svdvals(R @ S).square()[:40] / norm
-        assert loss.captured == pytest.approx(squares.tolist(), rel=3e-2)
-        assert sum(loss.captured) == pytest.approx(float(squares.sum()), rel=2e-3)
-    assert found[0].whole > found[1].whole > found[2].whole
+        assert share.captured == pytest.approx(squares.tolist(), rel=3e-2)
+        assert sum(share.captured) == pytest.approx(float(squares.sum()), rel=2e-3)
+    assert found[0].quantized_only > found[1].quantized_only > found[2].quantized_only
 
 
 def test_a_weight_of_zeros_loses_nothing() -> None:
-    (loss,) = losses(torch.zeros(64, 64), [Blockwise(BlockwiseFormat("nf4", 64))], 4)
-    assert (loss.whole, loss.captured) == (0.0, (0.0,) * 4)
+    (share,) = error_shares(torch.zeros(64, 64), [Blockwise(BlockwiseFormat("nf4", 64))], 4)
+    assert (share.quantized_only, share.captured) == (0.0, (0.0,) * 4)
 
 
 # --- the plan -------------------------------------------------------------------------------------
@@ -323,7 +323,7 @@ def test_the_tenth_block_comes_after_the_second() -> None:
         PlannedLayer(LinearLayer(f"h.{block}.up", f"h.{block}.up", 64, 64, False, "F32"), 4, 0)
         for block in (0, 1, 10, 11, 2, 3)
     ]
-    found = [SimpleNamespace(whole=loss, captured=()) for loss in (0.15, 0.03, 0.008)]
+    found = [SimpleNamespace(quantized_only=loss, captured=()) for loss in (0.15, 0.03, 0.008)]
     ordered = allocation._as_they_run(layers)
     bits = allocation._with_bits(ordered, {x.layer.module: found for x in layers}, 2.5)
     assert [(x.layer.module, x.bits) for x in bits] == [
