@@ -14,6 +14,7 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 from loftq_cli.errors import LoftqError
+from loftq_cli.record import Listener, Progress
 from loftq_cli.report.escape import visible
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ def width_of(descriptor: int, environ: Mapping[str, str] = os.environ) -> int:
         return 80
 
 
-class Console:
+class Console(Listener):
     """One run's way out. `quiet` drops progress and notes; warnings and errors stay."""
 
     def __init__(self) -> None:
@@ -142,6 +143,10 @@ class Console:
         if hint:
             self._say("hint", hint)
 
+    def trace(self) -> None:
+        if self.debug:
+            self.traceback()
+
     def traceback(self) -> None:
         """The traceback of the exception being handled."""
         import traceback
@@ -172,10 +177,10 @@ class Console:
     def progress(self, label: str, total: int) -> Iterator[Progress]:
         """Shows how far the work is: a bar on a terminal, a line now and then elsewhere."""
         if self.quiet:
-            yield Progress(self, label, total)
+            yield Progress()
         elif self._is_watched:
             with self._rich_bar() as bar:
-                yield _BarProgress(self, label, total, bar)
+                yield _BarProgress(label, total, bar)
         else:
             yield _LineProgress(self, label, total)
 
@@ -283,26 +288,10 @@ class _GrowingText:
         self._live.update(tail, refresh=True)
 
 
-class Progress:
-    """Counts finished pieces; shows nothing by itself."""
-
-    def __init__(self, console: Console, label: str, total: int) -> None:
-        self.console = console
+class _BarProgress(Progress):
+    def __init__(self, label: str, total: int, bar: RichProgress) -> None:
         self.label = label
         self.total = total
-        self.done = 0
-
-    def start(self, name: str) -> None:
-        """The piece called `name` is being worked on."""
-
-    def advance(self, name: str = "") -> None:
-        """One more piece, called `name`, is done."""
-        self.done += 1
-
-
-class _BarProgress(Progress):
-    def __init__(self, console: Console, label: str, total: int, bar: RichProgress) -> None:
-        super().__init__(console, label, total)
         self._bar = bar
         self._task = bar.add_task("", total=total, label=label, name="")
 
@@ -314,7 +303,6 @@ class _BarProgress(Progress):
         self._bar.update(self._task, name=name if len(name) <= room else "…" + name[1 - room :])
 
     def advance(self, name: str = "") -> None:
-        super().advance(name)
         if name:
             self.start(name)
         self._bar.update(self._task, advance=1)
@@ -322,12 +310,15 @@ class _BarProgress(Progress):
 
 class _LineProgress(Progress):
     def __init__(self, console: Console, label: str, total: int) -> None:
-        super().__init__(console, label, total)
+        self.console = console
+        self.label = label
+        self.total = total
+        self.done = 0
         self._began = self._spoke = time.monotonic()
         self._spoke_at = 0
 
     def advance(self, name: str = "") -> None:
-        super().advance(name)
+        self.done += 1
         now = time.monotonic()
         share = (self.done - self._spoke_at) / max(self.total, 1)
         last = self.done == self.total

@@ -1,6 +1,6 @@
 """Imports run one way.
 
-cli → commands → engines, checks → containers, models, checkpoint, core, report →
+cli → commands → engines, checks → containers, models, checkpoint, core, report, record →
 schema, starts, formats, errors
 """
 
@@ -24,17 +24,23 @@ MAY_IMPORT = {
     "__main__": "cli",
     "cli": "commands console errors",
     "commands": (
-        "engines checks containers models checkpoint core report hardware console "
+        "record engines checks containers models checkpoint core report hardware console "
         "schema starts formats errors"
     ),
-    "checks": "engines containers models checkpoint core starts formats errors",
-    "engines": "containers models checkpoint core starts formats errors",
+    "checks": (
+        "record engines containers models checkpoint core report hardware "
+        "schema starts formats errors"
+    ),
+    "engines": (
+        "record containers models checkpoint core report hardware schema starts formats errors"
+    ),
     "containers": "checkpoint core starts formats errors",
     "models": "checkpoint core starts formats errors",
     "checkpoint": "core starts formats errors",
     "core": "starts formats errors",
+    "record": "hardware schema errors",
     "hardware": "errors",
-    "console": "report.escape errors",
+    "console": "record report.escape errors",
     "report": "schema starts formats errors",
     "schema": "starts formats errors",
     "starts": "formats errors",

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
-from loftq_cli.engines.tasks import Progress
 from loftq_cli.errors import LoftqError, first_line
+from loftq_cli.record import Progress
 
 Figures: TypeAlias = dict[str, Any]
 

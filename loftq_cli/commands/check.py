@@ -38,7 +38,6 @@ def check(
     generation, and quantize with its files loaded and measured again. One failure does not stop
     the others; with any, the exit code is 3.
     """
-    run.quiet_libraries()
     from loftq_cli.checks.battery import run_checks
     from loftq_cli.checks.model import Subject
     from loftq_cli.checks.roundtrip import RoundTrip
@@ -61,7 +60,7 @@ def check(
     with ExitStack() as files:
         checks = [*_hardware(where.device), *_model(subject), *_round(RoundTrip(subject, files))]
         with run.timing("checks"), run.progress("checking", len(checks)) as progress:
-            outcomes = run_checks(checks, progress, trace=run.trace)
+            outcomes = run_checks(checks, progress, trace=run.listener.trace)
     results = _results(outcomes, time.perf_counter() - began)
     identity = ModelIdentity(id=found.id, revision=found.revision, source=found.source)
     run.finish(results, model=identity)

@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING
 from loftq_cli import schema
 from loftq_cli.commands.compare_plan import Asked, Texts
 from loftq_cli.commands.run import Run
-from loftq_cli.console import Console, Progress
 from loftq_cli.errors import InvalidSetting, LoftqError
+from loftq_cli.record import Listener, Progress, Record
 from loftq_cli.report.start_verdict import Key, key, relative_to_qlora, verdict
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from loftq_cli.commands.quantize_result import Report
+    from loftq_cli.engines.report_file import Report
     from loftq_cli.engines.settings import Settings
     from loftq_cli.models.evaluation import Evaluation
     from loftq_cli.models.finetuning import Trained
@@ -46,7 +46,6 @@ class Bench:
             AlreadyQuantized: there is no original in this directory.
             InvalidSetting: a text is too short.
         """
-        run.quiet_libraries()
         from loftq_cli.models.architecture import read_architecture
         from loftq_cli.models.evaluation import MOST_TOKENS, Reference, require_causal, text_windows
         from loftq_cli.models.source import read_config, refuse_quantized
@@ -55,7 +54,6 @@ class Bench:
 
         self.run, self.texts, self.asked = run, texts, asked
         self.trust_remote_code = trust_remote_code
-        self.quiet_run = _QuietRun(run)
         with run.timing("resolve", "finding the model"):
             found = resolve_model(spec, with_code=trust_remote_code)
         self.directory = found.directory
@@ -175,18 +173,18 @@ class Bench:
 
     def _make(self, output: Path, settings: Settings) -> Report:
         """The files of one method, as `quantize` writes them."""
-        from loftq_cli.commands.quantize_run import write_directory
+        from loftq_cli.engines.job import Job, make_directory
 
-        document, _, _ = write_directory(
-            self.quiet_run,
-            str(self.directory),
-            output,
-            settings,
+        job = Job(
+            model=str(self.directory),
+            output=output,
+            settings=settings,
             device=self.device,
             calibration_text=self.texts.calibration if settings.start.needs_moments else None,
             trust_remote_code=self.trust_remote_code,
         )
-        return document
+        record = Record("quantize", ["loftq", "quantize"], _Warnings(self.run))
+        return make_directory(job, record).document
 
     def _load(self, directory: Path) -> LoadedModel:
         from loftq_cli.models.loading import load_model
@@ -252,17 +250,14 @@ class Bench:
         )
 
 
-class _QuietRun(Run):
-    """A run of `quantize` inside a comparison, of which only warnings are heard."""
+class _Warnings(Listener):
+    """Of a `quantize` run inside a comparison only warnings are heard."""
 
-    def __init__(self, outer: Run) -> None:
-        console = Console()
-        console.quiet, console.debug = True, outer.console.debug
-        super().__init__("quantize", console, argv=["loftq", "quantize"], format="json", save=None)
-        self._outer = outer
+    def __init__(self, run: Run) -> None:
+        self._run = run
 
     def warn(self, text: str) -> None:
-        self._outer.warn(text)
+        self._run.warn(text)
 
 
 def _choose(run: Run, config: dict[str, object], device: str, dtype: str) -> tuple[str, str]:

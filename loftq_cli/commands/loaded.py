@@ -60,7 +60,6 @@ def load_for_run(
     trust_remote_code: bool = False,
 ) -> tuple[ModelIdentity, LoadedModel, Where]:
     """Finds the model, chooses device and dtype, and loads it with its adapter."""
-    run.quiet_libraries()
     from loftq_cli.models.loading import load_model
     from loftq_cli.models.spec import resolve_model
 
@@ -83,7 +82,6 @@ def build_for_run(
     run: Run, spec: str, device: str, dtype: str, *, trust_remote_code: bool = False
 ) -> tuple[ModelIdentity, LoadedModel, Where]:
     """The same from the model's config alone, with random weights."""
-    run.quiet_libraries()
     from loftq_cli.models.known import known_model
     from loftq_cli.models.random_weights import random_model
     from loftq_cli.models.spec import local_model, resolve_model

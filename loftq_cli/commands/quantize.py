@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING
-
 from loftq_cli.commands.options import (
     Bits,
     BlockSize,
@@ -36,9 +33,6 @@ from loftq_cli.commands.options import (
 from loftq_cli.commands.run import Run, command
 from loftq_cli.commands.verify import certify, require_passed
 from loftq_cli.errors import UsageError
-
-if TYPE_CHECKING:
-    from loftq_cli.engines.settings import Settings
 
 
 @command("quantize")
@@ -91,8 +85,8 @@ def quantize(
             f"--max-memory counts memory of the CPU: not with --device {device}",
             hint="--device cpu",
         )
-    from loftq_cli.commands.quantize_run import write_directory
     from loftq_cli.commands.quantize_settings import settings_of
+    from loftq_cli.engines.job import Job, foresee_directory, make_directory
 
     settings = settings_of(
         bits=bits,
@@ -118,68 +112,36 @@ def quantize(
             "corrects; expect little gain from LoftQ here"
         )
     if dry_run:
-        _dry_run(run, model, output, settings, limit)
-    else:
-        assert output is not None
-        document, source, used = write_directory(
-            run,
-            model,
-            output,
-            settings,
-            device=device,
-            calibration_text=calibration_text,
-            limit=limit,
-            resume=resume,
-            force=force,
-            trust_remote_code=trust_remote_code,
-        )
-        if not verify:
-            run.emit(document)
-            return
-        certificate = certify(
-            run, output, document, source, device=used, trust_remote_code=trust_remote_code
-        )
-        passed = [test.name for test in certificate.tests if test.status == "passed"]
-        run.note(f"verified: {', '.join(passed) or 'nothing'}")
-        for test in certificate.tests:
-            if test.status == "skipped":
-                run.note(f"verify: {test.name} {test.detail}")
-        run.emit(document)
-        require_passed(certificate)
-
-
-def _dry_run(
-    run: Run,
-    spec: str,
-    output: Path | None,
-    settings: Settings,
-    limit: int | None,
-) -> None:
-    """Reads headers and config only, and imports no torch."""
-    from loftq_cli.commands.quantize_result import calibration_of, results_of
-    from loftq_cli.commands.quantize_run import plan_memory_for
-    from loftq_cli.engines import estimates
-    from loftq_cli.engines.plan import make_plan
-    from loftq_cli.models.layers import linear_layers
-    from loftq_cli.models.lookup import find_model
-    from loftq_cli.schema import ModelIdentity
-
-    found = find_model(spec, run.note, with_headers=True)
-    run.resolved("model", found.source, found.reason)
-    assert found.checkpoint is not None
-    assert found.config is not None
-    tensors = [info for _, info in found.checkpoint.tensors.values()]
-    plan = make_plan(linear_layers(tensors, found.config), settings)
-    memory = plan_memory_for(run, plan, limit)
-    results = results_of(
-        plan,
-        found.checkpoint,
-        output="" if output is None else str(output),
-        architecture=found.outline.architecture,
-        task_type=None,
-        calibration=calibration_of(settings),
-        seconds=estimates.seconds(plan),
-        peak_memory_bytes=memory.peak_bytes,
+        run.emit(foresee_directory(model, settings, limit, run, output))
+        return
+    assert output is not None
+    job = Job(
+        model=model,
+        output=output,
+        settings=settings,
+        device=device,
+        calibration_text=calibration_text,
+        memory_limit=limit,
+        resume=resume,
+        force=force,
+        trust_remote_code=trust_remote_code,
     )
-    identity = ModelIdentity(id=found.id, revision=found.revision, source=found.source)
-    run.finish(results, model=identity)
+    made = make_directory(job, run)
+    if not verify:
+        run.emit(made.document)
+        return
+    certificate = certify(
+        run,
+        output,
+        made.document,
+        made.source,
+        device=made.device,
+        trust_remote_code=trust_remote_code,
+    )
+    passed = [test.name for test in certificate.tests if test.status == "passed"]
+    run.note(f"verified: {', '.join(passed) or 'nothing'}")
+    for test in certificate.tests:
+        if test.status == "skipped":
+            run.note(f"verify: {test.name} {test.detail}")
+    run.emit(made.document)
+    require_passed(certificate)

@@ -16,25 +16,24 @@ import inspect
 import itertools
 import logging
 import os
-import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Concatenate, NamedTuple, ParamSpec
 
 import typer
 
-from loftq_cli import __version__
 from loftq_cli.commands import options
-from loftq_cli.console import Console, Progress, wants_colour, width_of
+from loftq_cli.console import Console, wants_colour, width_of
 from loftq_cli.errors import UsageError, WriteFailed
+from loftq_cli.record import Record
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
-    from loftq_cli.schema import Document, ModelIdentity, Results, Scalar
+    from loftq_cli.schema import Document, ModelIdentity
 
 Body = ParamSpec("Body")
 
@@ -46,7 +45,7 @@ class Invocation(NamedTuple):
     console: Console
 
 
-class Run:
+class Run(Record):
     """One run of one command, from its options to its document."""
 
     def __init__(
@@ -57,102 +56,14 @@ class Run:
         format: options.FormatName,
         save: Path | None,
     ) -> None:
-        self.name = name
+        super().__init__(name, argv, console)
         self.console = console
-        self._argv = argv
         self._format = format
         self._save = save
-        self._warnings: list[str] = []
-        self._resolved: dict[str, tuple[Scalar, str]] = {}
-        self._timings: dict[str, float] = {}
-        self._began = time.perf_counter()
-
-    # --- while the body works -------------------------------------------------------------------
-
-    def note(self, text: str) -> None:
-        """Tells the person at the terminal; --quiet drops it."""
-        self.console.note(text)
-
-    def warn(self, text: str) -> None:
-        """Tells the person at the terminal and every later reader of the document, once."""
-        if text not in self._warnings:
-            self.console.warn(text)
-            self._warnings.append(text)
-
-    def progress(self, label: str, total: int) -> AbstractContextManager[Progress]:
-        """`with run.progress("quantize", n) as p:` then `p.start(name)`, `p.advance(name)`."""
-        return self.console.progress(label, total)
 
     def growing_text(self) -> AbstractContextManager[Callable[[str], None] | None]:
         """`with run.growing_text() as tell:`; `tell` is None where nobody watches."""
         return self.console.growing_text()
-
-    def trace(self) -> None:
-        """With --debug, the traceback of an error that is being handled and not raised again."""
-        if self.console.debug:
-            self.console.traceback()
-
-    def resolved(self, name: str, value: Scalar, reason: str) -> None:
-        """Records what an automatic choice became, and why."""
-        self._resolved[name] = (value, reason)
-
-    @contextmanager
-    def timing(self, name: str, doing: str | None = None) -> Iterator[None]:
-        """Adds the time spent inside to `timings_seconds[name]`, also when it fails.
-
-        ``doing`` is shown on a terminal meanwhile.
-        """
-        began = time.perf_counter()
-        try:
-            with nullcontext() if doing is None else self.console.busy(doing):
-                yield
-        finally:
-            spent = time.perf_counter() - began
-            self._timings[name] = self._timings.get(name, 0.0) + spent
-
-    def add_timings(self, seconds: Mapping[str, float]) -> None:
-        """Records what was measured elsewhere, such as stages that ran side by side."""
-        self._timings.update(seconds)
-
-    def seconds(self, *names: str) -> float:
-        """What `timing` has measured so far under these names."""
-        return sum(self._timings.get(name, 0.0) for name in names)
-
-    def quiet_libraries(self) -> None:
-        """Silences transformers and its kin. To be called right before they are imported.
-
-        Their progress bars and advice would drown ours; with --debug they speak.
-        """
-        if not self.console.debug:
-            quiet_libraries()
-
-    # --- the result -----------------------------------------------------------------------------
-
-    def document(
-        self, results: Results, *, model: ModelIdentity | None = None
-    ) -> Document[Results]:
-        """The result document as of now; validated, so a NaN in it is found here."""
-        from loftq_cli import hardware, schema
-
-        return schema.Document[type(results)].model_validate(  # type: ignore[misc,no-any-return]
-            {
-                "schema": f"loftq/{self.name}",
-                "tool": {"name": "loftq", "version": __version__},
-                "argv": self._argv,
-                "model": model,
-                "resolved": {
-                    name: {"value": value, "reason": reason}
-                    for name, (value, reason) in self._resolved.items()
-                },
-                "environment": hardware.environment(),
-                "results": results,
-                "warnings": self._warnings,
-                "timings_seconds": {
-                    **self._timings,
-                    "total": time.perf_counter() - self._began,
-                },
-            }
-        )
 
     def finish(self, results: BaseModel, *, model: ModelIdentity | None = None) -> None:
         """Builds the document, saves it if asked to, and prints it in the chosen format."""
@@ -233,7 +144,10 @@ def _create(directory: Path, name: str, text: str) -> Path:
 
 
 def quiet_libraries() -> None:
-    """Keeps the libraries' bars, advice and warnings off stderr, here and in child processes."""
+    """Keeps the libraries' bars, advice and warnings off stderr, here and in child processes.
+
+    To be called before they are imported; with --debug they speak.
+    """
     for name, value in (
         ("HF_HUB_DISABLE_PROGRESS_BARS", "1"),  # transformers' own bars follow it too
         ("HF_HUB_VERBOSITY", "error"),
@@ -272,6 +186,8 @@ def command(
             if shared["json"] and shared["format"] not in ("auto", "json"):
                 raise UsageError(f"--json contradicts --format {shared['format']}")
             console.claim_stdout()
+            if not console.debug:
+                quiet_libraries()
             if shared["save"] is not None:
                 prepare_save_directory(shared["save"])
             run = Run(

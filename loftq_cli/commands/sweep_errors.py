@@ -11,7 +11,7 @@ from loftq_cli.report.units import removed
 if TYPE_CHECKING:
     from loftq_cli.commands.run import Run
     from loftq_cli.engines.plan import PlannedLayer
-    from loftq_cli.engines.rank_errors import Measured
+    from loftq_cli.engines.rank_errors import ErrorCurves
     from loftq_cli.engines.settings import Settings
     from loftq_cli.models.lookup import FoundModel
 
@@ -24,7 +24,7 @@ def measure_errors(
     ranks: list[int],
     device: str,
     text: Path | None,
-) -> tuple[Measured, schema.Calibration | None]:
+) -> tuple[ErrorCurves, schema.CalibratedOn | None]:
     """The curves, and what the report says of the calibration text where there is one."""
     from loftq_cli import hardware
     from loftq_cli.engines.rank_errors import measure
@@ -61,13 +61,13 @@ def measure_errors(
             progress=progress,
             moments=inputs.moments,
         )
-        tokens = schema.Calibration(
+        tokens = schema.CalibratedOn(
             sha256=inputs.text_sha256, windows=inputs.windows, tokens=inputs.tokens
         )
     return measured, tokens
 
 
-def errors_at(measured: Measured | None, place: int) -> dict[str, float]:
+def errors_at(measured: ErrorCurves | None, place: int) -> dict[str, float]:
     """The fields of the errors at one of the ranks."""
     found: dict[str, float] = {}
     if measured is None:

@@ -72,7 +72,6 @@ def sweep_ranks(
     vram_bytes = None if vram is None else options.size(vram, "--vram")
     _require_meaning(bits, quant_type, block_size, error, device, calibration_text)
     in_blocks = bits <= 4
-    run.quiet_libraries()
     with run.timing("resolve"):
         found = fetch_model(model) if error else find_model(model, run.note)
     run.resolved("model", found.source, found.reason)

@@ -30,7 +30,6 @@ def targets(run: Run, model: Model = "demo", rank: Rank = 16) -> None:
     from loftq_cli.models.lookup import find_model
     from loftq_cli.schema import ModelIdentity, TargetsResults
 
-    run.quiet_libraries()
     with run.timing("resolve"):
         found = find_model(model, run.note)
     run.resolved("model", found.source, found.reason)

@@ -12,7 +12,7 @@ from loftq_cli.commands.run import Run, command
 from loftq_cli.errors import CheckFailed
 
 if TYPE_CHECKING:
-    from loftq_cli.commands.quantize_result import Report
+    from loftq_cli.engines.report_file import Report
     from loftq_cli.models.spec import ResolvedModel
     from loftq_cli.schema import VerifyResults
 
@@ -56,10 +56,9 @@ def verify(
     from the original weights, a forward pass. Nothing is downloaded. With a failure the exit
     code is 3.
     """
-    run.quiet_libraries()
     from loftq_cli import hardware
     from loftq_cli.checks.written.source import reported_source, required_source
-    from loftq_cli.commands.verify_result import read_report
+    from loftq_cli.engines.report_file import read_report
 
     report = read_report(directory)
     chosen = hardware.resolve_device(device)
@@ -100,7 +99,7 @@ def certify(
     from loftq_cli.checks.written.all import all_checks, count_steps
     from loftq_cli.checks.written.directory import Written
     from loftq_cli.checks.written.residuals import Residuals, spread
-    from loftq_cli.commands.verify_result import claims_of, results_of
+    from loftq_cli.commands.verify_result import certificate_of, claims_of
 
     claims = claims_of(report)
     with run.timing("import"):  # or the first check that needs them would seem slow
@@ -112,8 +111,8 @@ def certify(
         written = Written(directory, claims, device, progress, trust_remote_code)
         residuals = Residuals(written, source, layers)
         checks = all_checks(written, residuals, hardware.memory_bytes())
-        outcomes = run_checks(checks, progress, trace=run.trace)
-    return results_of(directory, claims, outcomes, residuals)
+        outcomes = run_checks(checks, progress, trace=run.listener.trace)
+    return certificate_of(directory, claims, outcomes, residuals)
 
 
 def require_passed(results: VerifyResults) -> None:

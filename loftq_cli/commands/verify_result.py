@@ -8,48 +8,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loftq_cli import schema, starts
-from loftq_cli.checkpoint.index import parse_json
-from loftq_cli.checkpoint.safetensors import read_file
 from loftq_cli.checks.written.directory import ClaimedFile, ClaimedLayer, Claims
-from loftq_cli.commands.quantize_result import Report
-from loftq_cli.errors import CorruptCheckpoint, LoftqError, ModelNotFound
+from loftq_cli.engines.report_file import NOT_OURS, Report
+from loftq_cli.errors import CorruptCheckpoint
 from loftq_cli.formats import BLOCK_SIZES
 from loftq_cli.models.source import REPORT_FILE
 from loftq_cli.report.quantize import auto_class
 
 if TYPE_CHECKING:
     from loftq_cli.checks.battery import Outcome
-    from loftq_cli.checks.written.residuals import Measured, Residuals
-
-# A model of a thousand layers has a report of about a megabyte.
-_MAX_REPORT_BYTES = 200_000_000
-_NOT_OURS = "give the directory that `loftq quantize --output` wrote"
-
-
-def read_report(directory: Path) -> Report:
-    """The report in ``directory``.
-
-    Raises:
-        ModelNotFound: there is none, so this is nothing that loftq wrote.
-        LoftqError: there is one, and it cannot be read as such.
-    """
-    path = directory / REPORT_FILE
-    if not path.is_file():
-        why = f"it has no {REPORT_FILE}" if directory.is_dir() else "there is no such directory"
-        raise ModelNotFound(f"{directory} is no output of loftq", cause=why, hint=_NOT_OURS)
-    raw = read_file(path, _MAX_REPORT_BYTES)
-    parse_json(raw, path)
-    try:
-        document = schema.load_document(raw.decode())
-    except LoftqError as error:
-        raise error.within(str(path)) from None
-    if not isinstance(document.results, schema.QuantizeResults) or document.results.dry_run:
-        raise ModelNotFound(
-            f"{directory} is no output of loftq",
-            cause=f"its {REPORT_FILE} is no report of a finished quantize run",
-            hint=_NOT_OURS,
-        )
-    return document
+    from loftq_cli.checks.written.residuals import LayerResidual, Residuals
 
 
 def claims_of(report: Report) -> Claims:
@@ -138,11 +106,11 @@ def _unusable(cause: str) -> CorruptCheckpoint:
     return CorruptCheckpoint(
         f"{REPORT_FILE} cannot be used",
         cause=f"its settings are none that loftq writes: {cause}",
-        hint=_NOT_OURS,
+        hint=NOT_OURS,
     )
 
 
-def results_of(
+def certificate_of(
     directory: Path, claims: Claims, outcomes: Sequence[Outcome], residuals: Residuals
 ) -> schema.VerifyResults:
     """The certificate."""
@@ -180,7 +148,7 @@ def results_of(
     )
 
 
-def _layer(measured: Measured) -> schema.VerifiedLayer:
+def _layer(measured: LayerResidual) -> schema.VerifiedLayer:
     return schema.VerifiedLayer(
         name=measured.name,
         shape=measured.shape,

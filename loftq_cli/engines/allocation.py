@@ -35,9 +35,10 @@ from loftq_cli.checkpoint.tensors import load_tensor
 from loftq_cli.engines.placement import to_device, with_fallback
 from loftq_cli.engines.plan import Plan, PlannedLayer, block_number
 from loftq_cli.engines.settings import Settings
-from loftq_cli.engines.tasks import Progress, layer_seed, quantizer
+from loftq_cli.engines.tasks import layer_seed, quantizer
 from loftq_cli.errors import LoftqError
 from loftq_cli.formats import MOST_RANKS
+from loftq_cli.record import Progress
 
 if TYPE_CHECKING:
     import torch

@@ -1,58 +1,45 @@
-"""Runs the tasks of a plan one after the other in this process, and commits the result."""
+"""Runs the tasks of a plan one after the other in this process."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict
 
 from loftq_cli.checkpoint.adapter import ADAPTER_NAME, adapter_part
-from loftq_cli.checkpoint.index import Checkpoint
 from loftq_cli.checkpoint.staging import Staging
-from loftq_cli.checkpoint.writer import write_safetensors
-from loftq_cli.engines.estimates import Level
-from loftq_cli.engines.pipeline import Timings, write_behind
 from loftq_cli.engines.plan import Plan
-from loftq_cli.engines.tasks import LayerOutcome, Moments, Progress, RunningTask
+from loftq_cli.engines.tasks import LayerOutcome, Moments, TaskResult, TaskSpec, run_task
+from loftq_cli.record import Progress, Record
 
 
 def run_tasks(
     plan: Plan,
-    checkpoint: Checkpoint,
+    spec: TaskSpec,
     staging: Staging,
-    *,
-    device: str,
+    record: Record,
     progress: Progress,
-    timings: Timings,
-    warn: Callable[[str], None],
-    level: Level = Level.AHEAD,
     moments: Moments | None = None,
-) -> list[LayerOutcome]:
+) -> list[TaskResult]:
     """Makes every output file that an earlier run has not finished.
 
     Returns:
-        what came out for each layer, in the plan's order; of files that were already there, as
-        the manifest remembers it.
+        the result of each task, in the plan's order; of files that were already there, what the
+        manifest remembers.
     """
-    outcomes: list[LayerOutcome] = []
+    results: list[TaskResult] = []
     joined = ADAPTER_NAME in staging.finished
     for task in plan.tasks:
-        part = adapter_part(task.file_name)
         done = staging.finished.get(task.file_name)
-        if done is not None and (joined or part in staging.finished):
-            outcomes += [LayerOutcome(**fields) for fields in done.payload]
+        if done is not None and (joined or adapter_part(task.file_name) in staging.finished):
+            results.append(TaskResult([LayerOutcome(**fields) for fields in done.payload]))
             for planned in task.layers:
                 progress.advance(planned.layer.module)
             continue
-        running = RunningTask(
-            task, plan.settings, checkpoint, device, progress, timings, warn, level, moments
-        )
-        model_file = write_behind(
-            staging.path(task.file_name), plan.model_tensors(task), running.chunks(), timings
-        )
-        adapter_file = write_safetensors(
-            staging.path(part), plan.adapter_tensors(task.layers), running.adapters
-        )
-        staging.record(part, adapter_file)
-        staging.record(task.file_name, model_file, [asdict(each) for each in running.outcomes])
-        outcomes += running.outcomes
-    return outcomes
+        result = run_task(task, spec, moments, progress)
+        for tensor in result.on_cpu:
+            record.warn(f"{tensor} does not fit on {spec.device}: computed on the CPU")
+        record.add_timings(result.seconds)
+        payload = [asdict(each) for each in result.outcomes]
+        for name, file in result.files.items():
+            staging.record(name, file, payload if name == task.file_name else None)
+        results.append(result)
+    return results

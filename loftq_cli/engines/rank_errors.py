@@ -11,8 +11,9 @@ from loftq_cli.checkpoint.index import Checkpoint
 from loftq_cli.checkpoint.tensors import load_tensor
 from loftq_cli.engines.plan import PlannedLayer
 from loftq_cli.engines.settings import Settings
-from loftq_cli.engines.tasks import Moments, Progress, quantizer
+from loftq_cli.engines.tasks import Moments, quantizer
 from loftq_cli.errors import LoftqError
+from loftq_cli.record import Progress
 
 if TYPE_CHECKING:
     from loftq_cli.core.rank_errors import Curve
@@ -27,7 +28,7 @@ class ErrorCurve:
 
 
 @dataclass(frozen=True)
-class Measured:
+class ErrorCurves:
     """``outputs`` is None without a calibration."""
 
     weights: ErrorCurve
@@ -43,7 +44,7 @@ def measure(
     device: str,
     progress: Progress,
     moments: Moments | None = None,
-) -> Measured:
+) -> ErrorCurves:
     """The curves over ``layers``; those without an adapter are quantized and no more.
 
     ``moments`` gives those of a module's inputs; it is asked in the order of ``layers``.
@@ -67,7 +68,7 @@ def measure(
         if errors.outputs is not None:
             outputs.add(errors.outputs)
         progress.advance(layer.module)
-    return Measured(weights.curve(), None if moments is None else outputs.curve())
+    return ErrorCurves(weights.curve(), None if moments is None else outputs.curve())
 
 
 @dataclass

@@ -1,8 +1,10 @@
 """Runs one task: reads its tensors one by one and quantizes what is to be quantized.
 
-A task hands over the bytes of its output file and holds two weights at a time, the one that is
-worked on and the next, or less (`estimates.Level`); what it keeps to its end are the adapters,
-which are small.
+A task holds two weights at a time, the one that is worked on and the next, or less
+(`estimates.Level`); what it keeps to its end are the adapters, which are small.
+
+What goes into a task and what comes out of it is plain data that can be pickled, so a task may run
+in any process that sees the checkpoint's files and the output directory.
 """
 
 from __future__ import annotations
@@ -11,21 +13,24 @@ import hashlib
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from loftq_cli.checkpoint import adapter
 from loftq_cli.checkpoint.index import Checkpoint
 from loftq_cli.checkpoint.safetensors import read_pieces
 from loftq_cli.checkpoint.tensors import load_tensor
+from loftq_cli.checkpoint.writer import WrittenFile, disk_errors, write_safetensors
 from loftq_cli.containers import bitsandbytes4 as container
 from loftq_cli.engines.estimates import Level
-from loftq_cli.engines.pipeline import Chunk, Timings, read_ahead
+from loftq_cli.engines.pipeline import Chunk, Timings, read_ahead, write_behind
 from loftq_cli.engines.placement import to_device, with_fallback
-from loftq_cli.engines.plan import PlannedLayer, Task
+from loftq_cli.engines.plan import Plan, PlannedLayer, Task
 from loftq_cli.engines.settings import Settings
 from loftq_cli.errors import LoftqError
 from loftq_cli.models.layers import LeftTensor
+from loftq_cli.record import Progress
 from loftq_cli.starts import QLORA
 
 if TYPE_CHECKING:
@@ -54,43 +59,86 @@ class LayerOutcome:
     output_norm: float | None = None
 
 
-class Progress(Protocol):
-    """Whom a task tells what it is doing."""
-
-    def start(self, name: str) -> None: ...
-    def advance(self, name: str) -> None: ...
-
-
 # The second moments E[x·xᵀ] (in × in) of a module's inputs.
 Moments: TypeAlias = "Callable[[str], torch.Tensor]"
 
 
-class RunningTask:
+@dataclass(frozen=True)
+class TaskSpec:
+    """What all tasks of a run have in common. ``output`` is the directory they write into."""
+
+    settings: Settings
+    checkpoint: Checkpoint
+    output: Path
+    device: str
+    level: Level = Level.AHEAD
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """What one task did.
+
+    Attributes:
+        outcomes: what came out for its layers, in the task's order.
+        files: what it wrote, by path below the output directory; the weights come last.
+        on_cpu: tensors for which the device had no room.
+        seconds: spent on reading, computing and writing. They overlap.
+    """
+
+    outcomes: list[LayerOutcome]
+    files: dict[str, WrittenFile] = field(default_factory=dict)
+    on_cpu: list[str] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+def run_task(
+    task: Task, spec: TaskSpec, moments: Moments | None = None, progress: Progress | None = None
+) -> TaskResult:
+    """Writes the task's weights, and its share of the adapter beside them.
+
+    Args:
+        moments: asked for each layer of a calibrated start, in the task's order.
+
+    Raises:
+        LoftqError: a tensor cannot be read or quantized, or the files cannot be written. A file is
+            there whole or not at all.
+    """
+    running = _RunningTask(task, spec, moments, progress or Progress())
+    part = adapter.adapter_part(task.file_name)
+    with disk_errors(spec.output):
+        (spec.output / part).parent.mkdir(parents=True, exist_ok=True)
+    alone = Plan(spec.settings, (task,))
+    weights = write_behind(
+        spec.output / task.file_name, alone.model_tensors(task), running.chunks(), running.timings
+    )
+    share = write_safetensors(
+        spec.output / part, alone.adapter_tensors(task.layers), running.adapters
+    )
+    return TaskResult(
+        running.outcomes,
+        {part: share, task.file_name: weights},
+        running.on_cpu,
+        running.timings.seconds,
+    )
+
+
+class _RunningTask:
     """One task under way: iterate :meth:`chunks` to their end, then take the rest."""
 
     def __init__(
-        self,
-        task: Task,
-        settings: Settings,
-        checkpoint: Checkpoint,
-        device: str,
-        progress: Progress,
-        timings: Timings,
-        warn: Callable[[str], None],
-        level: Level = Level.AHEAD,
-        moments: Moments | None = None,
+        self, task: Task, spec: TaskSpec, moments: Moments | None, progress: Progress
     ) -> None:
         self.task = task
-        self.settings = settings
-        self.checkpoint = checkpoint
-        self.device = device
-        self.progress = progress
-        self.timings = timings
-        self.warn = warn
-        self.level = level
+        self.settings = spec.settings
+        self.checkpoint = spec.checkpoint
+        self.device = spec.device
+        self.level = spec.level
         self.moments = moments
+        self.progress = progress
+        self.timings = Timings()
         self.outcomes: list[LayerOutcome] = []
         self.adapters: list[Chunk] = []
+        self.on_cpu: list[str] = []
 
     def chunks(self) -> Iterator[Chunk]:
         """Name and bytes of the output file's tensors; copied ones come in pieces."""
@@ -126,9 +174,6 @@ class RunningTask:
         if layer.transposed:
             W = W.T.contiguous()
 
-        def fall_back() -> None:
-            self.warn(f"{layer.tensor} does not fit on {self.device}: computed on the CPU")
-
         moments = None if self.moments is None else self.moments(layer.module)
 
         def work(W: torch.Tensor) -> LoftqResult:
@@ -136,7 +181,7 @@ class RunningTask:
             return initialize(W, planned, self.settings, seen)
 
         try:
-            result = with_fallback(work, W, self.device, fall_back)
+            result = with_fallback(work, W, self.device, lambda: self.on_cpu.append(layer.tensor))
         except LoftqError as error:
             raise error.within(layer.tensor) from error
         self.outcomes.append(

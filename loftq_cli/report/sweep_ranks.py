@@ -7,7 +7,7 @@ from typing import Any
 from loftq_cli.report import units
 from loftq_cli.report.parts import model_name
 from loftq_cli.report.tables import Column, Facts, Section, Table, View
-from loftq_cli.schema import Calibration, Document, RankCost, SweepRanksResults
+from loftq_cli.schema import CalibratedOn, Document, RankCost, SweepRanksResults
 
 _YES, _CHECKPOINTED, _NO = "yes", "with gc", "no"
 _STYLES = {_YES: "green", _CHECKPOINTED: "yellow", _NO: "red"}
@@ -73,7 +73,7 @@ def _facts(results: SweepRanksResults) -> list[tuple[str, str]]:
     return facts
 
 
-def _calibration(calibration: Calibration) -> str:
+def _calibration(calibration: CalibratedOn) -> str:
     size = f", {units.number(calibration.tokens)} tokens" if calibration.tokens else ""
     return (
         f"sha256 {calibration.sha256[:12]}{size}; output errors are of the correction that is "

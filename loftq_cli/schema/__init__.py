@@ -37,7 +37,7 @@ from loftq_cli.schema.planning import (
 )
 from loftq_cli.schema.quantizing import (
     AdaptedLayer,
-    Calibration,
+    CalibratedOn,
     PlainLayer,
     QuantizeResults,
     QuantizeSettings,
@@ -71,7 +71,7 @@ __all__ = [
     "Accelerator",
     "AdaptedLayer",
     "BitsVerdict",
-    "Calibration",
+    "CalibratedOn",
     "CheckResults",
     "CheckSummary",
     "CheckTest",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from loftq_cli.schema.base import Model
-from loftq_cli.schema.quantizing import Calibration
+from loftq_cli.schema.quantizing import CalibratedOn
 
 
 class SweepSettings(Model):
@@ -18,7 +18,7 @@ class SweepSettings(Model):
     batch_size: int
     sequence_length: int
     vram_bytes: int | None = None
-    calibration: Calibration | None = None
+    calibration: CalibratedOn | None = None
 
 
 class MemoryEstimate(Model):

@@ -6,7 +6,7 @@ from loftq_cli.schema.base import Model
 from loftq_cli.schema.running import CheckSummary, CheckTest
 
 
-class Calibration(Model):
+class CalibratedOn(Model):
     """The text that the layers' inputs were seen on; counts are null in a dry run."""
 
     sha256: str
@@ -30,7 +30,7 @@ class QuantizeSettings(Model):
     rslora: bool = False
     iterations: int | None
     init: str = "loftq"
-    calibration: Calibration | None = None
+    calibration: CalibratedOn | None = None
     svd: str = "auto"
     target_modules: list[str] | str
     seed: int

@@ -21,13 +21,14 @@ from safetensors.torch import load_file, save_file
 from loftq_cli.checks import kernels, layers, model, rates, roundtrip, specimens
 from loftq_cli.checks.battery import Check, Finding, NothingToCheck, run_checks
 from loftq_cli.commands import check as command
-from loftq_cli.console import Console, Progress
 from loftq_cli.core import lowrank, quantizers
 from loftq_cli.core.blockwise import BlockwiseFormat
 from loftq_cli.core.codebooks import codebook
+from loftq_cli.engines import job
 from loftq_cli.errors import CheckFailed, LoftqError
 from loftq_cli.models import costs
 from loftq_cli.models.spec import DEMO_DIRECTORY
+from loftq_cli.record import Progress
 from tests.battery import BATTERY
 from tests.conftest import Outcome
 
@@ -463,7 +464,9 @@ def test_the_battery_goes_on_after_anything_but_a_signal() -> None:
         Check("needs", "g", "v", passes, needs=("strange",)),
         Check("fine", "g", "v", passes, needs=("elsewhere",)),
     ]
-    silent = Progress(Console(), "checking", len(checks))
+    finished: list[str] = []
+    silent = Progress()
+    silent.advance = finished.append  # type: ignore[method-assign]
     outcomes = run_checks(checks, silent, trace=lambda: traces.append(1))
     assert [each.status for each in outcomes] == [
         *["failed"] * 3,
@@ -479,7 +482,7 @@ def test_the_battery_goes_on_after_anything_but_a_signal() -> None:
         "'strange' failed",
     )
     assert len(traces) == 2
-    assert silent.done == len(checks)
+    assert finished == [check.name for check in checks]
     with pytest.raises(KeyboardInterrupt):
         run_checks([Check("stop", "g", "v", raises(KeyboardInterrupt()))], silent, traces.clear)
 
@@ -494,7 +497,7 @@ def test_ctrl_c_ends_it_and_leaves_no_files(
         assert list(tmp_path.iterdir())
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(roundtrip, "run_tasks", interrupt)
+    monkeypatch.setattr(job, "run_tasks", interrupt)
     done = loftq("check", "--json", "--quiet")
     assert (done.code, done.out) == (130, "")
     assert done.err == "error: interrupted\n"

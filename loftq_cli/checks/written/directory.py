@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from loftq_cli.checkpoint.index import Checkpoint, open_checkpoint
-from loftq_cli.engines.tasks import Progress
 from loftq_cli.errors import CheckFailed
 from loftq_cli.models.architecture import Architecture, read_architecture
 from loftq_cli.models.layers import LinearLayer
 from loftq_cli.models.source import read_config
+from loftq_cli.record import Progress
 
 WRITE_AGAIN = "copy it again from where it was written, or run `loftq quantize` again"
 

@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from loftq_cli.checkpoint.adapter import ADAPTER_NAME, lora_names
 from loftq_cli.checkpoint.index import Checkpoint, open_checkpoint
@@ -37,7 +37,7 @@ _ROWS = 256
 
 
 @dataclass(frozen=True)
-class Measured:
+class LayerResidual:
     """One layer's ‖W − Q − s·B·A‖ / ‖W‖: ``error`` by the files, ``reported`` by the report.
 
     ``norm`` is ‖W‖. ``copied`` is false where a weight should be the source's, byte by byte, and is
@@ -70,7 +70,7 @@ class Residuals:
     written: Written
     source: ResolvedModel | None
     layers: Sequence[ClaimedLayer]
-    measured: list[Measured] = field(default_factory=list, init=False)
+    measured: list[LayerResidual] = field(default_factory=list, init=False)
 
     def check(self) -> Finding:
         if self.source is None:
@@ -121,7 +121,7 @@ class Residuals:
 
     def _measure(
         self, layer: ClaimedLayer, original: LinearLayer, checkpoint: Checkpoint, adapter: Header
-    ) -> Measured:
+    ) -> LayerResidual:
         device = self.written.device
         W = load_tensor(*checkpoint.tensors[original.tensor])
         copied = True
@@ -140,7 +140,7 @@ class Residuals:
             )
             correction = (B * self.written.claims.scaling, A)
         error, norm = _residual(W, Q, correction)
-        return Measured(layer.name, layer.shape, error, norm, layer.error, copied)
+        return LayerResidual(layer.name, layer.shape, error, norm, layer.error, copied)
 
     def _plain(self, layer: ClaimedLayer) -> Tensor:
         """A weight that is stored as it was, in the checkpoint's orientation."""
@@ -257,6 +257,34 @@ def _residual(
     return math.sqrt(left) / (math.sqrt(norm) or 1.0), math.sqrt(norm)
 
 
+def loaded_residual(model: Any, checkpoint: Checkpoint, layer: LinearLayer) -> tuple[float, float]:
+    """‖W − Q − s·B·A‖ / ‖W‖ and ‖W − Q‖ / ‖W‖ of a layer of a 4-bit PEFT model in memory.
+
+    The second is more than plain quantization leaves: this Q was chosen to go with its adapter. To
+    be called before the model's first forward pass: on some CPUs bitsandbytes then packs the codes
+    in another order.
+
+    Raises:
+        CheckFailed: the layer was not loaded as a quantized one with an adapter.
+    """
+    import torch
+    from bitsandbytes import functional as bnb
+
+    module = model.get_base_model().get_submodule(layer.module)
+    base = getattr(module, "base_layer", module)
+    if (kind := type(base).__name__) != "Linear4bit":
+        raise CheckFailed(f"{layer.module} was loaded as {kind}, not as a quantized layer")
+    with torch.no_grad():
+        Q = bnb.dequantize_4bit(base.weight.data, base.weight.quant_state)
+        W = load_tensor(*checkpoint.tensors[layer.tensor])
+        W = (W.T if layer.transposed else W).to(Q.device)
+        (adapter,) = module.active_adapters
+        A, B = module.lora_A[adapter].weight.double(), module.lora_B[adapter].weight.double()
+        whole, _ = _residual(W, Q, (B * module.scaling[adapter], A))
+        plain, _ = _residual(W, Q, None)
+    return whole, plain
+
+
 def _same_bytes(one: Tensor, other: Tensor) -> bool:
     import torch
 
@@ -266,6 +294,6 @@ def _same_bytes(one: Tensor, other: Tensor) -> bool:
     return bool(torch.equal(raw(one), raw(other)))
 
 
-def _told(measured: Measured) -> str:
+def _told(measured: LayerResidual) -> str:
     reported = "nothing" if measured.reported is None else f"{measured.reported:.6f}"
     return f"{measured.name} leaves {measured.error:.6f}, reported was {reported}"

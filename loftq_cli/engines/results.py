@@ -1,33 +1,24 @@
-"""From a plan and what came out of it to the result document of `quantize`, and back."""
+"""From a plan and what came out of it to the results in the document of `quantize`."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from loftq_cli import schema
 from loftq_cli.engines.plan import Plan, PlannedLayer, stored
 from loftq_cli.engines.settings import Settings
-from loftq_cli.errors import LoftqError, OutputExists
 from loftq_cli.models.layers import last_part
-from loftq_cli.models.source import REPORT_FILE
 
 if TYPE_CHECKING:
     from loftq_cli.checkpoint.index import Checkpoint
-    from loftq_cli.checkpoint.staging import Staging
     from loftq_cli.checkpoint.writer import WrittenFile
     from loftq_cli.engines.tasks import LayerOutcome
     from loftq_cli.models.calibration import Calibration
-    from loftq_cli.models.spec import ResolvedModel
-
-Report = schema.Document[schema.QuantizeResults]
 
 
-def results_of(
+def quantize_results(
     plan: Plan,
     checkpoint: Checkpoint,
     *,
@@ -37,7 +28,7 @@ def results_of(
     outcomes: Sequence[LayerOutcome] = (),
     files: Sequence[WrittenFile] = (),
     fingerprint: str | None = None,
-    calibration: schema.Calibration | None = None,
+    calibration: schema.CalibratedOn | None = None,
     seconds: float | None = None,
     peak_memory_bytes: int | None = None,
 ) -> schema.QuantizeResults:
@@ -145,7 +136,7 @@ def _errors(outcome: LayerOutcome | None) -> dict[str, float | None]:
 
 
 def _settings(
-    settings: Settings, calibration: schema.Calibration | None
+    settings: Settings, calibration: schema.CalibratedOn | None
 ) -> schema.QuantizeSettings:
     by_blocks = settings.container_bits == 4
     number_type = {4: settings.quant_type, 8: "int8", 16: "none"}[settings.container_bits]
@@ -172,11 +163,11 @@ def _settings(
 
 def calibration_of(
     settings: Settings, calibration: Calibration | None = None
-) -> schema.Calibration | None:
+) -> schema.CalibratedOn | None:
     """What the report says of the calibration text; ``calibration`` once it was looked at."""
     if settings.calibration is None:
         return None
-    return schema.Calibration(
+    return schema.CalibratedOn(
         sha256=settings.calibration.sha256,
         windows=None if calibration is None else calibration.windows,
         tokens=None if calibration is None else calibration.tokens,
@@ -205,46 +196,3 @@ def _overall(outcomes: Sequence[LayerOutcome], field: str, norm: str) -> float |
     lost = math.hypot(*(error * size for error, size in zip(errors, norms, strict=True)))
     whole = math.hypot(*norms)
     return lost / whole if whole else 0.0
-
-
-def identity_of(model: ResolvedModel) -> schema.ModelIdentity:
-    return schema.ModelIdentity(id=model.id, revision=model.revision, source=model.source)
-
-
-def digest(fingerprint: Mapping[str, Any]) -> str:
-    """A fingerprint as one word, to be compared with that of another run."""
-    return hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()
-
-
-def write_document(staging: Staging, document: Report) -> None:
-    """The report and the README of the output directory."""
-    from loftq_cli.engines.output import write_text
-    from loftq_cli.report.card import card
-
-    write_text(staging, REPORT_FILE, schema.dump_json(document))
-    write_text(staging, "README.md", card(document))
-
-
-def finished_run(output: Path, fingerprint: Mapping[str, Any]) -> Report | None:
-    """The report of a complete output that these very settings made; None if there is no such."""
-    from loftq_cli.commands.verify_result import read_report
-
-    try:
-        document = read_report(output)
-    except LoftqError:
-        return None
-    return document if document.results.fingerprint == digest(fingerprint) else None
-
-
-def refuse_to_replace_foreign(output: Path) -> None:
-    """--force replaces what loftq wrote, or an empty directory, and nothing else.
-
-    Raises:
-        OutputExists: there is something else in the directory.
-    """
-    if output.is_dir() and any(output.iterdir()) and not (output / REPORT_FILE).is_file():
-        raise OutputExists(
-            f"{output} was not written by loftq, and --force would delete it",
-            cause=f"it has no {REPORT_FILE}",
-            hint="choose another --output, or empty the directory yourself",
-        )

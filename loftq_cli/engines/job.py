@@ -1,0 +1,303 @@
+"""The whole `quantize` run: from a model to a complete directory, or to what that would be."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from loftq_cli import hardware
+from loftq_cli.checkpoint.index import Checkpoint, open_checkpoint
+from loftq_cli.checkpoint.staging import Staging, refuse_existing
+from loftq_cli.checkpoint.writer import require_free_space
+from loftq_cli.engines import estimates, output
+from loftq_cli.engines.allocation import allocate
+from loftq_cli.engines.local import run_tasks
+from loftq_cli.engines.memory import MemoryPlan, plan_memory
+from loftq_cli.engines.plan import Plan, make_plan
+from loftq_cli.engines.report_file import (
+    Report,
+    digest,
+    finished_run,
+    refuse_to_replace_foreign,
+    write_report,
+)
+from loftq_cli.engines.results import calibration_of, quantize_results
+from loftq_cli.engines.settings import Settings
+from loftq_cli.engines.tasks import TaskResult, TaskSpec
+from loftq_cli.errors import LoftqError
+from loftq_cli.models.layers import linear_layers
+from loftq_cli.models.lookup import find_model
+from loftq_cli.models.source import companions, read_config, refuse_quantized, tokenizer_files
+from loftq_cli.models.spec import ResolvedModel, resolve_model
+from loftq_cli.record import Record
+from loftq_cli.report import units
+from loftq_cli.schema import CalibratedOn, ModelIdentity
+
+if TYPE_CHECKING:
+    from loftq_cli.models.architecture import Architecture
+    from loftq_cli.models.calibration import Calibration
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a run is asked to do. ``memory_limit`` is in bytes, of the CPU's memory."""
+
+    model: str
+    output: Path
+    settings: Settings
+    device: str = "auto"
+    calibration_text: Path | None = None
+    memory_limit: int | None = None
+    resume: bool = False
+    force: bool = False
+    trust_remote_code: bool = False
+
+
+class Made(NamedTuple):
+    """A complete directory's report, what it was made from, and on which device.
+
+    ``on_cpu`` are the tensors that this run had to compute on the CPU instead.
+    """
+
+    document: Report
+    source: ResolvedModel
+    device: str
+    on_cpu: list[str]
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """All that is known before the first weight is read."""
+
+    job: Job
+    found: ResolvedModel
+    config: dict[str, Any]
+    checkpoint: Checkpoint
+    architecture: Architecture
+    device: str
+    plan: Plan
+    memory: MemoryPlan
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What decides the bytes of the result (see `output.fingerprint`)."""
+        seen_through = []
+        if self.job.settings.calibration:
+            with_code = self.job.trust_remote_code
+            seen_through = tokenizer_files(self.found.directory, with_code=with_code)
+        return output.fingerprint(
+            self.checkpoint, self.config, self.job.settings, self.device, seen_through
+        )
+
+
+def make_directory(job: Job, record: Record) -> Made:
+    """Writes the directory, or finishes what an interrupted run left of it.
+
+    Raises:
+        LoftqError: whatever is wrong with the model, the settings or the disk.
+    """
+    began = time.perf_counter()
+    # Before a model is downloaded for nothing; `Staging` looks again when it holds the lock.
+    if job.force:
+        refuse_to_replace_foreign(job.output)
+    elif not job.resume:
+        refuse_existing(job.output, job.force)
+    ready = _prepare(job, record)
+    found, fingerprint = ready.found, ready.fingerprint()
+    if job.resume and (document := finished_run(job.output, fingerprint)) is not None:
+        record.note(f"{job.output} is already complete")
+        return Made(document, found, ready.device, [])
+    with Staging(
+        job.output, fingerprint=fingerprint, force=job.force, protected=[found.directory]
+    ) as staging:
+        if staging.finished:
+            files = len(staging.finished)
+            record.note(f"going on with {staging.partial}: {files} files are finished")
+        if job.settings.is_measured:
+            ready = replace(ready, plan=_measured(ready, record))
+        plan, done, calibration = _run_tasks(ready, staging, record)
+        with record.timing("commit"):
+            _write_other_files(ready, plan, staging)
+        results = quantize_results(
+            plan,
+            ready.checkpoint,
+            output=str(job.output),
+            architecture=ready.architecture.class_name,
+            task_type=ready.architecture.task_type,
+            outcomes=[outcome for result in done for outcome in result.outcomes],
+            files=output.written_files(staging),
+            fingerprint=digest(fingerprint),
+            calibration=calibration,
+            seconds=time.perf_counter() - began,
+            peak_memory_bytes=hardware.peak_memory_bytes(),
+        )
+        identity = ModelIdentity(id=found.id, revision=found.revision, source=found.source)
+        document = record.document(results, model=identity)
+        write_report(staging, document)
+        staging.commit()
+    return Made(document, found, ready.device, [name for each in done for name in each.on_cpu])
+
+
+def foresee_directory(
+    spec: str, settings: Settings, memory_limit: int | None, record: Record, output: Path | None
+) -> Report:
+    """What a run would give, estimated. Reads headers and config only, and imports no torch."""
+    found = find_model(spec, record.note, with_headers=True)
+    record.resolved("model", found.source, found.reason)
+    assert found.checkpoint is not None
+    assert found.config is not None
+    tensors = [info for _, info in found.checkpoint.tensors.values()]
+    plan = make_plan(linear_layers(tensors, found.config), settings)
+    memory = _plan_memory(plan, memory_limit, record)
+    results = quantize_results(
+        plan,
+        found.checkpoint,
+        output="" if output is None else str(output),
+        architecture=found.outline.architecture,
+        task_type=None,
+        calibration=calibration_of(settings),
+        seconds=estimates.seconds(plan),
+        peak_memory_bytes=memory.peak_bytes,
+    )
+    identity = ModelIdentity(id=found.id, revision=found.revision, source=found.source)
+    return record.document(results, model=identity)
+
+
+def _prepare(job: Job, record: Record) -> _Prepared:
+    """Finds the model and plans the run."""
+    with record.timing("resolve"):
+        found = resolve_model(job.model, with_code=job.trust_remote_code)
+        config = read_config(found.directory)
+        refuse_quantized(found.directory, config)
+        checkpoint = open_checkpoint(found.directory)
+    with record.timing("plan"):
+        from loftq_cli.models.architecture import read_architecture
+
+        device = _choose_device(job, record)
+        architecture = read_architecture(
+            found.directory, config, trust_remote_code=job.trust_remote_code
+        )
+        tensors = [info for _, info in checkpoint.tensors.values()]
+        if unused := architecture.require_weights(tensors):
+            record.warn(
+                f"{len(unused)} tensors belong to nothing in {architecture.class_name} and are "
+                f"only copied, {unused[0]} among them"
+            )
+        plan = make_plan(architecture.inventory(tensors), job.settings)
+        memory = _plan_memory(plan, job.memory_limit, record)
+    return _Prepared(job, found, config, checkpoint, architecture, device, plan, memory)
+
+
+def _choose_device(job: Job, record: Record) -> str:
+    chosen = hardware.resolve_device(job.device)
+    if job.memory_limit is not None and chosen.value != "cpu":
+        chosen = hardware.Choice("cpu", "--max-memory counts memory of the CPU")
+        record.warn("--max-memory counts memory of the CPU: the GPU is not used")
+    record.resolved("device", *chosen)
+    return chosen.value
+
+
+def _plan_memory(plan: Plan, limit: int | None, record: Record) -> MemoryPlan:
+    """How much is held at once, by the same rule for a run and for a dry run."""
+    machine = estimates.Machine(hardware.product_bytes(), hardware.threads())
+    memory = plan_memory(plan, limit, machine)
+    record.resolved("memory_plan", memory.name, memory.reason)
+    return memory
+
+
+def _measured(ready: _Prepared, record: Record) -> Plan:
+    """The plan with the bits and ranks that follow from what the layers lose."""
+    plan = ready.plan
+    with (
+        _calibration(ready, record) as inputs,
+        record.timing("measure"),
+        record.progress("measuring", len(plan.layers)) as progress,
+    ):
+        return allocate(
+            plan,
+            ready.checkpoint,
+            device=ready.device,
+            progress=progress,
+            moments=None if inputs is None else inputs.moments,
+            order=() if inputs is None else inputs.order,
+        )
+
+
+def _run_tasks(
+    ready: _Prepared, staging: Staging, record: Record
+) -> tuple[Plan, list[TaskResult], CalibratedOn | None]:
+    """All tasks, in the order in which their inputs are known; the plan has that order then."""
+    plan, settings = ready.plan, ready.job.settings
+    kept = sum(entry.bytes for entry in staging.finished.values())
+    needed = int(1.02 * (plan.model_bytes + 2 * plan.adapter_bytes)) - kept
+    require_free_space(ready.job.output, needed)
+    spec = TaskSpec(settings, ready.checkpoint, staging.directory, ready.device, ready.memory.level)
+    with (
+        _calibration(ready, record) as inputs,
+        record.timing("tasks"),
+        record.progress("quantizing", len(plan.layers)) as progress,
+    ):
+        if inputs is not None:
+            plan = plan.in_order(inputs.order)
+        try:
+            moments = None if inputs is None else inputs.moments
+            done = run_tasks(plan, spec, staging, record, progress, moments)
+        except BaseException as error:
+            if not isinstance(error, Exception) and staging.finished:  # Ctrl-C or SIGTERM
+                finished = sum(task.file_name in staging.finished for task in plan.tasks)
+                record.note(
+                    f"{finished} of {len(plan.tasks)} weight files are kept in "
+                    f"{staging.partial}; run the same line again to go on"
+                )
+            raise
+    return plan, done, calibration_of(settings, inputs)
+
+
+def _write_other_files(ready: _Prepared, plan: Plan, staging: Staging) -> None:
+    job, directory = ready.job, ready.found.directory
+    output.join_adapter(
+        plan, ready.checkpoint, staging, ready.architecture, base_model=job.output.name
+    )
+    beside = companions(directory, with_code=job.trust_remote_code)
+    output.write_model_files(plan, staging, ready.architecture, ready.config, beside)
+
+
+@contextmanager
+def _calibration(ready: _Prepared, record: Record) -> Iterator[Calibration | None]:
+    """The inputs of the plan's layers on the calibration text; None for starts without one."""
+    text, asked = ready.job.calibration_text, ready.job.settings.calibration
+    if text is None or asked is None:
+        yield None
+        return
+    from loftq_cli.models.calibration import open_calibration
+
+    layers = [planned.layer for planned in ready.plan.layers]
+    with open_calibration(
+        ready.found.directory,
+        text,
+        [layer.module for layer in layers],
+        device=ready.device,
+        trust_remote_code=ready.job.trust_remote_code,
+        max_memory_bytes=ready.job.memory_limit or hardware.memory_bytes(),
+        most_tokens=asked.tokens,
+    ) as calibration:
+        if calibration.text_sha256 != asked.sha256:
+            raise LoftqError(
+                f"{text} has changed since the run began", hint="run it again when it is complete"
+            )
+        widest = max(layer.in_features for layer in layers)
+        if calibration.tokens < widest:
+            record.warn(
+                f"the calibration text has {calibration.tokens} tokens, fewer than the "
+                f"{widest} inputs of the widest layer: more text would tell more"
+            )
+        yield calibration
+        if calibration.unseen:
+            record.warn(
+                f"no token of the calibration text reached "
+                f"{units.plural(len(calibration.unseen), 'layer')}, {min(calibration.unseen)} "
+                "among them: there the errors of weights were what counted"
+            )
