@@ -23,6 +23,14 @@ def load_tensor(header: Header, info: TensorInfo) -> torch.Tensor:
     return torch.frombuffer(raw, dtype=torch_dtype(info)).view(info.shape)
 
 
+def tensor_memory(tensor: torch.Tensor) -> memoryview:
+    """A contiguous tensor's memory, little-endian as safetensors wants it, without a copy."""
+    import torch
+
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return memoryview(flat.view(torch.uint8).numpy())
+
+
 def torch_dtype(info: TensorInfo) -> torch.dtype:
     import torch
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from loftq_cli.checkpoint.index import Checkpoint, open_checkpoint
 from loftq_cli.checks.battery import Figures, Finding, NothingToCheck
+from loftq_cli.containers.bitsandbytes4 import Bitsandbytes4
 from loftq_cli.engines.plan import match_targets
 from loftq_cli.errors import CheckFailed, UnsupportedModel
 from loftq_cli.formats import ALL_LINEAR
@@ -222,7 +223,7 @@ def _agreed_count(
 def _efficiency(outline: Outline, layers: Sequence[LinearLayer], rank: int) -> Figures:
     """One row: what the adapter is, and what fine-tuning on a 4-bit backbone takes."""
     trainable = costs.trainable_parameters(layers, rank)
-    training = costs.Training(bits=4, block_size=64, batch_size=1, sequence_length=512)
+    training = costs.Training(Bitsandbytes4("nf4", 64), 4, batch_size=1, sequence_length=512)
     return {
         "rank": rank,
         "trainable_parameters": trainable,

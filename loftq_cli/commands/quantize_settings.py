@@ -57,7 +57,7 @@ def settings_of(
     if uniform_rank and not rank_budget:
         raise UsageError("all ranks are the same without --rank-budget: no --uniform-rank")
     return Settings(
-        bits=base if start.quantizes else 16,  # type: ignore[arg-type]
+        bits=base if start.quantizes else 16,
         leading=leading,
         target_bits=target_bits,
         quant_type=quant_type,

@@ -71,7 +71,6 @@ def sweep_ranks(
     wanted = options.ranks(ranks)
     vram_bytes = None if vram is None else options.size(vram, "--vram")
     _require_meaning(bits, quant_type, block_size, error, device, calibration_text)
-    in_blocks = bits <= 4
     with run.timing("resolve"):
         found = fetch_model(model) if error else find_model(model, run.note)
     run.resolved("model", found.source, found.reason)
@@ -82,6 +81,7 @@ def sweep_ranks(
         rank=1,
         target_modules=tuple(options.split_list(target_modules, "--target-modules")),
     )
+    container = settings.container
     planned = make_plan(found.outline.inventory, settings).layers
     _warn_of_large_ranks(run, planned, wanted)
     measured, calibration = None, None
@@ -90,7 +90,7 @@ def sweep_ranks(
             run, found, planned, settings, wanted, device, calibration_text
         )
     tokens = _sequence_length(run, sequence_length, found.outline.context)
-    training = Training(settings.container_bits, block_size, batch_size, tokens)
+    training = Training(container, bits, batch_size, tokens)
     costs = [
         _rank_cost(found, planned, rank, training, vram_bytes, errors_at(measured, place))
         for place, rank in enumerate(wanted)
@@ -102,13 +102,13 @@ def sweep_ranks(
     results = SweepRanksResults(
         architecture=found.outline.architecture,
         base_parameters=found.outline.parameters,
-        quantized_parameters=sum(each.layer.parameters for each in planned) if bits != 16 else 0,
+        quantized_parameters=sum(each.layer.parameters * container.quantizes for each in planned),
         modules=sum(each.adapted for each in planned),
         settings=SweepSettings(
             target_modules=list(settings.target_modules),
             bits=bits,
-            quant_type=quant_type if in_blocks else None,
-            block_size=block_size if in_blocks else None,
+            quant_type=None if container.block_size is None else container.quant_type,
+            block_size=container.block_size,
             batch_size=batch_size,
             sequence_length=tokens,
             vram_bytes=vram_bytes,

@@ -9,15 +9,16 @@ from typing import TYPE_CHECKING
 
 from loftq_cli import schema, starts
 from loftq_cli.checks.written.directory import ClaimedFile, ClaimedLayer, Claims
+from loftq_cli.containers import container_of
 from loftq_cli.engines.report_file import NOT_OURS, Report
-from loftq_cli.errors import CorruptCheckpoint
-from loftq_cli.formats import BLOCK_SIZES
+from loftq_cli.errors import CorruptCheckpoint, InvalidSetting
 from loftq_cli.models.source import REPORT_FILE
 from loftq_cli.report.quantize import auto_class
 
 if TYPE_CHECKING:
     from loftq_cli.checks.battery import Outcome
     from loftq_cli.checks.written.residuals import LayerResidual, Residuals
+    from loftq_cli.containers.base import Container
 
 
 def claims_of(report: Report) -> Claims:
@@ -28,17 +29,15 @@ def claims_of(report: Report) -> Claims:
     """
     results = report.results
     settings = results.settings
-    if not _is_known(settings) or settings.rank < 1 or not settings.lora_alpha > 0:
+    container = _container(settings)
+    if container is None or settings.rank < 1 or not settings.lora_alpha > 0:
         raise _unusable(
             f"{settings.bits} bits, {settings.quant_type!r:.40}, block size {settings.block_size}, "
             f"rank {settings.rank}, lora_alpha {settings.lora_alpha}"
         )
     return Claims(
         source=_source_name(report),
-        bits=max(settings.bits, 4),
-        quant_type=settings.quant_type,
-        block_size=settings.block_size,
-        double_quant=settings.double_quant,
+        container=container,
         rank=settings.rank,
         lora_alpha=settings.lora_alpha,
         use_rslora=settings.rslora,
@@ -47,7 +46,7 @@ def claims_of(report: Report) -> Claims:
         auto_class=auto_class(results),
         weight_error=results.totals.weight_error_relative,
         calibrated=settings.calibration is not None,
-        layers=_layers(results),
+        layers=_layers(results, container),
         files=[ClaimedFile(file.name, file.bytes, file.sha256) for file in results.files],
         source_files=frozenset(
             (file.name, file.bytes, file.header_sha256) for file in results.source_files
@@ -55,19 +54,16 @@ def claims_of(report: Report) -> Claims:
     )
 
 
-def _is_known(settings: schema.QuantizeSettings) -> bool:
-    if settings.bits in (8, 16):
-        return True
-    in_blocks = settings.quant_type in ("nf4", "fp4") and settings.block_size in BLOCK_SIZES
-    return settings.bits in (2, 3, 4) and in_blocks
+def _container(settings: schema.QuantizeSettings) -> Container | None:
+    """The container with the options of the report; None where there is none that takes them."""
+    try:
+        return container_of(settings.bits, settings)
+    except (KeyError, InvalidSetting):
+        return None
 
 
-def _layers(results: schema.QuantizeResults) -> list[ClaimedLayer]:
+def _layers(results: schema.QuantizeResults, container: Container) -> list[ClaimedLayer]:
     """All layers, once their bits and ranks have been seen to be such as loftq writes."""
-    settings = results.settings
-    possible = {settings.bits} if settings.bits in (8, 16) else {2, 3, 4}
-    if settings.quant_type == "fp4":
-        possible &= {4}
     adapted = [
         ClaimedLayer(
             layer.name,
@@ -97,8 +93,8 @@ def _layers(results: schema.QuantizeResults) -> list[ClaimedLayer]:
         if not 1 <= layer.rank <= layer.stored_rank:
             raise _unusable(f"{layer.name} has rank {layer.rank}, stored as {layer.stored_rank}")
     for layer in (*adapted, *plain):
-        if layer.bits not in possible:
-            raise _unusable(f"{layer.name} has {layer.bits} bits in {settings.quant_type!r:.40}")
+        if layer.bits not in container.widths:
+            raise _unusable(f"{layer.name} has {layer.bits} bits in {container.quant_type!r:.40}")
     return [*adapted, *plain]
 
 

@@ -1,7 +1,5 @@
-"""The bitsandbytes container: how quantized weights lie in safetensors files.
-
-4 bits, for a module X of shape (out, in) with n = out·in elements
-(bitsandbytes.functional.QuantState.as_dict; transformers' Bnb4bitDeserialize reads it):
+"""bitsandbytes' 4 bits: for a module X of shape (out, in) with n = out·in elements
+(bitsandbytes.functional.QuantState.as_dict; transformers' Bnb4bitDeserialize reads it)
 
     X.weight                               uint8 (ceil(n/2), 1), first value in the high nibble
     X.weight.absmax                        float32 (blocks,); uint8 with double quantization
@@ -9,127 +7,264 @@
     X.weight.quant_state.bitsandbytes__nf4 uint8, JSON: quant_type, blocksize, dtype, shape
     X.weight.nested_absmax, .nested_quant_map    only with double quantization
 
-8 bits (bitsandbytes.nn.Linear8bitLt):
-
-    X.weight  int8 (out, in)      X.SCB  float32 (out,), row absmax      X.weight_format  uint8 ()
-
-All sizes are known before any weight is read, so a file's header can be written first. The one
-value that is not, the mean absmax of double quantization, gets a fixed width in the JSON.
+Codes of 2 and 3 bits are stored as fewer of the 16. All sizes are known before any weight is read,
+so a file's header can be written first. The one value that is not, the mean absmax of double
+quantization, gets a fixed width in the JSON.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, ClassVar
 
+from loftq_cli.checkpoint.safetensors import shown, strict_json
+from loftq_cli.checkpoint.tensors import load_tensor, tensor_memory
 from loftq_cli.checkpoint.writer import PlannedTensor
-from loftq_cli.formats import DTYPE_NAMES, NESTED_BLOCK_SIZE
+from loftq_cli.containers.base import Container, Damaged, Form, StoredWeight, Tensors, Weight
+from loftq_cli.errors import InvalidSetting
+from loftq_cli.formats import BLOCK_SIZES, DTYPE_NAMES, NESTED_BLOCK_SIZE
 
 if TYPE_CHECKING:
-    import torch
+    from torch import Tensor
 
-    from loftq_cli.core.blockwise import QuantizedBlockwise
-    from loftq_cli.core.int8 import QuantizedInt8
+    from loftq_cli.core.blockwise import BlockwiseFormat, QuantizedBlockwise
+    from loftq_cli.core.quantizers import Quantizer
 
 NESTED_LEVELS = 256
 LEVELS = 16
 # The longest repr of a double: sign, 17 digits, point, exponent.
 _FLOAT_WIDTH = 24
+# A quantizer of 4-bit weights may put more into its JSON than is compared below, up to here.
+_MAX_STATE_BYTES = 4096
+
+_SHORT = {name: short for short, name in DTYPE_NAMES.items()}
 
 
-def plan_4bit(
-    weight: str, shape: tuple[int, int], dtype: str, quant_type: str, block_size: int, double: bool
-) -> list[PlannedTensor]:
-    """Names, dtypes and shapes of what one 4-bit weight becomes.
+class Bitsandbytes4(Container):
+    name: ClassVar[str] = "bitsandbytes"
+    all_widths: ClassVar[tuple[int, ...]] = (2, 3, 4)
+    number_types: ClassVar[tuple[str, ...]] = ("nf4", "fp4")
+    searches: ClassVar[bool] = True
+    whole_bytes: ClassVar[int | None] = None
+    layer_class: ClassVar[str] = "Linear4bit"
+    skip_list: ClassVar[str] = "llm_int8_skip_modules"
 
-    Args:
-        weight: the tensor's name in the source, ending in `.weight`.
-        shape: (out, in).
-        dtype: the source's dtype as safetensors spells it; Q is dequantized to it.
-    """
-    elements = shape[0] * shape[1]
-    blocks = -(-elements // block_size)
-    planned = [
-        PlannedTensor(weight, "U8", (-(-elements // 2), 1)),
-        PlannedTensor(f"{weight}.absmax", "U8" if double else "F32", (blocks,)),
-        PlannedTensor(f"{weight}.quant_map", "F32", (LEVELS,)),
-    ]
-    if double:
-        nested_blocks = -(-blocks // NESTED_BLOCK_SIZE)
-        planned += [
-            PlannedTensor(f"{weight}.nested_absmax", "F32", (nested_blocks,)),
-            PlannedTensor(f"{weight}.nested_quant_map", "F32", (NESTED_LEVELS,)),
+    @classmethod
+    def of(cls, form: Form) -> Container:
+        if form.quant_type not in cls.number_types or form.block_size not in BLOCK_SIZES:
+            raise InvalidSetting(f"no {form.quant_type!r:.40} in blocks of {form.block_size}")
+        return cls(form.quant_type, form.block_size, form.double_quant)
+
+    @classmethod
+    def weights_in(cls, names: Iterable[str]) -> set[str]:
+        return {name.removesuffix(".absmax") for name in names if name.endswith(".weight.absmax")}
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        return self.all_widths if self.quant_type == "nf4" else (4,)
+
+    def code_bits(self, bits: int) -> int:
+        return 4
+
+    def scale_bytes(self, shape: tuple[int, int]) -> int:
+        return 4 * self._blocks(shape)
+
+    @property
+    def description(self) -> str:
+        return f"{self.quant_type}, blocks of {self.block_size}"
+
+    def require_fit(self, weights: Sequence[Weight]) -> None:
+        def misfit(block_size: int) -> Weight | None:
+            return next((each for each in weights if each.shape[1] % block_size), None)
+
+        first = misfit(self._size)
+        if first is not None:
+            raise InvalidSetting(
+                f"block size {self.block_size} does not fit {first.module}",
+                cause=f"its rows have {first.shape[1]} weights, and bitsandbytes' kernels "
+                "want whole blocks in a row",
+                hint=f"--block-size {max(size for size in BLOCK_SIZES if misfit(size) is None)}",
+            )
+
+    def planned(self, weight: Weight) -> list[PlannedTensor]:
+        name, (out_features, in_features) = weight.name, weight.shape
+        blocks = self._blocks(weight.shape)
+        planned = [
+            PlannedTensor(name, "U8", (-(-out_features * in_features // 2), 1)),
+            PlannedTensor(f"{name}.absmax", "U8" if self.double_quant else "F32", (blocks,)),
+            PlannedTensor(f"{name}.quant_map", "F32", (LEVELS,)),
         ]
-    state = _quant_state(quant_type, block_size, DTYPE_NAMES[dtype], shape, 0.0 if double else None)
-    name = f"{weight}.quant_state.bitsandbytes__{quant_type}"
-    return [*planned, PlannedTensor(name, "U8", (len(state),))]
+        if self.double_quant:
+            nested_blocks = -(-blocks // NESTED_BLOCK_SIZE)
+            planned += [
+                PlannedTensor(f"{name}.nested_absmax", "F32", (nested_blocks,)),
+                PlannedTensor(f"{name}.nested_quant_map", "F32", (NESTED_LEVELS,)),
+            ]
+        state = self._state(DTYPE_NAMES[weight.dtype], weight.shape, 0.0)
+        return [*planned, PlannedTensor(self._state_name(name), "U8", (len(state),))]
+
+    def quantization_config(self, skipped: Sequence[str], dtype: str | None) -> dict[str, Any]:
+        compute = {} if dtype is None else {"bnb_4bit_compute_dtype": DTYPE_NAMES[dtype]}
+        return {
+            "quant_method": self.name,
+            "load_in_8bit": False,
+            "load_in_4bit": True,
+            self.skip_list: skipped,
+            "bnb_4bit_quant_type": self.quant_type,
+            "bnb_4bit_use_double_quant": self.double_quant,
+            **compute,
+            "bnb_4bit_quant_storage": "uint8",
+        }
+
+    def quantizer(self, bits: int, *, search: bool = True) -> Quantizer:
+        from loftq_cli.core.quantizers import Blockwise
+
+        return Blockwise(self._format(bits), search=search)
+
+    def tensors(self, name: str, quantized: QuantizedBlockwise) -> Iterator[tuple[str, memoryview]]:
+        yield name, tensor_memory(quantized.packed)
+        yield f"{name}.absmax", tensor_memory(quantized.absmax)
+        if quantized.nested_absmax is not None:
+            yield f"{name}.nested_absmax", tensor_memory(quantized.nested_absmax)
+        for end, levels in self._levels().items():
+            yield f"{name}.{end}", tensor_memory(levels)
+        dtype = str(quantized.dtype).removeprefix("torch.")
+        state = self._state(dtype, quantized.shape, quantized.nested_offset)
+        yield self._state_name(name), memoryview(state)
+
+    def read(self, tensors: Tensors, weight: Weight, device: str) -> StoredWeight:
+        name = self._state_name(weight.name)
+        state = self._read_state(tensors, name, weight.shape)
+        *planned, _ = self.planned(replace(weight, dtype=_SHORT[state["dtype"]]))
+        # Of any length: what is in it has been compared.
+        length = tensors[name][1].shape
+        return self._read(
+            tensors, weight, device, [*planned, PlannedTensor(name, "U8", length)], state
+        )
+
+    def require_codes(self, stored: StoredWeight) -> None:
+        import torch
+
+        from loftq_cli.core.codebooks import codebook
+
+        for end, levels in self._levels().items():
+            name = f"{stored.weight.name}.{end}"
+            if not torch.equal(stored.parts[name].cpu(), levels):
+                raise Damaged(f"{shown(name)} has other levels than the format")
+        bits = stored.weight.bits
+        if bits == self.code_bits(bits):
+            return
+        allowed = codebook(self.quant_type, bits).order
+        pairs = stored.codes.flatten().int().bincount(minlength=256).view(LEVELS, LEVELS)
+        counts = (pairs.sum(dim=1) + pairs.sum(dim=0)).tolist()
+        strays = [code for code in range(LEVELS) if counts[code] and code not in allowed]
+        if strays:
+            weights = sum(counts[code] for code in strays)
+            raise Damaged(
+                f"code {strays[0]} is none of the {len(allowed)} that {bits} bits have "
+                f"({', '.join(map(str, sorted(allowed)))}); so it is with {weights:,} of its "
+                "weights"
+            )
+
+    def quantized(self, stored: StoredWeight) -> QuantizedBlockwise:
+        import torch
+
+        from loftq_cli.core.blockwise import QuantizedBlockwise
+
+        name = stored.weight.name
+        return QuantizedBlockwise(
+            stored.codes,
+            stored.parts[f"{name}.absmax"],
+            stored.parts.get(f"{name}.nested_absmax"),
+            stored.description.get("nested_offset"),
+            stored.weight.shape,
+            self._format(stored.weight.bits),
+            getattr(torch, stored.description["dtype"]),
+        )
+
+    def runtime(self, stored: StoredWeight) -> Tensor:
+        import torch
+        from bitsandbytes.functional import QuantState, dequantize_4bit
+
+        rest = {name: part for name, part in stored.parts.items() if name != stored.weight.name}
+        state = QuantState.from_dict(rest, device=stored.codes.device)
+        # Where bitsandbytes has no kernel it compiles one, which takes longer than all else.
+        with torch.compiler.set_stance("force_eager"):
+            Q: Tensor = dequantize_4bit(stored.codes, state)
+        return Q
+
+    @property
+    def _size(self) -> int:
+        assert self.block_size is not None
+        return self.block_size
+
+    def _format(self, bits: int) -> BlockwiseFormat:
+        from loftq_cli.core.blockwise import BlockwiseFormat
+
+        quant_type: Any = self.quant_type
+        return BlockwiseFormat(quant_type, self._size, self.double_quant, bits)
+
+    def _blocks(self, shape: tuple[int, int]) -> int:
+        return -(-shape[0] * shape[1] // self._size)
+
+    def _levels(self) -> dict[str, Tensor]:
+        """The tables of levels beside the codes, which the kernels have built in."""
+        from loftq_cli.core.codebooks import codebook, dynamic_map
+
+        tables = {"quant_map": codebook(self.quant_type).level_tensor()}
+        return {**tables, "nested_quant_map": dynamic_map()} if self.double_quant else tables
+
+    def _state_name(self, name: str) -> str:
+        return f"{name}.quant_state.bitsandbytes__{self.quant_type}"
+
+    def _facts(self, dtype: str, shape: tuple[int, int]) -> dict[str, Any]:
+        facts = {
+            "quant_type": self.quant_type,
+            "blocksize": self.block_size,
+            "dtype": dtype,
+            "shape": list(shape),
+        }
+        nested = {"nested_blocksize": NESTED_BLOCK_SIZE, "nested_dtype": "float32"}
+        return {**facts, **nested} if self.double_quant else facts
+
+    def _state(self, dtype: str, shape: tuple[int, int], offset: float | None) -> bytes:
+        text = json.dumps(self._facts(dtype, shape))
+        if self.double_quant:
+            # Spaces after the number are valid JSON and make the length independent of its digits.
+            text = f'{text[:-1]}, "nested_offset": {offset!r:<{_FLOAT_WIDTH}}}}'
+        return text.encode()
+
+    def _read_state(self, tensors: Tensors, name: str, shape: tuple[int, int]) -> dict[str, Any]:
+        """The JSON beside the codes, every value of it compared with the format."""
+        if name not in tensors:
+            raise Damaged(f"there is no tensor {shown(name)}")
+        header, info = tensors[name]
+        if info.dtype != "U8" or len(info.shape) != 1 or info.nbytes > _MAX_STATE_BYTES:
+            raise Damaged(f"{shown(name)} is {info.dtype} {list(info.shape)}, not JSON")
+        try:
+            state = strict_json(bytes(load_tensor(header, info).tolist()))
+        except (ValueError, RecursionError) as error:
+            raise Damaged(f"the JSON in {shown(name)}: {error}") from None
+        if not isinstance(state, dict):
+            raise Damaged(f"the JSON in {shown(name)} is no object")
+        dtype, offset = str(state.get("dtype")), state.get("nested_offset", 0.0)
+        expected = self._facts(dtype, shape)
+        for key, value in expected.items():
+            if key != "dtype" and state.get(key) != value:
+                raise Damaged(
+                    f"its quant_state says {key} {state.get(key)!r:.80}, the report {value!r}"
+                )
+        if dtype not in _SHORT:
+            raise Damaged(f"its quant_state says dtype {dtype!r:.80}")
+        if not isinstance(offset, float) or not math.isfinite(offset):
+            raise Damaged(f"its quant_state says nested_offset {offset!r:.80}")
+        extra = set(state) - set(expected) - {"nested_offset"}
+        if extra or ("nested_offset" in state) != self.double_quant:
+            raise Damaged(f"its quant_state has other keys than the format: {sorted(state)}")
+        return state
 
 
-def plan_8bit(weight: str, shape: tuple[int, int]) -> list[PlannedTensor]:
-    """The same for one int8 weight."""
-    module = weight.removesuffix(".weight")
-    return [
-        PlannedTensor(weight, "I8", shape),
-        PlannedTensor(f"{module}.SCB", "F32", (shape[0],)),
-        PlannedTensor(f"{module}.weight_format", "U8", ()),
-    ]
-
-
-def tensors(
-    weight: str, quantized: QuantizedBlockwise | QuantizedInt8
-) -> Iterator[tuple[str, memoryview]]:
-    """Names and bytes of what a weight became, in the order that its plan announced."""
-    from loftq_cli.core.int8 import QuantizedInt8
-
-    if isinstance(quantized, QuantizedInt8):
-        return _tensors_8bit(weight, quantized)
-    return _tensors_4bit(weight, quantized)
-
-
-def _tensors_4bit(weight: str, quantized: QuantizedBlockwise) -> Iterator[tuple[str, memoryview]]:
-    from loftq_cli.core.codebooks import codebook, dynamic_map
-
-    fmt = quantized.format
-    yield weight, tensor_memory(quantized.packed)
-    yield f"{weight}.absmax", tensor_memory(quantized.absmax)
-    yield f"{weight}.quant_map", tensor_memory(codebook(fmt.quant_type).level_tensor())
-    if quantized.nested_absmax is not None:
-        yield f"{weight}.nested_absmax", tensor_memory(quantized.nested_absmax)
-        yield f"{weight}.nested_quant_map", tensor_memory(dynamic_map())
-    dtype = str(quantized.dtype).removeprefix("torch.")
-    state = _quant_state(
-        fmt.quant_type, fmt.block_size, dtype, quantized.shape, quantized.nested_offset
-    )
-    yield f"{weight}.quant_state.bitsandbytes__{fmt.quant_type}", memoryview(state)
-
-
-def _tensors_8bit(weight: str, quantized: QuantizedInt8) -> Iterator[tuple[str, memoryview]]:
-    module = weight.removesuffix(".weight")
-    yield weight, tensor_memory(quantized.codes)
-    yield f"{module}.SCB", tensor_memory(quantized.scb)
-    yield f"{module}.weight_format", memoryview(b"\x00")  # 0 means row-major
-
-
-def tensor_memory(tensor: torch.Tensor) -> memoryview:
-    """A contiguous tensor's memory, little-endian as safetensors wants it, without a copy."""
-    import torch
-
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy())
-
-
-def _quant_state(
-    quant_type: str, block_size: int, dtype: str, shape: tuple[int, int], offset: float | None
-) -> bytes:
-    state: dict[str, object] = {
-        "quant_type": quant_type,
-        "blocksize": block_size,
-        "dtype": dtype,
-        "shape": list(shape),
-    }
-    if offset is None:
-        return json.dumps(state).encode()
-    state |= {"nested_blocksize": NESTED_BLOCK_SIZE, "nested_dtype": "float32"}
-    # Spaces after the number are valid JSON and make the length independent of its digits.
-    return f'{json.dumps(state)[:-1]}, "nested_offset": {offset!r:<{_FLOAT_WIDTH}}}}'.encode()
+CONTAINER = Bitsandbytes4

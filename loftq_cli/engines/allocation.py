@@ -35,7 +35,7 @@ from loftq_cli.checkpoint.tensors import load_tensor
 from loftq_cli.engines.placement import to_device, with_fallback
 from loftq_cli.engines.plan import Plan, PlannedLayer, block_number
 from loftq_cli.engines.settings import Settings
-from loftq_cli.engines.tasks import layer_seed, quantizer
+from loftq_cli.engines.tasks import layer_seed
 from loftq_cli.errors import LoftqError
 from loftq_cli.formats import MOST_RANKS
 from loftq_cli.record import Progress
@@ -44,9 +44,6 @@ if TYPE_CHECKING:
     import torch
 
     from loftq_cli.core.rank_errors import ErrorShares
-
-# What a target for the average may be made of.
-BITS = (2, 3, 4)
 
 
 def allocate(
@@ -80,7 +77,7 @@ def allocate(
         progress.advance(module)
     layers = _as_they_run(plan.layers)
     if settings.target_bits is not None:
-        layers = _with_bits(layers, found, settings.target_bits)
+        layers = _with_bits(layers, found, settings.container.widths, settings.target_bits)
     if settings.rank_budget:
         layers = _with_ranks(layers, found, settings)
     changed = {planned.layer.module: planned for planned in layers}
@@ -106,7 +103,7 @@ def _as_they_run(layers: Sequence[PlannedLayer]) -> list[PlannedLayer]:
 
 def _choices(planned: PlannedLayer, settings: Settings) -> tuple[int, ...]:
     """The bits that the layer may get."""
-    return (planned.bits,) if settings.target_bits is None else BITS
+    return (planned.bits,) if settings.target_bits is None else settings.container.widths
 
 
 def _error_shares(
@@ -132,7 +129,7 @@ def _error_shares(
             inputs = DampedMoments.of(seen.to(W.device))
         found: list[ErrorShares] = error_shares(
             W,
-            [quantizer(settings, bits) for bits in _choices(planned, settings)],
+            [settings.quantizer(bits) for bits in _choices(planned, settings)],
             MOST_RANKS * settings.rank if settings.rank_budget and planned.adapted else 0,
             inputs=inputs,
             seed=layer_seed(settings.seed, layer.module),
@@ -149,6 +146,7 @@ def _error_shares(
 def _with_bits(
     layers: Sequence[PlannedLayer],
     found: dict[str, list[ErrorShares]],
+    widths: Sequence[int],
     average: float,
 ) -> list[PlannedLayer]:
     """The layers with the bits that lose least together, ``average`` a weight or fewer."""
@@ -156,7 +154,7 @@ def _with_bits(
 
     sizes = [planned.layer.parameters for planned in layers]
     lost = [[share.quantized_only for share in found[planned.layer.module]] for planned in layers]
-    bits = spread_bits(lost, sizes, BITS, average)
+    bits = spread_bits(lost, sizes, widths, average)
     return [replace(planned, bits=each) for planned, each in zip(layers, bits, strict=True)]
 
 

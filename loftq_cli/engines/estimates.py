@@ -6,9 +6,10 @@ and the adapters of one output file. In bytes a weight of that layer:
     2 × dtype   the weight that is worked on, and the next one, which is read meanwhile; one more
                 while a transposed weight is turned
     2 or 4      the residual, in the dtype of the sketches
+    20          instead of that in 8 bits, which are worked on whole
     3 × ⁹⁄₁₆    codes: this iterate's, the best one's, and a finished layer's that wait for the disk
-    20 + 3      instead of the last two in 8 bits, which are worked on whole
-    32          instead of them with the exact SVD: residual, U, V and LAPACK's workspace
+    3 × 1       the same in 8 bits
+    32          instead of residual and codes with the exact SVD: residual, U, V, LAPACK's workspace
 
 and besides, for every direction of a sketch, ten vectors as long as a column and a row.
 Without the reading ahead one dtype less is held.
@@ -135,24 +136,20 @@ def _most_rank(planned: PlannedLayer, settings: Settings) -> int:
 
 
 def _working_bytes(plan: Plan, planned: PlannedLayer, level: Level, machine: Machine) -> int:
-    product_bytes = machine.product_bytes
     settings, layer = plan.settings, planned.layer
     weights, (out_features, in_features) = layer.parameters, planned.shape
     stored = DTYPE_BITS[layer.dtype] // 8
-    if planned.bits == 16:
+    if not settings.container.quantizes:
         return 0  # copied
     exact = _takes_exact(planned, settings)
     rank = _most_rank(planned, settings)
     vectors = _VECTORS * 4 * sketch_width(rank) if _alternates(planned, settings) else 0
     working = vectors * (out_features + in_features)
     # A piece as it is stored, in float32, its part of the low rank and of the residual.
-    piece = min(max(PIECE, 16 * in_features), weights) * (stored + 4 + 2 * product_bytes)
+    piece = min(max(PIECE, 16 * in_features), weights) * (stored + 4 + 2 * machine.product_bytes)
     working += min(machine.threads, -(-weights // PIECE)) * piece
-    if planned.bits == 8:
-        # Codes of a byte; the residual and, for the last one, what it is made of: five float32.
-        codes, product_bytes = 3 * weights, 20
-    else:
-        codes = 3 * weights * 9 // 16
+    codes = 3 * sum(tensor.nbytes for tensor in settings.container.planned(planned.weight))
+    product_bytes = settings.container.whole_bytes or machine.product_bytes
     if settings.start.needs_moments:
         return _CALIBRATED * 4 * weights + _MOMENTS * 4 * in_features**2 + codes + working
     held = (1 if level == Level.ALONE else 2) + layer.transposed
@@ -164,13 +161,13 @@ def _working_bytes(plan: Plan, planned: PlannedLayer, level: Level, machine: Mac
 def seconds(plan: Plan) -> float:
     """Computing time on two cores; reading and writing run beside it."""
     settings, start = plan.settings, plan.settings.start
+    if not settings.container.quantizes:
+        return 0.0
     iterations = settings.iterations or (_ITERATIONS if start.iterates else 1)
+    searches = settings.container.searches and start.searches
     total = 0.0
     for planned in plan.layers:
         weights = planned.layer.parameters
-        searches = planned.bits < 8 and start.searches
-        if planned.bits == 16:
-            continue
         if settings.start.needs_moments:
             total += weights * planned.layer.in_features * _SECONDS_CALIBRATED
         elif not _alternates(planned, settings):

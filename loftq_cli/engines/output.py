@@ -29,7 +29,6 @@ from loftq_cli.checkpoint.writer import (
 )
 from loftq_cli.engines.plan import Plan, PlannedLayer
 from loftq_cli.engines.settings import Settings
-from loftq_cli.formats import DTYPE_NAMES
 
 if TYPE_CHECKING:
     from loftq_cli.models.architecture import Architecture
@@ -86,7 +85,7 @@ def join_adapter(
         target_modules=_target_modules(plan, architecture),
         rank_pattern=others,
         alpha_pattern={name: settings.alpha_of(other) for name, other in others.items()},
-        fan_in_fan_out=settings.container_bits == 16
+        fan_in_fan_out=not settings.container.quantizes
         and any(planned.layer.transposed for planned in adapted),
     )
     write_json(staging, f"{ADAPTER_DIRECTORY}/{ADAPTER_CONFIG}", config)
@@ -124,32 +123,13 @@ def write_model_files(
             staging.record(source.name, copy_file(source, staging.path(source.name)))
     if len(plan.tasks) > 1:
         write_json(staging, INDEX_FILE, _index(plan))
-    if plan.settings.container_bits < 16:
-        config = {**config, "quantization_config": quantization_config(plan, architecture)}
+    container = plan.settings.container
+    if container.quantizes:
+        skipped = architecture.skip_modules([planned.layer for planned in plan.layers])
+        dtypes = [planned.layer.dtype for planned in plan.layers]
+        quantization = container.quantization_config(skipped, max(set(dtypes), key=dtypes.count))
+        config = {**config, "quantization_config": quantization}
     write_json(staging, "config.json", config)
-
-
-def quantization_config(plan: Plan, architecture: Architecture) -> dict[str, Any]:
-    """What transformers' BitsAndBytesConfig reads, with every skipped module by its full path."""
-    settings = plan.settings
-    skipped = architecture.skip_modules([planned.layer for planned in plan.layers])
-    common = {
-        "quant_method": "bitsandbytes",
-        "load_in_8bit": settings.container_bits == 8,
-        "load_in_4bit": settings.container_bits == 4,
-        "llm_int8_skip_modules": skipped,
-    }
-    if settings.bits == 8:
-        # Threshold 0: no outlier columns in 16 bits, whose detection would cost every forward.
-        return {**common, "llm_int8_threshold": 0.0, "llm_int8_has_fp16_weight": False}
-    dtypes = [planned.layer.dtype for planned in plan.layers]
-    return {
-        **common,
-        "bnb_4bit_quant_type": settings.quant_type,
-        "bnb_4bit_use_double_quant": settings.double_quant,
-        "bnb_4bit_compute_dtype": DTYPE_NAMES[max(set(dtypes), key=dtypes.count)],
-        "bnb_4bit_quant_storage": "uint8",
-    }
 
 
 def written_files(staging: Staging) -> list[WrittenFile]:

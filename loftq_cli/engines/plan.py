@@ -13,10 +13,10 @@ from dataclasses import dataclass
 
 from loftq_cli.checkpoint import adapter
 from loftq_cli.checkpoint.writer import PlannedTensor
-from loftq_cli.containers import bitsandbytes4 as container
+from loftq_cli.containers.base import Weight
 from loftq_cli.engines.settings import Settings
 from loftq_cli.errors import InvalidSetting, UnknownTargetModule, UnsupportedModel
-from loftq_cli.formats import ALL_LINEAR, BLOCK_SIZES
+from loftq_cli.formats import ALL_LINEAR
 from loftq_cli.models.layers import Inventory, LeftTensor, LinearLayer, last_part
 
 # One output file is the unit of work that a killed run may lose.
@@ -47,9 +47,12 @@ class PlannedLayer:
         return self.layer.out_features, self.layer.in_features
 
     @property
-    def source_shape(self) -> tuple[int, int]:
-        """As the checkpoint has it."""
-        return self.shape[::-1] if self.layer.transposed else self.shape
+    def weight(self) -> Weight:
+        """What a container is told of it."""
+        layer = self.layer
+        return Weight(
+            layer.tensor, layer.module, self.shape, self.bits, layer.dtype, layer.transposed
+        )
 
 
 @dataclass(frozen=True)
@@ -146,7 +149,8 @@ def make_plan(inventory: Inventory, settings: Settings) -> Plan:
         else entry
         for entry in inventory.entries
     ]
-    for planned in (entry for entry in entries if isinstance(entry, PlannedLayer)):
+    layers = [entry for entry in entries if isinstance(entry, PlannedLayer)]
+    for planned in layers:
         largest = min(planned.shape)
         if planned.rank > largest:
             raise InvalidSetting(
@@ -155,8 +159,7 @@ def make_plan(inventory: Inventory, settings: Settings) -> Plan:
                 f"so its largest rank is {largest}",
                 hint=f"--rank {largest}, or leave the layer out with --target-modules",
             )
-    if settings.container_bits == 4:
-        _require_whole_blocks(inventory.layers, settings.block_size)
+    settings.container.require_fit([planned.weight for planned in layers])
     if settings.leading is not None:
         _require_others(inventory.layers, *settings.leading, settings.bits)
     return Plan(settings, tuple(_tasks(entries, settings)))
@@ -187,19 +190,6 @@ def _require_others(layers: Sequence[LinearLayer], blocks: int, bits: int, other
         )
 
 
-def _require_whole_blocks(layers: Sequence[LinearLayer], block_size: int) -> None:
-    """Refuses a block size that some layer's rows are no multiple of."""
-    misfit = next((layer for layer in layers if not layer.fits(block_size)), None)
-    if misfit is not None:
-        fitting = [size for size in BLOCK_SIZES if all(layer.fits(size) for layer in layers)]
-        raise InvalidSetting(
-            f"block size {block_size} does not fit {misfit.module}",
-            cause=f"its rows have {misfit.in_features} weights, and bitsandbytes' kernels "
-            "want whole blocks in a row",
-            hint=f"--block-size {max(fitting)}",
-        )
-
-
 def match_targets(inventory: Inventory, targets: Sequence[str]) -> set[str]:
     """The modules to adapt, by PEFT's rule: a target is a whole path or the end of one.
 
@@ -226,18 +216,7 @@ def stored(entry: PlannedLayer | LeftTensor, settings: Settings) -> list[Planned
     """The tensors that an entry becomes in the output."""
     if isinstance(entry, LeftTensor):
         return [PlannedTensor(entry.tensor, entry.dtype, entry.shape)]
-    if settings.container_bits == 16:
-        return [PlannedTensor(entry.layer.tensor, entry.layer.dtype, entry.source_shape)]
-    if settings.container_bits == 8:
-        return container.plan_8bit(entry.layer.tensor, entry.shape)
-    return container.plan_4bit(
-        entry.layer.tensor,
-        entry.shape,
-        entry.layer.dtype,
-        settings.quant_type,
-        settings.block_size,
-        settings.double_quant,
-    )
+    return settings.container.planned(entry.weight)
 
 
 def _tasks(entries: Sequence[PlannedLayer | LeftTensor], settings: Settings) -> Iterable[Task]:

@@ -11,7 +11,7 @@ from loftq_cli.checkpoint.index import Checkpoint
 from loftq_cli.checkpoint.tensors import load_tensor
 from loftq_cli.engines.plan import PlannedLayer
 from loftq_cli.engines.settings import Settings
-from loftq_cli.engines.tasks import Moments, quantizer
+from loftq_cli.engines.tasks import Moments
 from loftq_cli.errors import LoftqError
 from loftq_cli.record import Progress
 
@@ -59,7 +59,7 @@ def measure(
         if layer.transposed:
             W = W.T.contiguous()
         G = None if moments is None else moments(layer.module).to(device)
-        method = quantizer(settings, planned.bits)
+        method = settings.quantizer(planned.bits)
         try:
             errors = rank_errors(W, method, ranks if planned.adapted else [], G)
         except LoftqError as error:

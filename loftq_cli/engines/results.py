@@ -76,7 +76,8 @@ def quantize_results(
 
     stored_bits, information_bits = _bits_a_weight(plan)
     if bits_open and settings.target_bits is not None:
-        information_bits = stored_bits - (settings.container_bits - settings.target_bits)
+        code_bits = settings.container.code_bits(settings.bits)
+        information_bits = stored_bits - (code_bits - settings.target_bits)
     return schema.QuantizeResults(
         output=output,
         dry_run=not outcomes,
@@ -138,15 +139,14 @@ def _errors(outcome: LayerOutcome | None) -> dict[str, float | None]:
 def _settings(
     settings: Settings, calibration: schema.CalibratedOn | None
 ) -> schema.QuantizeSettings:
-    by_blocks = settings.container_bits == 4
-    number_type = {4: settings.quant_type, 8: "int8", 16: "none"}[settings.container_bits]
+    container = settings.container
     return schema.QuantizeSettings(
         bits=settings.bits,
         leading=settings.leading,
         target_bits=settings.target_bits,
-        quant_type=number_type,
-        block_size=settings.block_size if by_blocks else None,
-        double_quant=settings.double_quant and by_blocks,
+        quant_type=container.quant_type,
+        block_size=container.block_size,
+        double_quant=container.double_quant,
         rank=settings.rank,
         rank_budget=settings.rank_budget,
         uniform_rank=settings.uniform_rank,
@@ -181,7 +181,7 @@ def _bits_a_weight(plan: Plan) -> tuple[float, float]:
     )
     weights = sum(planned.layer.parameters for planned in plan.layers)
     spared = sum(
-        (plan.settings.container_bits - planned.bits) * planned.layer.parameters
+        (plan.settings.container.code_bits(planned.bits) - planned.bits) * planned.layer.parameters
         for planned in plan.layers
     )
     return in_file / weights, (in_file - spared) / weights

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any
 
+from loftq_cli.containers import container_of
+from loftq_cli.containers.base import Container
 from loftq_cli.errors import UsageError
 from loftq_cli.formats import ALL_LINEAR, BLOCK_SIZES, SCALINGS, QuantType, SvdMethod
 from loftq_cli.starts import STARTS, Start
+
+if TYPE_CHECKING:
+    from loftq_cli.core.quantizers import Quantizer
 
 
 @dataclass(frozen=True)
@@ -23,14 +28,14 @@ class CalibrationText:
 class Settings:
     """What decides the bytes of the result. The same settings give the same bytes.
 
-    ``bits`` is what a weight's code tells: 2 and 3 live in the 4-bit container, as fewer of its
-    levels; 16 leaves the weights as they are. ``leading`` (blocks, bits) says it for the first
-    blocks of the model, ``target_bits`` for the average of all layers, which get 2, 3 or 4 by what
-    each loses. With ``rank_budget`` the ranks differ too, with as many parameters in all as
-    ``rank`` everywhere would have; ``uniform_rank`` then pads them to the largest.
+    ``bits`` is what a weight's code tells, and chooses the ``container``; 16 leaves the weights as
+    they are. ``leading`` (blocks, bits) says it for the first blocks of the model, ``target_bits``
+    for the average of all layers, each of which gets one of the container's widths by what it
+    loses. With ``rank_budget`` the ranks differ too, with as many parameters in all as ``rank``
+    everywhere would have; ``uniform_rank`` then pads them to the largest.
     """
 
-    bits: Literal[2, 3, 4, 8, 16] = 4
+    bits: int = 4
     leading: tuple[int, int] | None = None
     target_bits: float | None = None
     quant_type: QuantType = "nf4"
@@ -83,9 +88,13 @@ class Settings:
         return self.scaling * (rank**0.5 if self.use_rslora else rank)
 
     @property
-    def container_bits(self) -> Literal[4, 8, 16]:
-        """Bits of a weight in the file: the container has no smaller codes than 4 bits."""
-        return 4 if self.bits < 4 else self.bits  # type: ignore[return-value]
+    def container(self) -> Container:
+        """How weights lie in the files, and how they become what lies there."""
+        return container_of(self.bits, self)
+
+    def quantizer(self, bits: int) -> Quantizer:
+        """How a weight becomes codes of so many bits."""
+        return self.container.quantizer(bits, search=self.start.searches)
 
     @property
     def is_measured(self) -> bool:

@@ -20,9 +20,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from loftq_cli.checkpoint import adapter
 from loftq_cli.checkpoint.index import Checkpoint
 from loftq_cli.checkpoint.safetensors import read_pieces
-from loftq_cli.checkpoint.tensors import load_tensor
+from loftq_cli.checkpoint.tensors import load_tensor, tensor_memory
 from loftq_cli.checkpoint.writer import WrittenFile, disk_errors, write_safetensors
-from loftq_cli.containers import bitsandbytes4 as container
 from loftq_cli.engines.estimates import Level
 from loftq_cli.engines.pipeline import Chunk, Timings, read_ahead, write_behind
 from loftq_cli.engines.placement import to_device, with_fallback
@@ -162,7 +161,7 @@ class _RunningTask:
 
     def _weight(self, entry: PlannedLayer | LeftTensor) -> torch.Tensor | None:
         """A layer's weight. Tensors to copy are read when it is their turn, piece by piece."""
-        if isinstance(entry, LeftTensor) or entry.bits == 16:
+        if isinstance(entry, LeftTensor) or not self.settings.container.quantizes:
             return None
         return to_device(load_tensor(*self.checkpoint.tensors[entry.layer.tensor]), self.device)
 
@@ -200,7 +199,7 @@ class _RunningTask:
         )
         if planned.adapted:
             self._keep_adapter(planned, result.lora_A, result.lora_B)
-        tensors = list(container.tensors(layer.tensor, result.quantized))
+        tensors = list(self.settings.container.tensors(layer.tensor, result.quantized))
         self.timings.add("compute", began)
         yield from tensors
 
@@ -226,7 +225,7 @@ class _RunningTask:
             more_A, more_B = plain_adapter(planned.shape, planned.padding, seed)
             A, B = torch.cat((A.cpu(), more_A)), torch.cat((B.cpu(), more_B), dim=1)
         for name, factor in zip(adapter.lora_names(module), (A, B), strict=True):
-            self.adapters.append((name, container.tensor_memory(factor.contiguous())))
+            self.adapters.append((name, tensor_memory(factor.contiguous())))
 
 
 def initialize(
@@ -248,7 +247,7 @@ def initialize(
         given["svd"] = settings.svd if start.svd == "any" else start.svd
     result: LoftqResult = start.load()(
         W=W,
-        quantizer=quantizer(settings, planned.bits),
+        quantizer=settings.quantizer(planned.bits),
         rank=rank,
         scaling=settings.scaling,
         seed=layer_seed(settings.seed, planned.layer.module),
@@ -256,19 +255,6 @@ def initialize(
         **given,
     )
     return result
-
-
-def quantizer(settings: Settings, bits: int) -> Any:
-    """The way of storing weights that the settings ask for."""
-    from loftq_cli.core.blockwise import BlockwiseFormat
-    from loftq_cli.core.quantizers import Blockwise, Int8
-
-    if bits == 8:
-        return Int8()
-    return Blockwise(
-        BlockwiseFormat(settings.quant_type, settings.block_size, settings.double_quant, bits),
-        search=settings.start.searches,
-    )
 
 
 def layer_seed(seed: int, module: str) -> int:

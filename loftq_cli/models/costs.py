@@ -5,7 +5,7 @@ tokens in a step; V the vocabulary; all results are bytes.
 
     trainable parameters   r · (in + out), summed over the adapted layers (PEFT's own count)
     weights                n · bits / 8, summed over all linear layers that the container holds
-    absmax                 4 · n / block size at 4 bits, 4 · out at 8 bits, none at 16
+    absmax                 the container's scales: 4 · n / block size at 4 bits, 4 · out at 8 bits
     unquantized            2 a parameter: embeddings, head, norms, biases, what cannot be quantized
     adapter                4 a trainable parameter: PEFT keeps adapters in float32
     gradients              4 a trainable parameter
@@ -14,7 +14,7 @@ tokens in a step; V the vocabulary; all results are bytes.
                            adapted ones): what the backward pass keeps, that is every product's
                            input and output in 16 bits, and for A and B their inputs in float32
     logits                 T · V · 10: 2 the logits, 4 their log-softmax, 4 its gradient
-    workspace              2 · n of the largest layer, dequantized while it is multiplied with
+    workspace              2 · n of the largest layer, if it is dequantized to be multiplied with
     context                600 MB: the CUDA context and the libraries' kernels, typically
 
 With gradient checkpointing the activations are 2 · T · hidden size for each block, and those of
@@ -30,7 +30,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Protocol
 
 from loftq_cli.models.layers import LinearLayer
 from loftq_cli.models.outline import Outline
@@ -39,12 +39,21 @@ ADAPTER_ITEM_BYTES = 4
 CONTEXT_BYTES = 600_000_000
 
 
+class Held(Protocol):
+    """How linear layers' weights are held: a container."""
+
+    @property
+    def quantizes(self) -> bool: ...
+    def code_bits(self, bits: int) -> int: ...
+    def scale_bytes(self, shape: tuple[int, int]) -> int: ...
+
+
 @dataclass(frozen=True)
 class Training:
-    """How the model is held and what goes through it in one step."""
+    """How the model is held, in codes of ``bits``, and what goes through it in one step."""
 
-    bits: Literal[4, 8, 16]
-    block_size: int
+    held: Held
+    bits: int
     batch_size: int
     sequence_length: int
 
@@ -98,7 +107,7 @@ def memory(
     layers = outline.layers
     elements = sum(layer.parameters for layer in layers)
     trainable = trainable_parameters(adapted, rank)
-    tokens = training.tokens
+    held, tokens = training.held, training.tokens
     kept = {layer.module: 2 * (layer.in_features + layer.out_features) for layer in layers}
     for layer in adapted:
         kept[layer.module] += 4 * layer.in_features + 4 * rank
@@ -107,8 +116,8 @@ def memory(
         blocks[_block(module)] += size
     largest = max((layer.parameters for layer in layers), default=0)
     return Memory(
-        weights=elements * training.bits // 8,
-        absmax=_absmax(layers, training),
+        weights=elements * held.code_bits(training.bits) // 8,
+        absmax=sum(held.scale_bytes((each.out_features, each.in_features)) for each in layers),
         unquantized=2 * (outline.parameters - elements),
         adapter=ADAPTER_ITEM_BYTES * trainable,
         gradients=4 * trainable,
@@ -117,17 +126,9 @@ def memory(
         activations_checkpointed=tokens
         * (2 * _hidden_size(layers) * len(blocks) + max(blocks.values(), default=0)),
         logits=10 * tokens * outline.vocabulary,
-        workspace=0 if training.bits == 16 else 2 * largest,
+        workspace=2 * largest * held.quantizes,
         context=CONTEXT_BYTES,
     )
-
-
-def _absmax(layers: Sequence[LinearLayer], training: Training) -> int:
-    if training.bits == 16:
-        return 0
-    if training.bits == 8:
-        return 4 * sum(layer.out_features for layer in layers)
-    return 4 * sum(-(-layer.parameters // training.block_size) for layer in layers)
 
 
 def _block(module: str) -> str:

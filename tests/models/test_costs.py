@@ -11,13 +11,28 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from loftq_cli.containers.bitsandbytes4 import plan_4bit, plan_8bit
+from loftq_cli.checkpoint.writer import PlannedTensor
+from loftq_cli.containers.base import Container
+from loftq_cli.containers.bitsandbytes4 import Bitsandbytes4
+from loftq_cli.containers.bitsandbytes8 import Bitsandbytes8
+from loftq_cli.containers.unquantized import Unquantized
+from loftq_cli.engines.plan import PlannedLayer
 from loftq_cli.models.costs import Training, memory, trainable_parameters
 from loftq_cli.models.known import known_model
 from loftq_cli.models.layers import Inventory, LeftTensor, LinearLayer
 from loftq_cli.models.lookup import find_model
 from loftq_cli.models.outline import Outline, make_outline
 from tests.battery import BATTERY
+
+NF4 = Bitsandbytes4("nf4", 64)
+
+
+def planned_tensors(outline: Outline, container: Container, bits: int) -> list[PlannedTensor]:
+    return [
+        tensor
+        for each in outline.layers
+        for tensor in container.planned(PlannedLayer(each, bits, rank=0).weight)
+    ]
 
 
 def layer(module: str, out_features: int, in_features: int) -> LinearLayer:
@@ -39,7 +54,7 @@ def two_blocks() -> Outline:
 def test_every_term_by_hand() -> None:
     outline = two_blocks()
     adapted = [each for each in outline.layers if each.module.endswith("up")]
-    needed = memory(outline, adapted, 8, Training(4, 64, batch_size=3, sequence_length=5))
+    needed = memory(outline, adapted, 8, Training(NF4, 4, batch_size=3, sequence_length=5))
     tokens = 15
     trainable = 2 * 8 * (256 + 128)
     assert needed.weights == 4 * 256 * 128 // 2
@@ -66,7 +81,7 @@ def test_every_term_by_hand() -> None:
 
 def test_16_bits_need_neither_absmax_nor_a_workspace() -> None:
     outline = two_blocks()
-    needed = memory(outline, outline.layers, 8, Training(16, 64, 1, 1))
+    needed = memory(outline, outline.layers, 8, Training(Unquantized("none"), 16, 1, 1))
     assert (needed.absmax, needed.workspace) == (0, 0)
     assert needed.weights + needed.unquantized == 2 * outline.parameters
 
@@ -75,34 +90,24 @@ def test_16_bits_need_neither_absmax_nor_a_workspace() -> None:
 def test_weights_at_4_bits_are_those_of_the_container(block_size: int) -> None:
     found = known_model("gpt2")
     assert found is not None
-    outline = found[1]
-    needed = memory(outline, [], 8, Training(4, block_size, 1, 1))
-    planned = [
-        tensor
-        for each in outline.layers
-        for tensor in plan_4bit(
-            each.tensor, (each.out_features, each.in_features), "BF16", "nf4", block_size, False
-        )
-        if tensor.name.endswith(("weight", "absmax"))
-    ]
-    assert needed.weights + needed.absmax == sum(tensor.nbytes for tensor in planned)
+    outline, container = found[1], Bitsandbytes4("nf4", block_size)
+    needed = memory(outline, [], 8, Training(container, 4, 1, 1))
+    planned = planned_tensors(outline, container, 4)
+    held = [each.nbytes for each in planned if each.name.endswith(("weight", "absmax"))]
+    assert needed.weights + needed.absmax == sum(held)
 
 
 def test_weights_at_8_bits_are_those_of_the_container() -> None:
-    outline = two_blocks()
-    needed = memory(outline, [], 8, Training(8, 64, 1, 1))
-    planned = [
-        tensor
-        for each in outline.layers
-        for tensor in plan_8bit(each.tensor, (each.out_features, each.in_features))
-        if not tensor.name.endswith("weight_format")
-    ]
-    assert needed.weights + needed.absmax == sum(tensor.nbytes for tensor in planned)
+    outline, container = two_blocks(), Bitsandbytes8("int8")
+    needed = memory(outline, [], 8, Training(container, 8, 1, 1))
+    planned = planned_tensors(outline, container, 8)
+    held = [each.nbytes for each in planned if not each.name.endswith("weight_format")]
+    assert needed.weights + needed.absmax == sum(held)
 
 
 def test_a_model_without_linear_layers() -> None:
     outline = Outline("Nothing", Inventory(()), (1, 10), 10, 0, None)
-    needed = memory(outline, [], 8, Training(4, 64, 1, 16))
+    needed = memory(outline, [], 8, Training(NF4, 4, 1, 16))
     assert needed.total == needed.context + 20
     assert trainable_parameters([], 8) == 0
 
@@ -131,7 +136,7 @@ def test_activations_are_near_what_autograd_keeps(name: str, tmp_path: Path) -> 
         ),
     )
     kept = saved_for_backward(adapted.train(), vocabulary)
-    needed = memory(outline, outline.layers, 8, Training(4, 64, 2, 48))
+    needed = memory(outline, outline.layers, 8, Training(NF4, 4, 2, 48))
     assert 0.5 < kept / needed.activations < 1.5
 
 

@@ -75,8 +75,8 @@ def _require_config(written: Written) -> None:
 
 
 def _transposed(written: Written) -> bool:
-    """Whether PEFT finds weights that are stored (in, out), as it does in 16 bits only."""
-    return written.claims.bits == 16 and any(
+    """Whether PEFT finds weights stored as (in, out), as it does where nothing is quantized."""
+    return not written.claims.container.quantizes and any(
         layer.name in written.plain_layers and written.plain_layers[layer.name].transposed
         for layer in written.claims.adapted
     )

@@ -14,14 +14,15 @@ from loftq_cli.checks.written.residuals import Residuals
 
 _GROUP = "directory"
 _QUANTIZED = (
-    "bitsandbytes opens every quantized layer and dequantizes it as the reference does, with no "
-    "more codes than its bits; the config names its format and every layer that is left out"
+    "opens every quantized layer and dequantizes it as the reference does, with no more codes than "
+    "its bits; the config names its format and every layer that is left out"
 )
 _UNQUANTIZED = "nothing is quantized, and every layer of the report is there with finite weights"
 
 
 def all_checks(written: Written, residuals: Residuals, memory_bytes: int | None) -> list[Check]:
     """Wrong files do not keep the others from running: they say what is wrong with them."""
+    form = written.claims.container
     return [
         Check(
             "files",
@@ -32,7 +33,7 @@ def all_checks(written: Written, residuals: Residuals, memory_bytes: int | None)
         Check(
             "container",
             _GROUP,
-            _UNQUANTIZED if written.claims.bits == 16 else _QUANTIZED,
+            f"{form.name} {_QUANTIZED}" if form.quantizes else _UNQUANTIZED,
             partial(container, written),
         ),
         Check(

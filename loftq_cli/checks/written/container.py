@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from loftq_cli.checkpoint.safetensors import shown
 from loftq_cli.checks.battery import Finding
 from loftq_cli.checks.written.directory import WRITE_AGAIN, ClaimedLayer, Written
-from loftq_cli.checks.written.stored import StoredWeight
+from loftq_cli.checks.written.stored import damage_told, stored_weight
 from loftq_cli.checks.written.unquantized import unquantized
 from loftq_cli.errors import CheckFailed
 from loftq_cli.models.source import CONFIG_FILE
@@ -23,7 +23,7 @@ _SMALLEST_NORMAL = 2.0**-126
 def container(written: Written) -> Finding:
     """Config, skip list, and every quantized layer of the report."""
     claims = written.claims
-    if claims.bits == 16:
+    if not claims.container.quantizes:
         return unquantized(written)
     skipped = _quantization_config(written)
     _require_same_layers(written)
@@ -34,8 +34,8 @@ def container(written: Written) -> Finding:
         values += _layer(written, layer)
         written.progress.advance(layer.name)
     return Finding(
-        f"{len(claims.layers)} layers in {_form(written)}: bitsandbytes and the reference "
-        f"dequantize {values:,} weights to the same bits",
+        f"{len(claims.layers)} layers in {_form(written)}: {claims.container.name} and the "
+        f"reference dequantize {values:,} weights to the same bits",
         {
             "layers": len(claims.layers),
             "values_compared": values,
@@ -45,54 +45,44 @@ def container(written: Written) -> Finding:
 
 
 def _form(written: Written) -> str:
-    claims = written.claims
-    if claims.bits == 8:
-        return "int8"
-    counts = Counter(layer.bits for layer in claims.layers)
-    fewer = [f"{counts[bits]} with the codes of {bits} bits" for bits in (3, 2) if counts[bits]]
-    return ", ".join([f"{claims.quant_type}, blocks of {claims.block_size}", *fewer])
+    container = written.claims.container
+    counts = Counter(layer.bits for layer in written.claims.layers)
+    fewer = [
+        f"{counts[bits]} with the codes of {bits} bits"
+        for bits in sorted(counts, reverse=True)
+        if bits < container.code_bits(bits)
+    ]
+    return ", ".join([container.description, *fewer])
 
 
 def _quantization_config(written: Written) -> list[str]:
     """The skip list, once everything else in `quantization_config` has been seen to be right."""
-    claims = written.claims
+    container = written.claims.container
     config = written.config.get("quantization_config")
     if not isinstance(config, dict):
         raise _wrong_config("it has no quantization_config")
-    expected: dict[str, Any] = {
-        "quant_method": "bitsandbytes",
-        "load_in_4bit": claims.bits == 4,
-        "load_in_8bit": claims.bits == 8,
-    }
-    if claims.bits == 4:
-        expected |= {
-            "bnb_4bit_quant_type": claims.quant_type,
-            "bnb_4bit_use_double_quant": claims.double_quant,
-            "bnb_4bit_quant_storage": "uint8",
-        }
-    else:
-        expected |= {"llm_int8_threshold": 0.0, "llm_int8_has_fp16_weight": False}
-    for key, value in expected.items():
-        if config.get(key) != value:
+    skipped = config.get(container.skip_list)
+    for key, value in container.quantization_config(skipped or [], dtype=None).items():
+        if key != container.skip_list and config.get(key) != value:
             raise _wrong_config(f"{key} is {config.get(key)!r:.80}, and by the report {value!r}")
-    skipped = config.get("llm_int8_skip_modules")
     if not isinstance(skipped, list) or not all(isinstance(name, str) for name in skipped):
         # Without a list transformers makes one up, which misses heads that have a bias.
-        raise _wrong_config("its llm_int8_skip_modules is no list of names")
+        raise _wrong_config(f"its {container.skip_list} is no list of names")
     return skipped
 
 
 def _require_skipped(written: Written, skipped: list[str]) -> None:
     """transformers must replace exactly the layers that have codes to load."""
     quantized = {layer.name for layer in written.claims.layers}
+    skip_list = written.claims.container.skip_list
     replaced = written.architecture.replaced_modules(skipped)
     for module in sorted(replaced ^ quantized):
         if module in replaced:
             raise _wrong_config(
-                f"llm_int8_skip_modules lacks {module}, which has no codes: transformers would "
+                f"{skip_list} lacks {module}, which has no codes: transformers would "
                 "load its weight as if they were"
             )
-        raise _wrong_config(f"llm_int8_skip_modules leaves out {module}, which is quantized")
+        raise _wrong_config(f"{skip_list} leaves out {module}, which is quantized")
 
 
 def _require_same_layers(written: Written) -> None:
@@ -111,28 +101,29 @@ def _require_same_layers(written: Written) -> None:
 
 def _layer(written: Written, layer: ClaimedLayer) -> int:
     """Compares one layer; gives the number of its weights."""
-    stored = StoredWeight(written, layer)
-    stored.require_levels()
-    stored.require_codes()
-    expected = stored.reference()
+    container = written.claims.container
+    stored = stored_weight(written, layer)
+    with damage_told(layer):
+        container.require_codes(stored)
+    expected = container.quantizer(layer.bits).dequantize(container.quantized(stored))
     if not bool(expected.isfinite().all()):
         raise CheckFailed(
             f"{layer.name} dequantizes to NaN or infinity",
             cause="a scale among its stored tensors is damaged",
             hint=WRITE_AGAIN,
         )
-    found = stored.runtime()
+    found = container.runtime(stored)
     if tuple(found.shape) != layer.shape or found.dtype != expected.dtype:
         raise CheckFailed(
-            f"{layer.name} is opened by bitsandbytes as {found.dtype} {list(found.shape)}",
+            f"{layer.name} is opened by {container.name} as {found.dtype} {list(found.shape)}",
             cause=f"it should be {expected.dtype} {list(layer.shape)}",
-            hint="pip install -U bitsandbytes",
+            hint=f"pip install -U {container.name}",
         )
     at = _first_difference(found, expected)
     if at is not None:
         row, column = divmod(at, layer.shape[1])
         raise CheckFailed(
-            f"{layer.name} is dequantized by bitsandbytes to other values than the reference's",
+            f"{layer.name} is dequantized by {container.name} to other values than the reference's",
             cause=f"in row {row}, column {column} it has {float(found[row, column]):.9g}, the "
             f"reference {float(expected[row, column]):.9g}",
             hint="`loftq check` tests the kernels of this box",

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from loftq_cli.checkpoint.index import Checkpoint, open_checkpoint
+from loftq_cli.containers import weights_in
+from loftq_cli.containers.base import Container
 from loftq_cli.errors import CheckFailed
 from loftq_cli.models.architecture import Architecture, read_architecture
 from loftq_cli.models.layers import LinearLayer
@@ -54,10 +56,7 @@ class Claims:
     """What the report says was written, from what, and how."""
 
     source: str  # the model's name, for messages
-    bits: int  # of the container: 4 for codes of 2, 3 and 4 bits; 16 is not quantized
-    quant_type: str
-    block_size: int | None
-    double_quant: bool
+    container: Container
     rank: int  # that was asked for; with lora_alpha it says the scaling of all layers
     lora_alpha: float
     use_rslora: bool
@@ -77,7 +76,7 @@ class Claims:
 
     @property
     def quantized(self) -> list[ClaimedLayer]:
-        return [] if self.bits == 16 else list(self.layers)
+        return list(self.layers) if self.container.quantizes else []
 
     @property
     def config_rank(self) -> int:
@@ -128,10 +127,9 @@ class Written:
 
     @cached_property
     def weights(self) -> dict[str, str]:
-        """The tensor with the codes of each module that is stored quantized."""
+        """The weight of each module that is stored quantized, whatever the report says."""
         names = [info.name for _, info in self.checkpoint.tensors.values()]
-        coded = {name.rpartition(".")[0] for name in names if name.endswith(".absmax")}
-        coded |= {f"{name.removesuffix('.SCB')}.weight" for name in names if name.endswith(".SCB")}
+        coded = weights_in(names)
         parameters = self.architecture.parameters_of(sorted(coded))
         return {parameters[tensor].removesuffix(".weight"): tensor for tensor in sorted(coded)}
 
@@ -146,8 +144,9 @@ class Written:
         try:
             return self.weights[layer.name]
         except KeyError:
+            bits = self.claims.container.code_bits(layer.bits)
             raise CheckFailed(
-                f"{layer.name} is not stored in {self.claims.bits} bits",
+                f"{layer.name} is not stored in {bits} bits",
                 cause="the report has the layer, and no weight file has codes and scales of it",
                 hint=WRITE_AGAIN,
             ) from None

@@ -10,6 +10,7 @@ from loftq_cli.checkpoint.adapter import ADAPTER_DIRECTORY, ADAPTER_NAME
 from loftq_cli.checkpoint.safetensors import read_header
 from loftq_cli.checks.battery import Finding, NothingToCheck
 from loftq_cli.checks.written.directory import WRITE_AGAIN, Written
+from loftq_cli.containers import layer_classes
 from loftq_cli.errors import CheckFailed
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ def forward(written: Written, memory_bytes: int | None) -> Finding:
     given = ", ".join(
         f"{name} {list(each.shape)}" for name, each in inputs.items() if name != "attention_mask"
     )
-    kind = {4: "Linear4bit", 8: "Linear8bitLt", 16: "layers as they were"}[written.claims.bits]
+    kind = written.claims.container.layer_class or "layers as they were"
     return Finding(
         f"{written.claims.auto_class} and PEFT load it: {len(written.claims.layers)} {kind}, "
         f"{len(written.claims.adapted)} with an adapter; {given} give {values:,} finite values",
@@ -95,10 +96,8 @@ def _load(written: Written) -> Any:
 
 
 def _quantized(model: Any) -> set[str]:
-    from bitsandbytes.nn import Linear4bit, Linear8bitLt
-
-    kinds = (Linear4bit, Linear8bitLt)
-    return {name for name, module in model.named_modules() if isinstance(module, kinds)}
+    kinds = layer_classes()
+    return {name for name, module in model.named_modules() if type(module).__name__ in kinds}
 
 
 def _require_layers(written: Written, how: str, found: set[str]) -> None:

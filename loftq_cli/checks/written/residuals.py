@@ -19,7 +19,7 @@ from loftq_cli.checkpoint.safetensors import Header, read_header
 from loftq_cli.checkpoint.tensors import load_tensor
 from loftq_cli.checks.battery import Finding, NothingToCheck
 from loftq_cli.checks.written.directory import WRITE_AGAIN, ClaimedLayer, Written
-from loftq_cli.checks.written.stored import StoredWeight
+from loftq_cli.checks.written.stored import stored_weight
 from loftq_cli.errors import CheckFailed
 from loftq_cli.models.layers import LinearLayer
 from loftq_cli.models.spec import ResolvedModel
@@ -125,12 +125,13 @@ class Residuals:
         device = self.written.device
         W = load_tensor(*checkpoint.tensors[original.tensor])
         copied = True
-        if self.written.claims.bits == 16:
+        container = self.written.claims.container
+        if not container.quantizes:
             Q = self._plain(layer)
             copied = Q.dtype == W.dtype and _same_bytes(W, Q)
             Q = (Q.T if original.transposed else Q).to(device)
         else:
-            Q = StoredWeight(self.written, layer).runtime()
+            Q = container.runtime(stored_weight(self.written, layer))
         W = (W.T if original.transposed else W).to(device)
         correction = None
         if layer.adapted:
@@ -167,7 +168,7 @@ class Residuals:
         wrong = [each for each in self.measured if not each.agrees]
         if not wrong:
             return
-        if self.written.claims.bits == 16 and not wrong[0].copied:
+        if not wrong[0].copied:
             raise CheckFailed(
                 f"{wrong[0].name} is not the source's weight",
                 cause="nothing is quantized here, and yet its bytes are others than those of "

@@ -6,6 +6,7 @@ from loftq_cli.checkpoint.safetensors import shown
 from loftq_cli.checkpoint.tensors import load_tensor
 from loftq_cli.checks.battery import Finding
 from loftq_cli.checks.written.directory import WRITE_AGAIN, ClaimedLayer, Written
+from loftq_cli.checks.written.stored import not_as_reported
 from loftq_cli.errors import CheckFailed
 from loftq_cli.models.source import CONFIG_FILE
 
@@ -41,17 +42,13 @@ def _layer(written: Written, layer: ClaimedLayer) -> int:
 
     found = written.plain_layers.get(layer.name)
     if found is None:
-        raise _damaged(layer, "no weight file has a weight of it")
+        raise not_as_reported(layer, "no weight file has a weight of it")
     shape = (found.out_features, found.in_features)
     if shape != layer.shape:
-        raise _damaged(layer, f"{shown(found.tensor)} is {list(shape)}, not {list(layer.shape)}")
+        raise not_as_reported(
+            layer, f"{shown(found.tensor)} is {list(shape)}, not {list(layer.shape)}"
+        )
     weight = load_tensor(*written.checkpoint.tensors[found.tensor])
     if not bool(torch.isfinite(weight).all()):
-        raise _damaged(layer, f"{shown(found.tensor)} has NaN or infinity")
+        raise not_as_reported(layer, f"{shown(found.tensor)} has NaN or infinity")
     return shape[0] * shape[1]
-
-
-def _damaged(layer: ClaimedLayer, cause: str) -> CheckFailed:
-    return CheckFailed(
-        f"{layer.name} is not stored as the report says", cause=cause, hint=WRITE_AGAIN
-    )

@@ -1,0 +1,206 @@
+"""What every container is asked: how weights lie in files, and who reads them there.
+
+An object is a container with the options of one run: it is chosen once, and asked for each layer
+with the layer's bits. Nothing here needs a weight to be read before, and torch is imported only by
+what works on tensors.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeAlias
+
+from loftq_cli.checkpoint.safetensors import Header, TensorInfo, shown
+from loftq_cli.checkpoint.tensors import load_tensor
+from loftq_cli.checkpoint.writer import PlannedTensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from loftq_cli.core.quantizers import Quantizer
+
+Tensors: TypeAlias = Mapping[str, tuple[Header, TensorInfo]]
+
+
+class Form(Protocol):
+    """The options of a number format, by the settings of a run or by its report."""
+
+    @property
+    def quant_type(self) -> str: ...
+    @property
+    def block_size(self) -> int | None: ...
+    @property
+    def double_quant(self) -> bool: ...
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A linear layer's weight before anyone reads it."""
+
+    name: str  # of its tensor in the source, `X.weight`
+    module: str  # its layer, as the model class calls it
+    shape: tuple[int, int]  # (out, in)
+    bits: int  # what a code of it tells
+    dtype: str  # of the source, as safetensors spells it
+    transposed: bool = False  # the source has it as (in, out)
+
+
+@dataclass(frozen=True)
+class StoredWeight:
+    """The tensors that a weight became, read from files, and what a description beside them says.
+
+    Their dtypes and shapes are those of the container, or nobody gets to see them: kernels trust
+    the shapes that they are told and read past the end of a buffer that is too small for them.
+    """
+
+    weight: Weight
+    parts: Mapping[str, Tensor]
+    description: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def codes(self) -> Tensor:
+        return self.parts[self.weight.name]
+
+
+class Damaged(ValueError):
+    """The tensors of a stored weight are not what they should be; the text says why."""
+
+
+@dataclass(frozen=True)
+class Container(ABC):
+    """One container. A module of this package has its class as ``CONTAINER``.
+
+    ``quant_type``, ``block_size`` and ``double_quant`` are what the report says of the format.
+    """
+
+    quant_type: str
+    block_size: int | None = None
+    double_quant: bool = False
+
+    # As `quantization_config` and the people who load it call it.
+    name: ClassVar[str]
+    # Bits that a code can tell.
+    all_widths: ClassVar[tuple[int, ...]]
+    number_types: ClassVar[tuple[str, ...]]
+    quantizes: ClassVar[bool] = True
+    # Whether scales are searched for where a start wants that.
+    searches: ClassVar[bool] = False
+    # Bytes a weight that its quantizer holds beside codes, where that works on whole matrices: the
+    # residual and, for the last one, what it is made of, five float32. None: it goes by pieces.
+    whole_bytes: ClassVar[int | None] = 20
+    # Why moments of a layer's inputs are of no use to it.
+    why_uncalibrated: ClassVar[str | None] = None
+    # What to tell everyone who chooses it.
+    warning: ClassVar[str | None] = None
+    # The class of the layers that the weights are loaded into, and the list in
+    # `quantization_config` of the modules that are none.
+    layer_class: ClassVar[str] = ""
+    skip_list: ClassVar[str] = ""
+
+    @classmethod
+    def of(cls, form: Form) -> Container:
+        """The container with what it takes of these options.
+
+        Raises:
+            InvalidSetting: they contradict it.
+        """
+        return cls(cls.number_types[0])
+
+    @classmethod
+    def weights_in(cls, names: Iterable[str]) -> set[str]:
+        """The weights (`X.weight`) that are quantized like this in a checkpoint of such tensors."""
+        return set()
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Bits that a code can tell in this format."""
+        return self.all_widths
+
+    def code_bits(self, bits: int) -> int:
+        """What a code of so many bits takes in the file."""
+        return bits
+
+    def scale_bytes(self, shape: tuple[int, int]) -> int:
+        """Bytes of the scales of a weight (out, in)."""
+        return 0
+
+    @property
+    def description(self) -> str:
+        """Of the format, for people."""
+        return self.quant_type
+
+    def require_fit(self, weights: Sequence[Weight]) -> None:  # noqa: B027 - most take any
+        """Refuses weights that cannot be stored with these options.
+
+        Raises:
+            InvalidSetting: such a weight.
+        """
+
+    @abstractmethod
+    def planned(self, weight: Weight) -> list[PlannedTensor]:
+        """Names, dtypes and shapes of what a weight becomes."""
+
+    # What follows is asked only where something is quantized.
+
+    def quantization_config(self, skipped: Sequence[str], dtype: str | None) -> dict[str, Any]:
+        """What transformers reads in config.json, with the modules that are not quantized.
+
+        ``dtype`` is that of most weights; without it, what depends on it is left out.
+        """
+        raise NotImplementedError
+
+    def quantizer(self, bits: int, *, search: bool = True) -> Quantizer:
+        """How weights become codes; with a ``search`` for scales where there is one."""
+        raise NotImplementedError
+
+    def tensors(self, name: str, quantized: Any) -> Iterator[tuple[str, memoryview]]:
+        """Names and bytes of what the weight ``name`` became."""
+        raise NotImplementedError
+
+    def read(self, tensors: Tensors, weight: Weight, device: str) -> StoredWeight:
+        """A weight out of a checkpoint's tensors.
+
+        Raises:
+            Damaged: a part is missing, or has another dtype or shape than it should.
+        """
+        return self._read(tensors, weight, device, self.planned(weight))
+
+    def _read(
+        self,
+        tensors: Tensors,
+        weight: Weight,
+        device: str,
+        planned: Sequence[PlannedTensor],
+        description: Mapping[str, Any] | None = None,
+    ) -> StoredWeight:
+        for each in planned:
+            if each.name not in tensors:
+                raise Damaged(f"there is no tensor {shown(each.name)}")
+            info = tensors[each.name][1]
+            if (info.dtype, info.shape) != (each.dtype, each.shape):
+                raise Damaged(
+                    f"{shown(each.name)} is {info.dtype} {list(info.shape)}, and a layer of shape "
+                    f"{list(weight.shape)} needs {each.dtype} {list(each.shape)}"
+                )
+        parts = {each.name: load_tensor(*tensors[each.name]).to(device) for each in planned}
+        return StoredWeight(weight, parts, description or {})
+
+    def require_codes(self, stored: StoredWeight) -> None:  # noqa: B027 - most use all codes
+        """Refuses codes that the weight's bits do not have, and other levels than the format's.
+
+        Raises:
+            Damaged: there are some.
+        """
+
+    def quantized(self, stored: StoredWeight) -> Any:
+        """A stored weight in the form that the quantizer gives and takes."""
+        raise NotImplementedError
+
+    def runtime(self, stored: StoredWeight) -> Tensor:
+        """Q (out × in) as the library dequantizes it that loads it, in the dtype of its products.
+
+        It must be what the quantizer makes of :meth:`quantized`, to the bit.
+        """
+        raise NotImplementedError
