@@ -14,7 +14,7 @@ from loftq_cli.commands.quantize_settings import settings_of
 from loftq_cli.engines.settings import Settings
 from loftq_cli.errors import UsageError
 from loftq_cli.formats import QuantType
-from loftq_cli.models.finetuning import LEARNING_RATE, Training
+from loftq_cli.models.finetuning import LEARNING_RATE, Schedule
 from loftq_cli.models.spec import DEMO_DIRECTORY
 from loftq_cli.models.texts import is_same, require_different
 from loftq_cli.starts import QLORA, Start
@@ -46,8 +46,8 @@ class Texts:
         names = ["built-in" if text in built_in else str(text) if text else None for text in each]
         return names[0] or "", names[1], names[2]
 
-    def schedule(self, seed: int) -> Training | None:
-        return None if self.steps is None else Training(self.steps, self.learning_rate, seed)
+    def schedule(self, seed: int) -> Schedule | None:
+        return None if self.steps is None else Schedule(self.steps, self.learning_rate, seed)
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,6 @@ from loftq_cli.commands.options import (
     size,
 )
 from loftq_cli.commands.run import Run, command
-from loftq_cli.commands.verify import certify, require_passed
 from loftq_cli.errors import UsageError
 
 
@@ -130,6 +129,8 @@ def quantize(
     if not verify:
         run.emit(made.document)
         return
+    from loftq_cli.checks.written.certify import certify, require_passed
+
     certificate = certify(
         run,
         output,

@@ -34,7 +34,7 @@ class TrainingDiverged(LoftqError):
 
 
 @dataclass(frozen=True)
-class Training:
+class Schedule:
     """How every start is trained."""
 
     steps: int
@@ -75,7 +75,7 @@ def finetune(
     model: Any,
     windows: Tensor,
     heldout: Tensor,
-    training: Training,
+    schedule: Schedule,
     tell: Callable[[int], None] = lambda step: None,
 ) -> Trained:
     """Trains the adapter of a PEFT model, which stays as the training left it.
@@ -95,8 +95,8 @@ def finetune(
     from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
     _make_trainable(model)
-    looks = {max(1, round(training.steps * each / _LOOKS)) for each in range(1, _LOOKS + 1)}
-    every = max(1, training.steps // _POINTS)
+    looks = {max(1, round(schedule.steps * each / _LOOKS)) for each in range(1, _LOOKS + 1)}
+    every = max(1, schedule.steps // _POINTS)
     losses: dict[int, float] = {}
     seen: dict[int, Evaluation] = {}
 
@@ -116,15 +116,15 @@ def finetune(
     with tempfile.TemporaryDirectory(prefix="loftq-training-") as output:
         arguments = TrainingArguments(
             output_dir=output,
-            max_steps=training.steps,
+            max_steps=schedule.steps,
             per_device_train_batch_size=BATCH,
-            learning_rate=training.learning_rate,
+            learning_rate=schedule.learning_rate,
             lr_scheduler_type="constant_with_warmup",
-            warmup_steps=training.warmup_steps,
+            warmup_steps=schedule.warmup_steps,
             optim="adamw_torch",
             weight_decay=0.0,
-            seed=training.seed,
-            data_seed=training.seed,
+            seed=schedule.seed,
+            data_seed=schedule.seed,
             logging_steps=every,
             logging_nan_inf_filter=False,
             save_strategy="no",
@@ -151,12 +151,12 @@ def finetune(
         Point(step, losses.get(step), seen[step].loss if step in seen else None)
         for step in sorted({*losses, *seen})
     )
-    after = seen[training.steps]
+    after = seen[schedule.steps]
     if not math.isfinite(after.loss):
         raise TrainingDiverged(
             "training diverged: the loss is no number any more",
-            cause=f"after {training.steps} steps at a learning rate of {training.learning_rate:g}",
-            hint=f"--learning-rate {training.learning_rate / 4:g}",
+            cause=f"after {schedule.steps} steps at a learning rate of {schedule.learning_rate:g}",
+            hint=f"--learning-rate {schedule.learning_rate / 4:g}",
         )
     return Trained(curve, before, after, seconds)
 

@@ -12,9 +12,9 @@ from transformers import BitsAndBytesConfig, GPT2Config, GPT2LMHeadModel
 
 from loftq_cli.models.adapters import attach_fresh
 from loftq_cli.models.evaluation import evaluate
-from loftq_cli.models.finetuning import BATCH, Training, TrainingDiverged, finetune
+from loftq_cli.models.finetuning import BATCH, Schedule, TrainingDiverged, finetune
 
-TRAINING = Training(steps=6, learning_rate=0.02, seed=5)
+TRAINING = Schedule(steps=6, learning_rate=0.02, seed=5)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -98,7 +98,7 @@ def test_every_start_sees_the_same_windows_in_the_same_order(source: Path) -> No
         model = adapted(source, bits=bits)
         seen = watched(model)
         torch.rand(bits)  # whatever happened before
-        finetune(model, windows(1), windows(2), Training(steps, 0.02, 5))
+        finetune(model, windows(1), windows(2), Schedule(steps, 0.02, 5))
         orders.append(torch.cat(seen))
     assert torch.equal(orders[0], orders[1])
     assert orders[0][:BATCH].shape == (BATCH, 8)
@@ -107,13 +107,13 @@ def test_every_start_sees_the_same_windows_in_the_same_order(source: Path) -> No
     assert torch.equal(orders[0][:20], orders[2][:20])
     other = adapted(source)
     seen = watched(other)
-    finetune(other, windows(1), windows(2), Training(3, 0.02, 6))
+    finetune(other, windows(1), windows(2), Schedule(3, 0.02, 6))
     assert not torch.equal(torch.cat(seen), orders[2])
 
 
 def test_a_learning_rate_that_is_far_too_large(source: Path) -> None:
     with pytest.raises(TrainingDiverged, match="diverged") as caught:
-        finetune(adapted(source), windows(1), windows(2), Training(3, 1e30, 0))
+        finetune(adapted(source), windows(1), windows(2), Schedule(3, 1e30, 0))
     assert caught.value.hint == "--learning-rate 2.5e+29"
 
 
@@ -126,7 +126,7 @@ def test_a_model_that_predicts_no_number(source: Path) -> None:
 
 def test_a_single_step_is_a_step(source: Path) -> None:
     """The Trainer's first step of a warmup has a rate of zero."""
-    trained = finetune(adapted(source), windows(1), windows(2), Training(1, 0.02, 0))
+    trained = finetune(adapted(source), windows(1), windows(2), Schedule(1, 0.02, 0))
     assert trained.after.loss != trained.before.loss
 
 
@@ -135,6 +135,6 @@ def test_nothing_is_printed_or_left_behind(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TMPDIR", str(tmp_path))
-    finetune(adapted(source), windows(1), windows(2), Training(2, 0.02, 0))
+    finetune(adapted(source), windows(1), windows(2), Schedule(2, 0.02, 0))
     assert capfd.readouterr() == ("", "")
     assert list(tmp_path.iterdir()) == []

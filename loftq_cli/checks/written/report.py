@@ -5,20 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from loftq_cli import schema, starts
+from loftq_cli.checks.battery import Outcome
 from loftq_cli.checks.written.directory import ClaimedFile, ClaimedLayer, Claims
+from loftq_cli.checks.written.residuals import LayerResidual, Residuals
 from loftq_cli.containers import container_of
+from loftq_cli.containers.base import Container
 from loftq_cli.engines.report_file import NOT_OURS, Report
 from loftq_cli.errors import CorruptCheckpoint, InvalidSetting
 from loftq_cli.models.source import REPORT_FILE
 from loftq_cli.report.quantize import auto_class
-
-if TYPE_CHECKING:
-    from loftq_cli.checks.battery import Outcome
-    from loftq_cli.checks.written.residuals import LayerResidual, Residuals
-    from loftq_cli.containers.base import Container
 
 
 def claims_of(report: Report) -> Claims:
