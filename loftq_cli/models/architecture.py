@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ class Architecture:
 
     def inventory(self, tensors: Iterable[TensorInfo]) -> Inventory:
         """Every tensor of the checkpoint, with the module that it becomes."""
-        return _Sorter(self.model).sort(tensors)
+        return self._sorter.sort(tensors)
 
     @property
     def module_names(self) -> list[str]:
@@ -64,7 +65,7 @@ class Architecture:
         Raises:
             CorruptCheckpoint: a parameter has no tensor, or one of another shape.
         """
-        return _Sorter(self.model).require_weights(list(tensors), self.class_name)
+        return self._sorter.require_weights(list(tensors), self.class_name)
 
     def trained_heads(self, tensors: Iterable[TensorInfo]) -> dict[str, str]:
         """Tensors that PEFT expects in the adapter too, each with its parameter's name.
@@ -74,7 +75,7 @@ class Architecture:
         """
         if self.task_type not in ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"):
             return {}
-        sorter = _Sorter(self.model)
+        sorter = self._sorter
         named = {info.name: sorter.parameter(info.name)[0] for info in tensors}
         return {
             tensor: parameter
@@ -84,8 +85,7 @@ class Architecture:
 
     def parameters_of(self, tensors: Iterable[str]) -> dict[str, str]:
         """The parameter that each of these tensors of a checkpoint becomes."""
-        sorter = _Sorter(self.model)
-        return {tensor: sorter.parameter(tensor)[0] for tensor in tensors}
+        return {tensor: self._sorter.parameter(tensor)[0] for tensor in tensors}
 
     def replaced_modules(self, skipped: Sequence[str]) -> set[str]:
         """Paths of the linear modules that transformers quantizes, given a skip list."""
@@ -100,6 +100,10 @@ class Architecture:
         """
         stored = {layer.module for layer in quantized}
         return sorted(set(_linear_modules(self.model)) - stored)
+
+    @cached_property
+    def _sorter(self) -> _Sorter:
+        return _Sorter(self.model)
 
 
 def read_architecture(
