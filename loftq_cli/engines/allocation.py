@@ -31,8 +31,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from loftq_cli.checkpoint.index import Checkpoint
-from loftq_cli.checkpoint.tensors import load_tensor
-from loftq_cli.engines.placement import to_device, with_fallback
+from loftq_cli.engines.placement import read_weight, with_fallback
 from loftq_cli.engines.plan import Plan, PlannedLayer, block_number
 from loftq_cli.engines.settings import Settings
 from loftq_cli.engines.tasks import layer_seed
@@ -121,8 +120,6 @@ def _error_shares(
     seen = None if moments is None else moments(layer.module)
 
     def work(W: torch.Tensor) -> list[ErrorShares]:
-        if layer.transposed:
-            W = W.T.contiguous()
         inputs = None
         if seen is not None:
             check_moments(seen, layer.in_features)
@@ -137,7 +134,7 @@ def _error_shares(
         return found
 
     try:
-        W = to_device(load_tensor(*checkpoint.tensors[layer.tensor]), device)
+        W = read_weight(checkpoint, layer, device)
         return with_fallback(work, W, device, lambda: None)  # the run itself tells of it
     except LoftqError as error:
         raise error.within(layer.tensor) from error

@@ -8,31 +8,39 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar
 
+from loftq_cli.checkpoint.index import Checkpoint
+from loftq_cli.checkpoint.tensors import load_tensor
+from loftq_cli.models.layers import LinearLayer
+
 if TYPE_CHECKING:
     import torch
 
 Result = TypeVar("Result")
 
 
-def to_device(W: torch.Tensor, device: str) -> torch.Tensor:
-    """``W`` on the device; where there is no room for it, ``W`` as it is.
+def read_weight(checkpoint: Checkpoint, layer: LinearLayer, device: str) -> torch.Tensor:
+    """A layer's weight (out × in) on the device; where there is no room for it, on the CPU.
 
-    Meant for the thread that reads ahead: the copy has a stream of its own, so it does not queue
-    behind the products of the layer that is being computed.
+    Fit for a thread that reads ahead: on a GPU the work has a stream of its own, so it does not
+    queue behind the products of the layer that is being computed.
     """
     import torch
 
+    def turned(W: torch.Tensor) -> torch.Tensor:
+        return W.T.contiguous() if layer.transposed else W
+
+    W = load_tensor(*checkpoint.tensors[layer.tensor])
     if device == "cpu":
-        return W
+        return turned(W)
     try:
         stream = torch.cuda.Stream(device)
         with torch.cuda.stream(stream):
-            moved = W.pin_memory().to(device, non_blocking=True)
+            moved = turned(W.pin_memory().to(device, non_blocking=True))
         stream.synchronize()
         # Freed memory must not be given away while kernels of the computing stream still read it.
         moved.record_stream(torch.cuda.default_stream(torch.device(device)))
     except torch.OutOfMemoryError:
-        return W
+        return turned(W)
     return moved
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from loftq_cli.checkpoint.index import Checkpoint
-from loftq_cli.checkpoint.tensors import load_tensor
+from loftq_cli.engines.placement import read_weight, with_fallback
 from loftq_cli.engines.plan import PlannedLayer
 from loftq_cli.engines.settings import Settings
 from loftq_cli.engines.tasks import Moments
@@ -16,7 +16,9 @@ from loftq_cli.errors import LoftqError
 from loftq_cli.record import Progress
 
 if TYPE_CHECKING:
-    from loftq_cli.core.rank_errors import Curve
+    import torch
+
+    from loftq_cli.core.rank_errors import Curve, RankErrors
 
 
 @dataclass(frozen=True)
@@ -49,26 +51,40 @@ def measure(
 
     ``moments`` gives those of a module's inputs; it is asked in the order of ``layers``.
     """
-    from loftq_cli.core.rank_errors import rank_errors
-
     weights, outputs = _Sum(len(ranks)), _Sum(len(ranks))
     for planned in layers:
-        layer = planned.layer
-        progress.start(layer.module)
-        W = load_tensor(*checkpoint.tensors[layer.tensor]).to(device)
-        if layer.transposed:
-            W = W.T.contiguous()
-        G = None if moments is None else moments(layer.module).to(device)
-        method = settings.quantizer(planned.bits)
-        try:
-            errors = rank_errors(W, method, ranks if planned.adapted else [], G)
-        except LoftqError as error:
-            raise error.within(layer.tensor) from error
+        progress.start(planned.layer.module)
+        errors = _errors(planned, checkpoint, settings, ranks, device, moments)
         weights.add(errors.weights)
         if errors.outputs is not None:
             outputs.add(errors.outputs)
-        progress.advance(layer.module)
+        progress.advance(planned.layer.module)
     return ErrorCurves(weights.curve(), None if moments is None else outputs.curve())
+
+
+def _errors(
+    planned: PlannedLayer,
+    checkpoint: Checkpoint,
+    settings: Settings,
+    ranks: Sequence[int],
+    device: str,
+    moments: Moments | None,
+) -> RankErrors:
+    """Those of one layer."""
+    from loftq_cli.core.rank_errors import rank_errors
+
+    layer, wanted = planned.layer, ranks if planned.adapted else []
+    seen = None if moments is None else moments(layer.module)
+
+    def work(W: torch.Tensor) -> RankErrors:
+        there = None if seen is None else seen.to(W.device)
+        found: RankErrors = rank_errors(W, settings.quantizer(planned.bits), wanted, there)
+        return found
+
+    try:
+        return with_fallback(work, read_weight(checkpoint, layer, device), device, lambda: None)
+    except LoftqError as error:
+        raise error.within(layer.tensor) from error
 
 
 @dataclass

@@ -20,11 +20,11 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from loftq_cli.checkpoint import adapter
 from loftq_cli.checkpoint.index import Checkpoint
 from loftq_cli.checkpoint.safetensors import read_pieces
-from loftq_cli.checkpoint.tensors import load_tensor, tensor_memory
+from loftq_cli.checkpoint.tensors import tensor_memory
 from loftq_cli.checkpoint.writer import WrittenFile, disk_errors, write_safetensors
 from loftq_cli.engines.estimates import Level
 from loftq_cli.engines.pipeline import Chunk, Timings, read_ahead, write_behind
-from loftq_cli.engines.placement import to_device, with_fallback
+from loftq_cli.engines.placement import read_weight, with_fallback
 from loftq_cli.engines.plan import Plan, PlannedLayer, Task
 from loftq_cli.engines.settings import Settings
 from loftq_cli.errors import LoftqError
@@ -163,16 +163,13 @@ class _RunningTask:
         """A layer's weight. Tensors to copy are read when it is their turn, piece by piece."""
         if isinstance(entry, LeftTensor) or not self.settings.container.quantizes:
             return None
-        return to_device(load_tensor(*self.checkpoint.tensors[entry.layer.tensor]), self.device)
+        return read_weight(self.checkpoint, entry.layer, self.device)
 
     def _quantized(self, planned: PlannedLayer, W: torch.Tensor) -> Iterator[Chunk]:
         from loftq_cli.core.residual import sum_of_squares
 
         began = time.perf_counter()
         layer = planned.layer
-        if layer.transposed:
-            W = W.T.contiguous()
-
         moments = None if self.moments is None else self.moments(layer.module)
 
         def work(W: torch.Tensor) -> LoftqResult:

@@ -23,7 +23,7 @@ from loftq_cli.core.budgets import spread_bits, spread_ranks
 from loftq_cli.core.input_moments import DAMPING, DampedMoments
 from loftq_cli.core.quantizers import Blockwise
 from loftq_cli.core.rank_errors import error_shares
-from loftq_cli.engines import allocation
+from loftq_cli.engines import allocation, placement
 from loftq_cli.engines.allocation import MOST_RANKS, allocate
 from loftq_cli.engines.output import _pattern
 from loftq_cli.engines.plan import Plan, PlannedLayer, make_plan
@@ -270,13 +270,13 @@ def test_every_weight_is_read_once_and_told_of(
     source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read: Counter[str] = Counter()
-    original = allocation.load_tensor
+    original = placement.load_tensor
 
     def counted(header: Any, info: Any) -> torch.Tensor:
         read[info.name] += 1
         return original(header, info)
 
-    monkeypatch.setattr(allocation, "load_tensor", counted)
+    monkeypatch.setattr(placement, "load_tensor", counted)
     watched = Watched()
     plan = allocated(source, watched, rank=4, rank_budget=True, target_bits=2.5)
     assert read == Counter(layer.layer.tensor for layer in plan.layers)
@@ -325,7 +325,7 @@ def test_the_tenth_block_comes_after_the_second() -> None:
     ]
     found = [SimpleNamespace(quantized_only=loss, captured=()) for loss in (0.15, 0.03, 0.008)]
     ordered = allocation._as_they_run(layers)
-    bits = allocation._with_bits(ordered, {x.layer.module: found for x in layers}, 2.5)
+    bits = allocation._with_bits(ordered, {x.layer.module: found for x in layers}, (2, 3, 4), 2.5)
     assert [(x.layer.module, x.bits) for x in bits] == [
         (f"h.{block}.up", 3 if block < 3 else 2) for block in (0, 1, 2, 3, 10, 11)
     ]

@@ -20,6 +20,7 @@ from loftq_cli.checkpoint.tensors import load_tensor
 from loftq_cli.checks.battery import Finding, NothingToCheck
 from loftq_cli.checks.written.directory import WRITE_AGAIN, ClaimedLayer, Written
 from loftq_cli.checks.written.stored import stored_weight
+from loftq_cli.engines.placement import read_weight
 from loftq_cli.errors import CheckFailed
 from loftq_cli.models.layers import LinearLayer
 from loftq_cli.models.spec import ResolvedModel
@@ -123,30 +124,24 @@ class Residuals:
         self, layer: ClaimedLayer, original: LinearLayer, checkpoint: Checkpoint, adapter: Header
     ) -> LayerResidual:
         device = self.written.device
-        W = load_tensor(*checkpoint.tensors[original.tensor])
+        W = read_weight(checkpoint, original, device)
         copied = True
         container = self.written.claims.container
-        if not container.quantizes:
-            Q = self._plain(layer)
-            copied = Q.dtype == W.dtype and _same_bytes(W, Q)
-            Q = (Q.T if original.transposed else Q).to(device)
-        else:
+        if container.quantizes:
             Q = container.runtime(stored_weight(self.written, layer))
-        W = (W.T if original.transposed else W).to(device)
+        else:
+            found = self.written.plain_layers[layer.name]
+            Q = read_weight(self.written.checkpoint, found, device)
+            copied = Q.dtype == W.dtype and _same_bytes(W, Q)
         correction = None
         if layer.adapted:
             A, B = (
-                load_tensor(adapter, adapter.tensors[name]).to(device).double()
+                load_tensor(adapter, adapter.tensors[name]).to(W.device).double()
                 for name in lora_names(layer.name)
             )
             correction = (B * self.written.claims.scaling, A)
         error, norm = _residual(W, Q, correction)
         return LayerResidual(layer.name, layer.shape, error, norm, layer.error, copied)
-
-    def _plain(self, layer: ClaimedLayer) -> Tensor:
-        """A weight that is stored as it was, in the checkpoint's orientation."""
-        tensor = self.written.plain_layers[layer.name].tensor
-        return load_tensor(*self.written.checkpoint.tensors[tensor])
 
     def _require_some_agreement(self, same_files: bool | None) -> None:
         """A fine-tuned twin has the same names and shapes, and agrees nowhere."""
@@ -250,10 +245,10 @@ def _residual(
         rows = slice(start, start + _ROWS)
         part = W[rows].double()
         norm += float(part.square().sum())
-        part -= Q[rows]
+        part -= Q[rows].to(part.device)
         if correction is not None:
             B, A = correction
-            part.addmm_(B[rows], A, alpha=-1)
+            part.addmm_(B[rows].to(part.device), A.to(part.device), alpha=-1)
         left += float(part.square().sum())
     return math.sqrt(left) / (math.sqrt(norm) or 1.0), math.sqrt(norm)
 
@@ -277,8 +272,7 @@ def loaded_residual(model: Any, checkpoint: Checkpoint, layer: LinearLayer) -> t
         raise CheckFailed(f"{layer.module} was loaded as {kind}, not as a quantized layer")
     with torch.no_grad():
         Q = bnb.dequantize_4bit(base.weight.data, base.weight.quant_state)
-        W = load_tensor(*checkpoint.tensors[layer.tensor])
-        W = (W.T if layer.transposed else W).to(Q.device)
+        W = read_weight(checkpoint, layer, str(Q.device))
         (adapter,) = module.active_adapters
         A, B = module.lora_A[adapter].weight.double(), module.lora_B[adapter].weight.double()
         whole, _ = _residual(W, Q, (B * module.scaling[adapter], A))
@@ -289,10 +283,7 @@ def loaded_residual(model: Any, checkpoint: Checkpoint, layer: LinearLayer) -> t
 def _same_bytes(one: Tensor, other: Tensor) -> bool:
     import torch
 
-    def raw(tensor: Tensor) -> Tensor:
-        return tensor.contiguous().view(torch.uint8)
-
-    return bool(torch.equal(raw(one), raw(other)))
+    return bool(torch.equal(one.cpu().view(torch.uint8), other.cpu().view(torch.uint8)))
 
 
 def _told(measured: LayerResidual) -> str:
