@@ -288,7 +288,7 @@ def _method(
     assert totals.stored_bits is not None
     return schema.ComparedMethod(
         init=settings.init,
-        bits=round(totals.stored_bits) if settings.bits == 16 else settings.bits,
+        bits=settings.bits if settings.container.quantizes else round(totals.stored_bits),
         stored_bits=totals.stored_bits,
         rank=settings.rank,
         weight_error_relative=totals.weight_error_relative,

@@ -13,7 +13,9 @@ from loftq_cli.report import units
 from loftq_cli.report.formats import (
     all_layers,
     bits_a_weight,
+    code_bits,
     error_changes,
+    is_quantized,
     largest_stored_rank,
     number_type,
     rank_range,
@@ -55,7 +57,7 @@ def card(document: Document[QuantizeResults]) -> str:
     results = document.results
     here = PurePath(results.output).name
     auto = auto_class(results)
-    quantized = results.settings.bits != 16
+    quantized = is_quantized(results)
     corrects = starts.of_report(results.settings.init).corrects
     parts = [
         f"# {here}",
@@ -90,9 +92,10 @@ def card(document: Document[QuantizeResults]) -> str:
         "## Serve",
         _serving(results),
     ]
-    if results.settings.bits == 8:
+    if results.settings.quant_type == "int8":
         parts.insert(3, _INT8)
-    if any((layer.bits or 4) < 4 for layer in all_layers(results)):
+    in_file = code_bits(results.settings.quant_type)
+    if any((layer.bits or in_file) < in_file for layer in all_layers(results)):
         parts.insert(3, _FEWER_BITS)
     return "\n\n".join(parts) + "\n"
 
@@ -111,7 +114,7 @@ def _introduction(document: Document[QuantizeResults]) -> str:
 
 def _form(results: QuantizeResults) -> str:
     settings = results.settings
-    if settings.bits == 16:
+    if not is_quantized(results):
         return ", its weights as they were"
     form = "one scale a row"
     if settings.block_size is not None:
@@ -165,7 +168,7 @@ def _about_errors(results: QuantizeResults, known: Sequence[str]) -> str:
 
 
 def _merging(results: QuantizeResults, here: str, auto: str) -> str:
-    if results.settings.bits == 16:
+    if not is_quantized(results):
         return _python(f"""
             base = {auto}.from_pretrained({quoted(here)})
             merged = PeftModel.from_pretrained(base, "trained-adapter").merge_and_unload()
@@ -218,7 +221,7 @@ def _evaluation(results: QuantizeResults, auto: str) -> str:
 def _serving(results: QuantizeResults) -> str:
     rank = largest_stored_rank(results)
     lines = ["- transformers with PEFT, and TRL: as above."]
-    if results.settings.bits == 16:
+    if not is_quantized(results):
         vllm = "vLLM reads this directory as a model and the adapter as a LoRA module"
         more = ""
         converter = "llama.cpp converts the model and, on its own, the adapter."

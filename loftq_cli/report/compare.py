@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from loftq_cli.report import units
+from loftq_cli.report.formats import code_bits
 from loftq_cli.report.parts import model_name
 from loftq_cli.report.tables import Column, Facts, Section, Table, View
 from loftq_cli.schema import ComparedMethod, CompareResults, Document
@@ -71,7 +72,7 @@ def _distances(results: CompareResults) -> Table:
         Column("perplexity", "perplexity", show=_perplexity),
     ]
     title = "Distance from the original (error: of the weights; removed: of QLoRA's)"
-    return _table(title, columns, results.methods)
+    return _table(results, title, columns, results.methods)
 
 
 def _costs(results: CompareResults) -> Table:
@@ -81,7 +82,7 @@ def _costs(results: CompareResults) -> Table:
         Column("adapter_bytes", "adapter", show=units.size),
         Column("seconds", "to make", show=units.seconds),
     ]
-    return _table("Cost", columns, results.methods[1:])
+    return _table(results, "Cost", columns, results.methods[1:])
 
 
 def _trained(results: CompareResults) -> Table:
@@ -92,7 +93,7 @@ def _trained(results: CompareResults) -> Table:
         Column("train_seconds", "training", show=units.seconds),
     ]
     trained = [method for method in results.methods if method.heldout_loss_after is not None]
-    return _table("Held-out loss, in nats a token", columns, trained)
+    return _table(results, "Held-out loss, in nats a token", columns, trained)
 
 
 def _perplexity(value: float) -> str:
@@ -103,16 +104,18 @@ def _loss(value: float) -> str:
     return f"{value:.4f}"
 
 
-def _table(title: str, columns: list[Column], methods: list[ComparedMethod]) -> Table:
-    rows = [
-        [_bits(each) if column.key == "bits" else getattr(each, column.key) for column in columns]
-        for each in methods
-    ]
+def _table(
+    results: CompareResults, title: str, columns: list[Column], methods: list[ComparedMethod]
+) -> Table:
+    in_file = code_bits(results.settings.quant_type)
+
+    def shown(method: ComparedMethod, key: str) -> object:
+        if key == "bits" and method.bits < in_file:
+            return f"{method.bits} in {in_file}"
+        return getattr(method, key)
+
+    rows = [[shown(each, column.key) for column in columns] for each in methods]
     return Table(title, columns, rows)
-
-
-def _bits(method: ComparedMethod) -> str:
-    return f"{method.bits} in 4" if method.bits < 4 else str(method.bits)
 
 
 _NAME = [Column("init", "start", "name"), Column("bits", "bits"), Column("rank", "rank")]

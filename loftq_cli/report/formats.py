@@ -8,14 +8,23 @@ from loftq_cli.schema import AdaptedLayer, PlainLayer, QuantizeResults
 _CONTAINER = "the container has no smaller codes"
 
 
+def is_quantized(results: QuantizeResults) -> bool:
+    """Whether weights became codes."""
+    return results.settings.quant_type != "none"
+
+
+def code_bits(quant_type: str) -> int:
+    """What a code takes in the file, by the name of its type: 4 for `nf4`, 0 for no number."""
+    return int(quant_type[len(quant_type.rstrip("0123456789")) :] or 0)
+
+
 def number_type(results: QuantizeResults) -> str:
     """`NF4`, `NF4/NF2, 2.5 bits on average`, `int8`, or `16 bits (LoRA)`."""
     settings = results.settings
-    if settings.bits == 8:
-        return "int8"
-    if settings.bits == 16:
+    if not is_quantized(results):
         return f"{units.plain(results.totals.stored_bits or 16)} bits (LoRA)"
-    name = settings.quant_type.upper().removesuffix("4")
+    name = settings.quant_type.rstrip("0123456789")
+    name = name if name == "int" else name.upper()
     if results.dry_run and settings.target_bits is not None:
         return f"{name}4/{name}3/{name}2, {units.plain(settings.target_bits)} bits on average"
     counts: dict[int, int] = {}
@@ -33,7 +42,7 @@ def number_type(results: QuantizeResults) -> str:
 def bits_a_weight(results: QuantizeResults) -> str | None:
     """Information against storage, scales included; None where nothing is quantized."""
     stored, information = results.totals.stored_bits, results.totals.information_bits
-    if stored is None or information is None or results.settings.bits == 16:
+    if stored is None or information is None or not is_quantized(results):
         return None
     if information == stored:
         return f"{units.plain(stored)} bits a weight, scales included"
@@ -92,7 +101,7 @@ def error_changes(results: QuantizeResults) -> list[tuple[str, float, float]]:
             totals.output_error_relative,
         ),
     ]
-    if results.settings.bits == 16:
+    if not is_quantized(results):
         return []
     return [
         (what, before, after)

@@ -7,7 +7,13 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import TypeVar
 
 from loftq_cli.report import units
-from loftq_cli.report.formats import adapter_of, bits_a_weight, error_changes, number_type
+from loftq_cli.report.formats import (
+    adapter_of,
+    bits_a_weight,
+    error_changes,
+    is_quantized,
+    number_type,
+)
 from loftq_cli.report.tables import Code, Column, Facts, Section, Table, View
 from loftq_cli.schema import Document, QuantizeResults, UntouchedTensor
 
@@ -150,7 +156,7 @@ def _without_adapter(results: QuantizeResults) -> Table:
         [kind, len(group), shape, sum(layer.share_of_bytes for layer in group), reason]
         for (kind, shape, reason), group in groups.items()
     ]
-    how = "Left as it was" if results.settings.bits == 16 else "Quantized"
+    how = "Quantized" if is_quantized(results) else "Left as it was"
     return Table(f"{how} without an adapter", columns, rows)
 
 
@@ -215,7 +221,7 @@ def _records(results: QuantizeResults) -> Table:
         for treatment, items in (
             ("adapted", results.layers),
             (
-                "untouched" if results.settings.bits == 16 else "quantized",
+                "quantized" if is_quantized(results) else "untouched",
                 results.without_adapter,
             ),
             ("untouched", results.untouched),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from loftq_cli.report import units
+from loftq_cli.report.formats import code_bits
 from loftq_cli.report.parts import model_name
 from loftq_cli.report.tables import Column, Facts, Section, Table, View
 from loftq_cli.schema import CalibratedOn, Document, RankCost, SweepRanksResults
@@ -45,11 +46,12 @@ def _facts(results: SweepRanksResults) -> list[tuple[str, str]]:
     modules = units.plural(results.modules, "module")
     quantized = units.percent(results.quantized_parameters / max(results.base_parameters, 1))
     held = "16 bits, none quantized"
-    if settings.bits == 8:
-        held = f"int8 for {quantized} of them, 16 bits for the rest"
-    if settings.bits <= 4:
-        form = f"{settings.quant_type} in blocks of {settings.block_size}"
-        if settings.bits < 4:  # memory is that of 4 bits, and the figures below say so
+    if results.quantized_parameters:
+        form = f"int{settings.bits}"
+        if settings.quant_type is not None:
+            form = f"{settings.quant_type} in blocks of {settings.block_size}"
+        # Memory is that of 4 bits, and the figures below say so.
+        if settings.bits < code_bits(settings.quant_type or ""):
             form = (
                 f"codes of {settings.bits} bits in the 4-bit container, which has no smaller ones "
                 f"(blocks of {settings.block_size}),"
