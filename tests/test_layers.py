@@ -1,7 +1,7 @@
 """Imports run one way.
 
 cli → commands → engines, checks → containers, models, checkpoint, core, report, record →
-schema, starts, formats, errors
+schema, asked, starts, formats, errors
 """
 
 from __future__ import annotations
@@ -25,14 +25,15 @@ MAY_IMPORT = {
     "cli": "commands console errors",
     "commands": (
         "record engines checks containers models checkpoint core report hardware console "
-        "schema starts formats errors"
+        "schema asked starts formats errors"
     ),
     "checks": (
         "record engines containers models checkpoint core report hardware "
-        "schema starts formats errors"
+        "schema asked starts formats errors"
     ),
     "engines": (
-        "record containers models checkpoint core report hardware schema starts formats errors"
+        "record containers models checkpoint core report hardware "
+        "schema asked starts formats errors"
     ),
     "containers": "checkpoint core starts formats errors",
     "models": "checkpoint core starts formats errors",
@@ -41,8 +42,9 @@ MAY_IMPORT = {
     "record": "hardware schema errors",
     "hardware": "errors",
     "console": "record report.escape errors",
-    "report": "schema starts formats errors",
+    "report": "schema asked starts formats errors",
     "schema": "starts formats errors",
+    "asked": "formats errors",
     "starts": "formats errors",
     "formats": "errors",
     "errors": "",

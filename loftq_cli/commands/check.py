@@ -8,7 +8,6 @@ from contextlib import ExitStack
 from functools import partial
 from typing import TYPE_CHECKING
 
-from loftq_cli.commands.options import Device, Dtype, Model, TrustRemoteCode
 from loftq_cli.commands.run import Run, command
 from loftq_cli.errors import CheckFailed
 
@@ -22,10 +21,10 @@ if TYPE_CHECKING:
 @command("check")
 def check(
     run: Run,
-    model: Model = "demo",
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    trust_remote_code: TrustRemoteCode = False,
+    model: str = "demo",
+    device: str = "auto",
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
 ) -> None:
     """
     \b

@@ -9,11 +9,9 @@ from itertools import product
 from pathlib import Path
 
 from loftq_cli import starts
-from loftq_cli.commands import options
-from loftq_cli.commands.quantize_settings import settings_of
-from loftq_cli.engines.settings import Settings
+from loftq_cli.asked import CompareOptions, QuantizeOptions, items, ranks
+from loftq_cli.engines.settings import Settings, settings_of
 from loftq_cli.errors import UsageError
-from loftq_cli.formats import QuantType
 from loftq_cli.models.finetuning import LEARNING_RATE, Schedule
 from loftq_cli.models.spec import DEMO_DIRECTORY
 from loftq_cli.models.texts import is_same, require_different
@@ -50,33 +48,13 @@ class Texts:
         return None if self.steps is None else Schedule(self.steps, self.learning_rate, seed)
 
 
-@dataclass(frozen=True)
-class Asked:
-    """What the command line says of all methods."""
-
-    quant_type: QuantType
-    block_size: int
-    double_quant: bool
-    iterations: str
-    lora_alpha: float | None
-    rslora: bool
-    target_modules: str
-    seed: int
-
-
-def texts_of(
-    model: str,
-    evaluation: Path | None,
-    calibration: Path | None,
-    training: Path | None,
-    steps: int | None,
-    learning_rate: float | None,
-) -> Texts:
+def texts_of(asked: CompareOptions) -> Texts:
     """The text of every role.
 
     Raises:
         UsageError: two roles have one text, or training lacks its text or its steps.
     """
+    steps, training, rate = asked.train_steps, asked.train_text, asked.learning_rate
     if steps is not None and training is None:
         raise UsageError(
             "--train-steps has nothing to train on",
@@ -84,39 +62,39 @@ def texts_of(
         )
     if steps is None and training is not None:
         raise UsageError("--train-text has no effect without steps", hint="add --train-steps 100")
-    if learning_rate is not None:
+    if rate is not None:
         if steps is None:
             raise UsageError("--learning-rate has no effect here", hint="add --train-steps 100")
-        if not (math.isfinite(learning_rate) and learning_rate > 0):
+        if not (math.isfinite(rate) and rate > 0):
             raise UsageError(
-                f"--learning-rate {learning_rate:g} is not above 0",
+                f"--learning-rate {rate:g} is not above 0",
                 hint=f"--learning-rate {LEARNING_RATE:g}",
             )
-    evaluation = evaluation or HELDOUT
-    if calibration is None and model == "demo":
+    evaluation, calibration = asked.text or HELDOUT, asked.calibration_text
+    if calibration is None and asked.model == "demo":
         taken = (evaluation, training)
         if not any(text is not None and is_same(text, DEMO_CALIBRATION) for text in taken):
             calibration = DEMO_CALIBRATION
     require_different(
         {"--text": evaluation, "--calibration-text": calibration, "--train-text": training}
     )
-    return Texts(evaluation, calibration, training, steps, learning_rate or LEARNING_RATE)
+    return Texts(evaluation, calibration, training, steps, rate or LEARNING_RATE)
 
 
-def methods(init: str | None, bits: str, ranks: str, asked: Asked, texts: Texts) -> list[Settings]:
+def methods(asked: CompareOptions, texts: Texts) -> list[Settings]:
     """The settings of every method: plain LoRA, then for each bits and rank QLoRA and the rest.
 
     Raises:
         UsageError: there is no such start, or it lacks a text.
     """
-    wanted = _bits(bits)
-    if init is None:
+    wanted = _bits(asked.bits)
+    if asked.init is None:
         tried = starts.compared(
             with_text=texts.calibration is not None, trained=texts.steps is not None
         )
     else:
-        tried = _named(init, texts)
-    every_rank = options.ranks(ranks)
+        tried = _named(asked.init, texts)
+    every_rank = ranks(asked.ranks)
     _require_meaning(wanted, tried, asked, texts)
     plain = [each for each in tried if not each.quantizes]
     quantizing = [QLORA, *(each for each in tried if each.quantizes and each is not QLORA)]
@@ -126,12 +104,12 @@ def methods(init: str | None, bits: str, ranks: str, asked: Asked, texts: Texts)
         _settings(each, number, rank, asked, texts)
         for number, rank, each in product(wanted, every_rank, quantizing)
         # By default a start is left out where there is none; asked for, it is refused.
-        if init is not None or number != "8" or not each.needs_moments
+        if asked.init is not None or number != "8" or not each.needs_moments
     ]
 
 
 def _require_meaning(
-    bits: Sequence[str], tried: Sequence[Start], asked: Asked, texts: Texts
+    bits: Sequence[str], tried: Sequence[Start], asked: CompareOptions, texts: Texts
 ) -> None:
     """Refuses options that would have no effect on any of the methods."""
     form = (asked.quant_type, asked.block_size, asked.double_quant)
@@ -147,7 +125,7 @@ def _require_meaning(
 
 
 def _bits(text: str) -> list[str]:
-    found = list(dict.fromkeys(options.split_list(text, "--bits")))
+    found = list(dict.fromkeys(items(text, "--bits")))
     for each in found:
         if each not in BITS:
             raise UsageError(f"--bits takes 2, 3, 4 and 8, not {each!r:.80}", hint="--bits 4,2")
@@ -155,7 +133,7 @@ def _bits(text: str) -> list[str]:
 
 
 def _named(text: str, texts: Texts) -> list[Start]:
-    names = dict.fromkeys(options.split_list(text, "--init"))
+    names = dict.fromkeys(items(text, "--init"))
     found = [starts.find(name) for name in names]
     for each in found:
         if each.needs_moments and texts.calibration is None:
@@ -172,20 +150,16 @@ def _named(text: str, texts: Texts) -> list[Start]:
     return found
 
 
-def _settings(start: Start, bits: str | None, rank: int, asked: Asked, texts: Texts) -> Settings:
+def _settings(
+    start: Start, bits: str | None, rank: int, asked: CompareOptions, texts: Texts
+) -> Settings:
     """By the rules of `quantize`; what means nothing to a start is not said to it."""
-    in_blocks = bits not in (None, "8")
-    return settings_of(
-        bits=bits,
-        init=start.name,
-        quant_type=asked.quant_type if in_blocks else "nf4",
-        block_size=asked.block_size if in_blocks else 64,
-        double_quant=asked.double_quant and in_blocks,
-        calibration_text=texts.calibration if start.needs_moments else None,
-        rank=rank,
-        iterations=asked.iterations if start.iterates else "auto",
-        lora_alpha=asked.lora_alpha,
-        rslora=asked.rslora,
-        target_modules=asked.target_modules,
-        seed=asked.seed,
-    )
+    said = dict(vars(asked))
+    for name in (
+        *(("quant_type", "block_size", "double_quant") if bits in (None, "8") else ()),
+        *(() if start.iterates else ("iterations",)),
+    ):
+        del said[name]
+    text = texts.calibration if start.needs_moments else None
+    changed = {"bits": bits, "init": start.name, "calibration_text": text, "rank": rank}
+    return settings_of(QuantizeOptions.like(said.items(), **changed))

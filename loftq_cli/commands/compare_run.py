@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loftq_cli import schema
-from loftq_cli.commands.compare_plan import Asked, Texts
+from loftq_cli.asked import CompareOptions, items
+from loftq_cli.commands.compare_plan import Texts
 from loftq_cli.commands.run import Run
 from loftq_cli.errors import InvalidSetting, LoftqError
 from loftq_cli.record import Listener, Progress, Record
@@ -32,12 +33,8 @@ class Bench:
     def __init__(
         self,
         run: Run,
-        spec: str,
-        device: str,
-        dtype: str,
+        asked: CompareOptions,
         texts: Texts,
-        asked: Asked,
-        trust_remote_code: bool,
     ) -> None:
         """Loads the original.
 
@@ -53,16 +50,16 @@ class Bench:
         from loftq_cli.models.texts import read_text
 
         self.run, self.texts, self.asked = run, texts, asked
-        self.trust_remote_code = trust_remote_code
+        self.trust_remote_code = trust_remote_code = asked.trust_remote_code
         with run.timing("resolve", "finding the model"):
-            found = resolve_model(spec, with_code=trust_remote_code)
+            found = resolve_model(asked.model, with_code=trust_remote_code)
         self.directory = found.directory
         self.identity = schema.ModelIdentity(
             id=found.id, revision=found.revision, source=found.source
         )
         config = read_config(found.directory)
         refuse_quantized(found.directory, config)
-        self.device, self.dtype = _choose(run, config, device, dtype)
+        self.device, self.dtype = _choose(run, config, asked.device, asked.dtype)
         with run.timing("read", "reading the model"):
             self.architecture = read_architecture(
                 found.directory, config, trust_remote_code=trust_remote_code
@@ -222,7 +219,6 @@ class Bench:
             self.original.model.to(self.device)
 
     def _settings(self, planned: Sequence[Settings]) -> schema.CompareSettings:
-        from loftq_cli.commands.options import split_list
         from loftq_cli.models.finetuning import BATCH
 
         texts, asked = self.texts, self.asked
@@ -241,7 +237,7 @@ class Bench:
             iterations=asked.iterations,
             lora_alpha=asked.lora_alpha,
             rslora=asked.rslora,
-            target_modules=split_list(asked.target_modules, "--target-modules"),
+            target_modules=items(asked.target_modules, "--target-modules"),
             seed=asked.seed,
             train_steps=texts.steps,
             batch_windows=None if schedule is None else BATCH,

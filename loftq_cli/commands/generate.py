@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from loftq_cli.commands.options import Device, Dtype, MaxNewTokens, Model, Prompt, TrustRemoteCode
 from loftq_cli.commands.prompts import read_prompts
 from loftq_cli.commands.run import Run, command
 from loftq_cli.errors import UsageError
@@ -22,15 +21,15 @@ if TYPE_CHECKING:
 @command("generate")
 def generate(
     run: Run,
-    model: Model = "demo",
-    prompt: Prompt = None,
+    model: str = "demo",
+    prompt: list[str] | None = None,
     prompts_file: Annotated[
         Path | None,
         typer.Option(
             "--prompts-file", metavar="FILE", help="A file of prompts, one a line; - is stdin."
         ),
     ] = None,
-    max_new_tokens: MaxNewTokens = 40,
+    max_new_tokens: int = 40,
     temperature: Annotated[
         float | None,
         typer.Option(
@@ -70,9 +69,9 @@ def generate(
             help="Put this adapter on the model.",
         ),
     ] = None,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    trust_remote_code: TrustRemoteCode = False,
+    device: str = "auto",
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
 ) -> None:
     """
     \b

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from loftq_cli.commands.options import Device, Dtype, Model, TrustRemoteCode
 from loftq_cli.commands.run import Run, command
 from loftq_cli.errors import CheckFailed
 
@@ -24,9 +23,9 @@ _STEPS = ("resolve", "build", "read")
 @command("load")
 def load(
     run: Run,
-    model: Model = "demo",
-    device: Device = "auto",
-    dtype: Dtype = "auto",
+    model: str = "demo",
+    device: str = "auto",
+    dtype: str = "auto",
     expect: Annotated[
         Literal["cpu", "cuda"] | None,
         typer.Option(
@@ -40,7 +39,7 @@ def load(
             help="Build the architecture from its config alone; no weights are needed.",
         ),
     ] = False,
-    trust_remote_code: TrustRemoteCode = False,
+    trust_remote_code: bool = False,
 ) -> None:
     """
     \b

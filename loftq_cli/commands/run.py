@@ -1,13 +1,13 @@
 """The frame that every command body runs in.
 
     @command("load")
-    def load(run: Run, model: Model = "demo", device: Device = "auto") -> None:
+    def load(run: Run, model: str = "demo", device: str = "auto") -> None:
         ...
         run.finish(LoadResults(...), model=ModelIdentity(id=model, source="demo"))
 
-`command` adds the options that all commands share (--format, --json, --save, --quiet, --debug),
-takes stdout aside before the body runs, and hands the body a `Run`. Errors are simply raised:
-`loftq_cli.cli.main` turns them into messages and exit codes.
+`command` makes options of the parameters, adds those that all commands share (--format, --json,
+--save, --quiet, --debug), takes stdout aside before the body runs, and hands the body a `Run`.
+Errors are simply raised: `loftq_cli.cli.main` turns them into messages and exit codes.
 """
 
 from __future__ import annotations
@@ -19,9 +19,18 @@ import os
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import fields, is_dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Concatenate, NamedTuple, ParamSpec
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    Concatenate,
+    NamedTuple,
+    ParamSpec,
+    get_origin,
+)
 
 import typer
 
@@ -162,23 +171,28 @@ def quiet_libraries() -> None:
     warnings.simplefilter("ignore", append=True)
 
 
-_SHARED = (
-    ("format", options.Format, "auto"),
-    ("json", options.Json, False),
-    ("save", options.Save, None),
-    ("quiet", options.Quiet, False),
-    ("debug", options.Debug, False),
-)
+_SHARED = {"format": "auto", "json": False, "save": None, "quiet": False, "debug": False}
 
 
 def command(
-    name: str,
+    name: str, **own: Any
 ) -> Callable[[Callable[Concatenate[Run, Body], None]], Callable[..., None]]:
-    """Makes a body into the function that Typer calls: shared options in, a `Run` handed on."""
+    """Makes a body into the function that Typer calls: options in, a `Run` handed on.
+
+    A parameter is the option of its name in the table, unless ``own`` has another of that name or
+    its annotation says all itself. One whose annotation is a class of options (`asked.py`) stands
+    for all of them.
+    """
 
     def wrap(body: Callable[Concatenate[Run, Body], None]) -> Callable[..., None]:
+        table = {**options.OPTIONS, **own}
+        _, *taken = inspect.signature(body, eval_str=True).parameters.values()
+        groups: dict[str, Any] = {
+            each.name: each.annotation for each in taken if is_dataclass(each.annotation)
+        }
+
         def framed(context: typer.Context, **arguments: Any) -> None:
-            shared = {key: arguments.pop(key) for key, _, _ in _SHARED}
+            shared = {key: arguments.pop(key) for key in _SHARED}
             invocation: Invocation = context.obj
             console = invocation.console
             console.quiet = shared["quiet"]
@@ -197,19 +211,25 @@ def command(
                 format="json" if shared["json"] else shared["format"],
                 save=shared["save"],
             )
+            for key, group in groups.items():
+                names = [field.name for field in fields(group)]
+                arguments[key] = group(**{each: arguments.pop(each) for each in names})
             body(run, **arguments)  # type: ignore[call-arg]
 
-        _, *own = inspect.signature(body, eval_str=True).parameters.values()
-        parameters = [
-            inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context),
-            *(each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in own),
-            *(
-                inspect.Parameter(
-                    key, inspect.Parameter.KEYWORD_ONLY, annotation=annotation, default=default
-                )
-                for key, annotation, default in _SHARED
-            ),
-        ]
+        def parameter(key: str, annotation: Any, default: Any) -> inspect.Parameter:
+            kind = inspect.Parameter.KEYWORD_ONLY
+            return inspect.Parameter(key, kind, annotation=annotation, default=default)
+
+        parameters = [parameter("context", typer.Context, inspect.Parameter.empty)]
+        for each in taken:
+            if each.name in groups:
+                found = fields(groups[each.name])
+                parameters += [parameter(f.name, table[f.name], f.default) for f in found]
+            else:
+                told = get_origin(each.annotation) is Annotated
+                kind = each.annotation if told else table[each.name]
+                parameters.append(parameter(each.name, kind, each.default))
+        parameters += [parameter(key, table[key], default) for key, default in _SHARED.items()]
         framed.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         framed.__annotations__ = {each.name: each.annotation for each in parameters}
         framed.__name__ = body.__name__

@@ -2,24 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
-from loftq_cli.commands import options
-from loftq_cli.commands.options import (
-    BatchSize,
-    BlockSize,
-    CalibrationText,
-    Device,
-    HeldBits,
-    MeasureError,
-    Model,
-    QuantType,
-    Ranks,
-    SequenceLength,
-    TargetModules,
-    Vram,
-)
+from loftq_cli.asked import SweepOptions, items, ranks, size
+from loftq_cli.commands.options import option
 from loftq_cli.commands.run import Run, command
 from loftq_cli.errors import DoesNotFit, UsageError
 
@@ -32,22 +18,16 @@ if TYPE_CHECKING:
 SEQUENCE_LENGTH = 1024
 
 
-@command("sweep-ranks")
-def sweep_ranks(
-    run: Run,
-    model: Model = "demo",
-    ranks: Ranks = "4,8,16,32,64",
-    target_modules: TargetModules = "all-linear",
-    bits: HeldBits = 4,
-    quant_type: QuantType = "nf4",
-    block_size: BlockSize = 64,
-    batch_size: BatchSize = 1,
-    sequence_length: SequenceLength = None,
-    vram: Vram = None,
-    error: MeasureError = False,
-    calibration_text: CalibrationText = None,
-    device: Device = "auto",
-) -> None:
+@command(
+    "sweep-ranks",
+    bits=option(
+        Literal[2, 3, 4, 8, 16],
+        "--bits",
+        metavar="2|3|4|8|16",
+        help="Bits of a weight while fine-tuning; 2 and 3 take the memory of 4, 16 is plain LoRA.",
+    ),
+)
+def sweep_ranks(run: Run, asked: SweepOptions) -> None:
     """
     \b
     loftq sweep-ranks --model gpt2
@@ -68,29 +48,29 @@ def sweep_ranks(
     from loftq_cli.report.rank_verdict import verdict
     from loftq_cli.schema import ModelIdentity, SweepRanksResults, SweepSettings
 
-    wanted = options.ranks(ranks)
-    vram_bytes = None if vram is None else options.size(vram, "--vram")
-    _require_meaning(bits, quant_type, block_size, error, device, calibration_text)
+    wanted = ranks(asked.ranks)
+    vram_bytes = None if asked.vram is None else size(asked.vram, "--vram")
+    _require_meaning(asked)
     with run.timing("resolve"):
-        found = fetch_model(model) if error else find_model(model, run.note)
+        found = fetch_model(asked.model) if asked.error else find_model(asked.model, run.note)
     run.resolved("model", found.source, found.reason)
     settings = Settings(
-        bits=bits,
-        quant_type=quant_type,
-        block_size=block_size,
+        bits=asked.bits,
+        quant_type=asked.quant_type,
+        block_size=asked.block_size,
         rank=1,
-        target_modules=tuple(options.split_list(target_modules, "--target-modules")),
+        target_modules=tuple(items(asked.target_modules, "--target-modules")),
     )
     container = settings.container
     planned = make_plan(found.outline.inventory, settings).layers
     _warn_of_large_ranks(run, planned, wanted)
     measured, calibration = None, None
-    if error:
+    if asked.error:
         measured, calibration = measure_errors(
-            run, found, planned, settings, wanted, device, calibration_text
+            run, found, planned, settings, wanted, asked.device, asked.calibration_text
         )
-    tokens = _sequence_length(run, sequence_length, found.outline.context)
-    training = Training(container, bits, batch_size, tokens)
+    tokens = _sequence_length(run, asked.sequence_length, found.outline.context)
+    training = Training(container, asked.bits, asked.batch_size, tokens)
     costs = [
         _rank_cost(found, planned, rank, training, vram_bytes, errors_at(measured, place))
         for place, rank in enumerate(wanted)
@@ -106,10 +86,10 @@ def sweep_ranks(
         modules=sum(each.adapted for each in planned),
         settings=SweepSettings(
             target_modules=list(settings.target_modules),
-            bits=bits,
+            bits=asked.bits,
             quant_type=None if container.block_size is None else container.quant_type,
             block_size=container.block_size,
-            batch_size=batch_size,
+            batch_size=asked.batch_size,
             sequence_length=tokens,
             vram_bytes=vram_bytes,
             calibration=calibration,
@@ -123,35 +103,29 @@ def sweep_ranks(
     run.finish(results, model=identity)
     if outcome.recommended_rank is None:
         raise DoesNotFit(
-            f"no rank fits in {vram}",
+            f"no rank fits in {asked.vram}",
             cause=outcome.sentence,
             hint="a shorter --sequence-length, a smaller --batch-size, fewer --target-modules"
-            + (", or --bits 4" if bits > 4 else ", or a smaller model"),
+            + (", or --bits 4" if asked.bits > 4 else ", or a smaller model"),
         )
 
 
-def _require_meaning(
-    bits: int,
-    quant_type: str,
-    block_size: int,
-    error: bool,
-    device: str,
-    calibration_text: Path | None,
-) -> None:
+def _require_meaning(asked: SweepOptions) -> None:
     """Refuses what there is not, and options that would have no effect."""
-    if error and bits == 16:
+    bits = asked.bits
+    if asked.error and bits == 16:
         raise UsageError(
             "at 16 bits there is no quantization error to measure", hint="--bits 4 or --bits 8"
         )
-    if not error and device != "auto":
+    if not asked.error and asked.device != "auto":
         raise UsageError("--device has no effect without --error", hint="add --error")
-    if not error and calibration_text is not None:
+    if not asked.error and asked.calibration_text is not None:
         raise UsageError("--calibration-text has no effect without --error", hint="add --error")
-    if bits > 4 and (quant_type, block_size) != ("nf4", 64):
+    if bits > 4 and (asked.quant_type, asked.block_size) != ("nf4", 64):
         raise UsageError(f"{bits} bits have no --quant-type and no --block-size")
-    if bits < 4 and quant_type != "nf4":
-        raise UsageError(f"{quant_type} has 4 bits only", hint="--quant-type nf4")
-    if bits == 8 and calibration_text is not None:
+    if bits < 4 and asked.quant_type != "nf4":
+        raise UsageError(f"{asked.quant_type} has 4 bits only", hint="--quant-type nf4")
+    if bits == 8 and asked.calibration_text is not None:
         raise UsageError(
             "--calibration-text is for 4 bits and fewer",
             cause="8-bit layers round the activations too, which no start corrects",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from loftq_cli.commands.options import Model, Rank
 from loftq_cli.commands.run import Run, command
 
 if TYPE_CHECKING:
@@ -14,7 +13,7 @@ if TYPE_CHECKING:
 
 
 @command("targets")
-def targets(run: Run, model: Model = "demo", rank: Rank = 16) -> None:
+def targets(run: Run, model: str = "demo", rank: int = 16) -> None:
     """
     \b
     loftq targets --model gpt2

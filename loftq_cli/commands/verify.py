@@ -7,7 +7,6 @@ from typing import Annotated
 
 import typer
 
-from loftq_cli.commands.options import Device, TrustRemoteCode
 from loftq_cli.commands.run import Run, command
 
 
@@ -36,8 +35,8 @@ def verify(
             show_default="all",
         ),
     ] = None,
-    device: Device = "auto",
-    trust_remote_code: TrustRemoteCode = False,
+    device: str = "auto",
+    trust_remote_code: bool = False,
 ) -> None:
     """
     \b

@@ -1,16 +1,19 @@
-"""What decides the bytes of a run's result."""
+"""What decides the bytes of a run's result, from the options that ask for it."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from loftq_cli import asked as options
+from loftq_cli.asked import QuantizeOptions
 from loftq_cli.containers import container_of
 from loftq_cli.containers.base import Container
 from loftq_cli.errors import UsageError
 from loftq_cli.formats import ALL_LINEAR, BLOCK_SIZES, SCALINGS, QuantType, SvdMethod
-from loftq_cli.starts import STARTS, Start
+from loftq_cli.starts import STARTS, Start, find
 
 if TYPE_CHECKING:
     from loftq_cli.core.quantizers import Quantizer
@@ -103,3 +106,98 @@ class Settings:
 
     def as_dict(self) -> dict[str, Any]:
         return {**asdict(self), "target_modules": list(self.target_modules)}
+
+
+def settings_of(asked: QuantizeOptions) -> Settings:
+    """The settings that these options ask for.
+
+    Raises:
+        UsageError: two options contradict each other, or one would have no effect.
+    """
+    start = find(asked.init)
+    if asked.bits is not None and not start.quantizes:
+        raise UsageError(f"--init {start.name} does not quantize: no --bits")
+    if asked.bits is not None and asked.target_bits is not None:
+        raise UsageError("--target-bits chooses the bits: no --bits beside it")
+    base, leading = options.bits(asked.bits or 4)
+    wanted = options.iterations(asked.iterations)
+    _require_format(asked, start, base, leading)
+    _require_effect(asked, start, wanted)
+    return Settings(
+        bits=base if start.quantizes else 16,
+        leading=leading,
+        target_bits=asked.target_bits,
+        quant_type=asked.quant_type,
+        block_size=asked.block_size,
+        double_quant=asked.double_quant,
+        init=start.name,
+        rank=asked.rank,
+        rank_budget=asked.rank_budget,
+        uniform_rank=asked.uniform_rank,
+        iterations=start.default_iterations if wanted is None else wanted,
+        lora_alpha=float(asked.rank if asked.lora_alpha is None else asked.lora_alpha),
+        use_rslora=asked.rslora,
+        svd=asked.svd,
+        target_modules=tuple(options.items(asked.target_modules, "--target-modules")),
+        calibration=_calibration(start, asked.calibration_text),
+        seed=asked.seed,
+    )
+
+
+def _require_format(
+    asked: QuantizeOptions, start: Start, bits: int, leading: tuple[int, int] | None
+) -> None:
+    """Refuses number formats that there are not."""
+    average = asked.target_bits
+    if average is not None and not 2 <= average <= 4:
+        raise UsageError("--target-bits takes a number from 2 to 4", hint="--target-bits 2.5")
+    fewer = bits < 4 or average is not None or (leading is not None and leading[1] < 4)
+    if fewer and asked.quant_type != "nf4":
+        raise UsageError(f"{asked.quant_type} has 4 bits only", hint="--quant-type nf4")
+    form = (asked.quant_type, asked.block_size, asked.double_quant)
+    if bits == 8 and form != ("nf4", 64, False):
+        raise UsageError("8 bits have no --quant-type, --block-size or --double-quant")
+    if bits == 8 and start.needs_moments:
+        raise UsageError(
+            f"--init {start.name} is for 4 bits and fewer",
+            cause="8-bit layers round the activations too, which no start corrects",
+            hint="--bits 4",
+        )
+    if not start.quantizes and (average, *form) != (None, "nf4", 64, False):
+        raise UsageError(f"--init {start.name} does not quantize: no bits and no number format")
+
+
+def _require_effect(asked: QuantizeOptions, start: Start, iterations: int | None) -> None:
+    """Refuses options that would have no effect on this start."""
+    svd_has_no_effect = asked.svd != "auto" and start.svd != "any"
+    if not start.iterates and (iterations is not None or svd_has_no_effect):
+        raise UsageError(
+            f"--init {start.name} is one decomposition: no --iterations and no --svd"
+            if start.corrects
+            else f"--init {start.name} corrects nothing: --iterations and --svd have no effect"
+        )
+    if svd_has_no_effect:
+        raise UsageError(f"--init {start.name} has an SVD of its own: no --svd")
+    if asked.rank_budget and not start.corrects:
+        raise UsageError(f"--init {start.name} corrects nothing: no rank pays more than another")
+    if asked.uniform_rank and not asked.rank_budget:
+        raise UsageError("all ranks are the same without --rank-budget: no --uniform-rank")
+
+
+def _calibration(start: Start, text: Path | None) -> CalibrationText | None:
+    if not start.needs_moments:
+        if text is not None:
+            raise UsageError(
+                f"--calibration-text has no effect with --init {start.name}",
+                hint="--init calibrated",
+            )
+        return None
+    if text is None:
+        raise UsageError(
+            f"--init {start.name} has to see what the layers are given",
+            hint="add --calibration-text FILE: text like that the model was made for",
+        )
+    from loftq_cli.models.calibration import MOST_TOKENS
+    from loftq_cli.models.texts import digest, read_text
+
+    return CalibrationText(digest(read_text(text)), MOST_TOKENS)

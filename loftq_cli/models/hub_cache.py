@@ -28,7 +28,7 @@ def cached_snapshot(repository: str, revision: str | None) -> Path | None:
     wanted = revision or "main"
     if ".." in Path(wanted).parts or Path(wanted).is_absolute():
         return None
-    folder = _cache() / f"models--{repository.replace('/', '--')}"
+    folder = cache_directory() / f"models--{repository.replace('/', '--')}"
     try:
         commit = (folder / "refs" / wanted).read_text("ascii").strip()
     except (OSError, UnicodeDecodeError):
@@ -37,7 +37,8 @@ def cached_snapshot(repository: str, revision: str | None) -> Path | None:
     return snapshot if _is_complete(snapshot) else None
 
 
-def _cache() -> Path:
+def cache_directory() -> Path:
+    """Where the hub's cache is, by the environment variables of huggingface_hub."""
     home = os.environ.get("HF_HOME")
     if home is None:
         root = os.environ.get("XDG_CACHE_HOME") or "~/.cache"

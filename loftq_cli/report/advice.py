@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from loftq_cli import starts
-from loftq_cli.formats import ALL_LINEAR
+from loftq_cli.asked import QuantizeOptions, SweepOptions
 from loftq_cli.report import units
 from loftq_cli.report.formats import error_changes
 from loftq_cli.report.remarks import figures, remark
@@ -15,6 +15,7 @@ from loftq_cli.schema import (
     BitsVerdict,
     CheckResults,
     CompareResults,
+    CompareSettings,
     Document,
     LoadResults,
     QuantizeResults,
@@ -22,6 +23,7 @@ from loftq_cli.schema import (
     SweepRanksResults,
     TargetsResults,
 )
+from loftq_cli.starts import LORA
 
 # Speed-ups and savings below these are not worth a change.
 _WORTH_A_DTYPE = 1.5
@@ -31,6 +33,8 @@ _WORTH_BYTES = 0.03
 _LITTLE = 0.2
 # The last iteration took this much of the error away: another may do the same.
 _STILL_FALLING = 0.01
+# What the reader has to name.
+_OUT, _FILE = Path("OUT"), Path("FILE")
 
 
 def recommendations(documents: Sequence[Document[Any]]) -> list[Remark]:
@@ -119,30 +123,32 @@ def _load(document: Document[LoadResults]) -> Iterator[str]:
         return
     size, room = results.parameter_bytes, environment.memory_bytes
     gpu = environment.accelerators[0].memory_bytes if environment.accelerators else None
-    model = "MODEL" if document.model is None else document.model.id
+    line = QuantizeOptions(model=_model(document), output=_OUT)
     limit, place = (gpu, "the GPU's") if gpu is not None else (room, "this box's")
     if limit and size > limit / 4:
         yield (
             f"quantize before fine-tuning: the weights alone are {units.percent(size / limit)} of "
-            f"{place} {units.size(limit)} (loftq quantize --model {model} --output OUT)"
+            f"{place} {units.size(limit)} ({line.command_line('model')})"
         )
 
 
 def _quantize(document: Document[QuantizeResults]) -> Iterator[str]:
     results, totals, settings = document.results, document.results.totals, document.results.settings
-    model = "MODEL" if document.model is None else document.model.id
     changes = error_changes(results)
     if changes and starts.of_report(settings.init).corrects and settings.bits < 8:
         what, before, after = changes[-1]  # the error of outputs, where that is known
         removed = units.removed(before, after)
         if before and removed < _LITTLE:
             only = f"takes away only {units.percent(removed)}" if removed > 0 else "takes nothing"
-            line = f"loftq sweep-ranks --model {model} --error"
-            if what == "output error":
-                line += " --calibration-text FILE"
+            line = SweepOptions.like(
+                settings,
+                model=_model(document),
+                error=True,
+                calibration_text=_FILE if what == "output error" else None,
+            )
             yield (
                 f"see what a higher rank would buy: rank {settings.rank} {only} of the {what} "
-                f"({line})"
+                f"({line.command_line('model', 'error', 'calibration_text')})"
             )
     yield from _iterations(results)
     # One float32 scale a block, or one byte and a float32 for every 256 blocks.
@@ -185,16 +191,17 @@ def _iterations(results: QuantizeResults) -> Iterator[str]:
 
 def _sweep_ranks(document: Document[SweepRanksResults]) -> Iterator[str]:
     results = document.results
-    rank = results.verdict.recommended_rank
-    model = "MODEL" if document.model is None else document.model.id
+    settings, rank = results.settings, results.verdict.recommended_rank
     if rank is not None:
-        settings = results.settings
-        options = f"--rank {rank}"
-        if settings.bits in (2, 3, 8):
-            options = f"--bits {settings.bits} {options}"
+        changed: dict[str, Any] = {"bits": None if settings.bits in (4, 16) else settings.bits}
+        if settings.bits == 16:
+            changed["init"] = LORA.name
         if settings.calibration is not None:
-            options += " --init calibrated --calibration-text FILE"
-        yield f"loftq quantize --model {model} {options} --output OUT"
+            changed |= {"init": "calibrated", "calibration_text": _FILE}
+        line = QuantizeOptions.like(
+            settings, model=_model(document), rank=rank, output=_OUT, **changed
+        )
+        yield line.command_line("model", "bits", "rank")
         return
     smallest = results.ranks[0]
     if results.settings.bits > 4:
@@ -206,38 +213,36 @@ def _sweep_ranks(document: Document[SweepRanksResults]) -> Iterator[str]:
 
 def _compare(document: Document[CompareResults]) -> Iterator[str]:
     """The start that was nearest to the original at each number of bits, where one gains at all."""
-    model = "MODEL" if document.model is None else document.model.id
+    settings = document.results.settings
     for best in document.results.verdict.bits:
         if best.gain:
-            line = f"loftq quantize --model {model} --bits {best.bits} --rank {best.rank}"
-            options = [line, f"--init {best.init}", *_as_compared(document.results, best)]
-            yield " ".join([*options, "--output OUT"])
+            line = QuantizeOptions.like(
+                _for_start(settings, best),
+                model=_model(document),
+                bits=best.bits,
+                rank=best.rank,
+                init=best.init,
+                output=_OUT,
+            )
+            yield line.command_line("model", "bits", "rank", "init", "calibration_text")
 
 
-def _as_compared(results: CompareResults, best: BitsVerdict) -> Iterator[str]:
-    """The options of `quantize` that make the start what it was when it was measured."""
-    settings = results.settings
+def _for_start(settings: CompareSettings, best: BitsVerdict) -> Iterator[tuple[str, Any]]:
+    """Of the settings that all starts were asked to have, those that mean something to this one."""
     start = starts.of_report(best.init)
-    if start.needs_moments:
-        text = settings.calibration_text
-        yield f"--calibration-text {'FILE' if text in (None, 'built-in') else shlex.quote(text)}"
-    if best.bits != 8:
-        if settings.quant_type != "nf4":
-            yield f"--quant-type {settings.quant_type}"
-        if settings.block_size != 64:
-            yield f"--block-size {settings.block_size}"
-        if settings.double_quant:
-            yield "--double-quant"
-    if settings.iterations != "auto" and start.iterates:
-        yield f"--iterations {settings.iterations}"
-    if settings.lora_alpha is not None:
-        yield f"--lora-alpha {settings.lora_alpha:g}"
-    if settings.rslora:
-        yield "--rslora"
-    if settings.target_modules != [ALL_LINEAR]:
-        yield f"--target-modules {shlex.quote(','.join(settings.target_modules))}"
-    if settings.seed:
-        yield f"--seed {settings.seed}"
+    for name, value in settings:
+        if name == "calibration_text":
+            if start.needs_moments:
+                yield name, _FILE if value in (None, "built-in") else Path(value)
+        elif name in ("quant_type", "block_size", "double_quant"):
+            if best.bits != 8:
+                yield name, value
+        elif name != "iterations" or start.iterates:
+            yield name, value
+
+
+def _model(document: Document[Any]) -> str:
+    return "MODEL" if document.model is None else document.model.id
 
 
 def _targets(document: Document[TargetsResults]) -> Iterator[str]:

@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from loftq_cli.commands.compare_plan import DEMO_CALIBRATION, HELDOUT, Asked, methods, texts_of
+from loftq_cli.asked import CompareOptions
+from loftq_cli.commands.compare_plan import DEMO_CALIBRATION, HELDOUT, methods, texts_of
 from loftq_cli.errors import UsageError
 from loftq_cli.models import evaluation
 from loftq_cli.models.spec import DEMO_DIRECTORY
@@ -25,8 +26,6 @@ from tests.conftest import Outcome
 Loftq = Callable[..., Outcome]
 Refused = Callable[..., str]
 Results = dict[str, Any]
-
-ASKED = Asked("nf4", 64, False, "auto", None, False, "all-linear", 0)
 
 
 @pytest.fixture(scope="module")
@@ -54,14 +53,6 @@ def other_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def few_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(evaluation, "MOST_TOKENS", 1024)
-
-
-def texts(**changes: Any) -> Any:
-    given = {
-        "model": "gpt2", "evaluation": None, "calibration": None, "training": None, "steps": None,
-        "learning_rate": None, **changes,
-    }  # fmt: skip
-    return texts_of(**given)
 
 
 # --- what is measured ---------------------------------------------------------------------------
@@ -178,7 +169,10 @@ def test_in_every_form(loftq: Loftq, tiny: Path) -> None:
 
 
 def planned(init: str | None, bits: str, ranks: str, **changes: Any) -> list[tuple[Any, ...]]:
-    found = methods(init, bits, ranks, ASKED, texts(**changes))
+    asked = CompareOptions(
+        **{"model": "gpt2", "init": init, "bits": bits, "ranks": ranks, **changes}
+    )
+    found = methods(asked, texts_of(asked))
     return [(each.init, each.bits, each.rank) for each in found]
 
 
@@ -192,7 +186,7 @@ def test_all_that_need_no_text_by_default() -> None:
 
 
 def test_plain_lora_is_there_when_there_is_training(other_text: Path) -> None:
-    found = planned(None, "4,2", "4,8", training=other_text, steps=5)
+    found = planned(None, "4,2", "4,8", train_text=other_text, train_steps=5)
     assert found[:2] == [("lora", 16, 4), ("lora", 16, 8)]
     assert [each for each in found if each[0] == "qlora"] == [
         ("qlora", 4, 4), ("qlora", 4, 8), ("qlora", 2, 4), ("qlora", 2, 8),

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import shlex
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
+from pydantic import BaseModel
 
-from loftq_cli import schema
+from loftq_cli import cli, schema
+from loftq_cli.asked import Options, QuantizeOptions, SweepOptions
 from loftq_cli.report.advice import recommendations
 from loftq_cli.report.findings import findings
 from tests.cli import documents
@@ -558,3 +563,59 @@ def test_the_advice_of_a_comparison_is_the_line_that_was_measured() -> None:
         "--iterations 3 --lora-alpha 8 --rslora --target-modules c_attn,c_proj --seed 3 "
         "--output OUT"
     )
+
+
+def other_value(option: str) -> Any:
+    """A value that is not the default."""
+    return {
+        "bits": 2, "quant_type": "fp4", "block_size": 128, "double_quant": True, "iterations": "3",
+        "lora_alpha": 8.5, "rslora": True, "target_modules": ["c_attn", "c_proj"], "seed": 3,
+    }[option]  # fmt: skip
+
+
+def changeable(settings: type[BaseModel], advised: type[Options]) -> list[str]:
+    """The settings that the advised command has an option for, texts aside: nobody has those."""
+    options = {field.name for field in fields(advised)}  # type: ignore[arg-type]
+    return sorted(options & set(settings.model_fields) - {"calibration_text"})
+
+
+ADVISED = [
+    *(("sweep-ranks", name) for name in changeable(schema.SweepSettings, QuantizeOptions)),
+    *(("compare", name) for name in changeable(schema.CompareSettings, QuantizeOptions)),
+    *(("quantize", name) for name in changeable(schema.QuantizeSettings, SweepOptions)),
+]
+
+
+@pytest.mark.parametrize(("command", "option"), ADVISED)
+def test_an_advised_line_asks_for_what_was_measured(command: str, option: str) -> None:
+    """Every setting that the advised command has an option for, as its own parser reads it."""
+    content = copy.deepcopy(documents.ALL[command])
+    content["results"]["settings"][option] = other_value(option)
+    if command == "quantize":  # a correction that takes little away calls for a sweep
+        content["results"]["totals"] |= {
+            "quantized_only_error_relative": 0.1, "weight_error_relative": 0.09,
+            "quantized_only_output_error_relative": None, "output_error_relative": None,
+        }  # fmt: skip
+    if command == "compare":
+        content["results"]["verdict"]["bits"][0] |= {"bits": 4, "init": "loftq", "gain": True}
+    _, advised = said(content)
+    line = next(match[1] for text in advised if (match := re.search(r"(loftq [^()]*)", text)))
+    value = other_value(option)
+    wanted = ",".join(value) if isinstance(value, list) else str(value)
+    assert str(parsed(line)[option]) == wanted
+
+
+def parsed(line: str) -> dict[str, Any]:
+    _, command, *arguments = shlex.split(line)
+    context = typer.main.get_command(cli.app).commands[command].make_context(command, arguments)
+    found: dict[str, Any] = context.params
+    return found
+
+
+def test_what_fits_in_16_bits_is_advised_in_16_bits() -> None:
+    content = copy.deepcopy(documents.ALL["sweep-ranks"])
+    content["results"]["settings"] |= {
+        "bits": 16, "quant_type": None, "block_size": None, "calibration": None,
+    }  # fmt: skip
+    _, advised = said(content)
+    assert any("--init lora" in text and "--bits" not in text for text in advised)

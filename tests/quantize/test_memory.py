@@ -12,7 +12,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from loftq_cli import hardware
-from loftq_cli.commands.options import size
+from loftq_cli.asked import size
 from loftq_cli.engines.estimates import Level, Machine, memory_bytes
 from loftq_cli.engines.memory import plan_memory
 from loftq_cli.engines.plan import Plan, make_plan

@@ -29,11 +29,11 @@ starts.STARTS["sign"] = starts.Start(
     iterates=False, svd="own",
 )
 from loftq_cli.cli import main
-from loftq_cli.commands.compare_plan import Asked, methods, texts_of
+from loftq_cli.asked import CompareOptions
+from loftq_cli.commands.compare_plan import methods, texts_of
 
-texts = texts_of("demo", None, None, None, None, None)
-asked = Asked("nf4", 64, False, "auto", None, False, "all-linear", 0)
-assert "sign" in [each.init for each in methods(None, "4", "8", asked, texts)]
+asked = CompareOptions()
+assert "sign" in [each.init for each in methods(asked, texts_of(asked))]
 assert main(["quantize", "--help"]) == 0
 assert main(["quantize", "--init", "sign", "--iterations", "2", "--dry-run"]) == 2
 assert main(["quantize", "--init", "sign", "--dry-run", "--save", "dry"]) == 0

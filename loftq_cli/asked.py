@@ -1,0 +1,198 @@
+"""What a command can be asked for: its options and their defaults, as plain values.
+
+`commands` makes command lines of these classes, and what is asked for in Python, or advised in a
+report, is an object of the same class.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, ClassVar, Literal, TypeVar
+
+from loftq_cli.errors import UsageError
+from loftq_cli.formats import ALL_LINEAR, DEFAULT_BLOCK_SIZE, QuantType, SvdMethod
+
+Asked = TypeVar("Asked", bound="Options")
+
+
+class Options:
+    """The options of one command; a subclass is a frozen dataclass."""
+
+    command: ClassVar[str]
+
+    @classmethod
+    def like(cls: type[Asked], settings: Iterable[tuple[str, Any]], **changed: Any) -> Asked:
+        """These settings, as far as the command has an option of the name, and what is changed."""
+        names = {field.name for field in fields(cls)}  # type: ignore[arg-type]
+        known = {name: value for name, value in settings if name in names and value is not None}
+        return cls(**{**known, **changed})
+
+    def command_line(self, *first: str) -> str:
+        """What to type for the same.
+
+        The options called ``first`` come first and are written even where they are the default.
+        The others follow where they are not, the output at the end.
+        """
+        defaults = {field.name: field.default for field in fields(self)}  # type: ignore[arg-type]
+        rest = [
+            name
+            for name, default in defaults.items()
+            if name not in first and _text(getattr(self, name)) != _text(default)
+        ]
+        words = ["loftq", self.command]
+        for name in (*first, *sorted(rest, key=lambda name: name == "output")):
+            value = getattr(self, name)
+            if value is not None and value is not False:
+                words.append(f"--{name.replace('_', '-')}")
+            if value is not None and not isinstance(value, bool):
+                words.append(shlex.quote(_text(value)))
+        return " ".join(words)
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizeOptions(Options):
+    """Of `quantize`. ``bits`` is 2, 3, 4, 8 or, for other bits in the first blocks, "4x8,2"."""
+
+    command = "quantize"
+
+    model: str = "demo"
+    output: Path | None = None
+    bits: str | int | None = None  # 4
+    target_bits: float | None = None
+    quant_type: QuantType = "nf4"
+    block_size: int = DEFAULT_BLOCK_SIZE
+    double_quant: bool = False
+    init: str = "loftq"
+    calibration_text: Path | None = None
+    rank: int = 16
+    rank_budget: bool = False
+    uniform_rank: bool = False
+    iterations: str | int = "auto"
+    svd: SvdMethod = "auto"
+    lora_alpha: float | None = None  # the rank
+    rslora: bool = False
+    target_modules: str | Sequence[str] = ALL_LINEAR
+    device: str = "auto"
+    max_memory: str | int | None = None
+    seed: int = 0
+    dry_run: bool = False
+    resume: bool = False
+    force: bool = False
+    verify: bool = False
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepOptions(Options):
+    """Of `sweep-ranks`."""
+
+    command = "sweep-ranks"
+
+    model: str = "demo"
+    ranks: str = "4,8,16,32,64"
+    target_modules: str | Sequence[str] = ALL_LINEAR
+    bits: Literal[2, 3, 4, 8, 16] = 4
+    quant_type: QuantType = "nf4"
+    block_size: int = DEFAULT_BLOCK_SIZE
+    batch_size: int = 1
+    sequence_length: int | None = None
+    vram: str | None = None
+    error: bool = False
+    calibration_text: Path | None = None
+    device: str = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareOptions(Options):
+    """Of `compare`. ``init``, ``bits`` and ``ranks`` are lists with commas."""
+
+    command = "compare"
+
+    model: str = "demo"
+    init: str | None = None
+    bits: str = "4"
+    ranks: str = "16"
+    text: Path | None = None
+    calibration_text: Path | None = None
+    train_text: Path | None = None
+    train_steps: int | None = None
+    learning_rate: float | None = None
+    quant_type: QuantType = "nf4"
+    block_size: int = DEFAULT_BLOCK_SIZE
+    double_quant: bool = False
+    iterations: str = "auto"
+    lora_alpha: float | None = None
+    rslora: bool = False
+    target_modules: str | Sequence[str] = ALL_LINEAR
+    device: str = "auto"
+    dtype: str = "auto"
+    seed: int = 0
+    trust_remote_code: bool = False
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return ",".join(value)
+    return str(value).removesuffix(".0") if isinstance(value, float) else str(value)
+
+
+# --- how the values are read ---------------------------------------------------------------------
+
+
+def items(value: str | Sequence[str], option: str) -> list[str]:
+    """`a,b` as ["a", "b"]; spaces around the commas do not count, an empty item is a mistake."""
+    found = [each.strip() for each in (value.split(",") if isinstance(value, str) else value)]
+    if not all(found):
+        raise UsageError(f"{option} has an empty item: {value!r}")
+    return found
+
+
+def ranks(text: str) -> list[int]:
+    """The value of --ranks: positive whole numbers, in the order given, each once."""
+    found = items(text, "--ranks")
+    if not all(each.isascii() and each.isdigit() and int(each) > 0 for each in found):
+        raise UsageError(f"--ranks takes positive whole numbers, not {text!r}")
+    return list(dict.fromkeys(int(each) for each in found))
+
+
+def iterations(value: str | int) -> int | None:
+    """The value of --iterations: a positive whole number, or None for auto."""
+    text = str(value)
+    if text == "auto":
+        return None
+    if not (text.isascii() and text.isdigit() and 0 < int(text) <= 1000):
+        raise UsageError(f"--iterations takes auto or a number from 1 to 1000, not {text!r:.80}")
+    return int(text)
+
+
+def bits(value: str | int) -> tuple[int, tuple[int, int] | None]:
+    """`4` as (4, None), and `4x8,2` as (2, (8, 4)): 4 bits in the first 8 blocks, then 2."""
+    text = str(value)
+    if text in ("2", "3", "4", "8"):
+        return int(text), None
+    match = re.fullmatch(r"([234])x(\d{1,4}),([234])", text, re.ASCII)
+    if match is None:
+        raise UsageError(
+            f"--bits {text!r:.80} is not supported",
+            hint="--bits 2, 3, 4 or 8, or --bits 4x8,2 for 4 bits in the first 8 blocks and then 2",
+        )
+    return int(match[3]), (int(match[2]), int(match[1]))
+
+
+_UNITS = {"MB": 10**6, "GB": 10**9, "TB": 10**12, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+
+
+def size(value: str | int, option: str, *, plain_bytes: bool = False) -> int:
+    """`24GB` as 24·10⁹, `24GiB` as 24·2³⁰ bytes; ``plain_bytes`` may be a number without unit."""
+    stripped = str(value).strip().upper()
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([MGT]I?B)", stripped, re.ASCII)
+    if plain_bytes and re.fullmatch(r"0*[1-9]\d{0,18}", stripped, re.ASCII):
+        return int(stripped)
+    count = 0 if match is None else float(match[1]) * _UNITS[match[2]]
+    if not 1 <= count < 2**63:
+        raise UsageError(f"{option} takes a size such as 24GB or 22.5GiB, not {value!r:.80}")
+    return int(count)
