@@ -112,12 +112,12 @@ def compiled(device: str) -> Finding:
         W = W.repeat(-(-_COMPILED_VALUES // W.numel()), 1).to(device)
         if not worth_compiling(W):
             raise NothingToCheck("the compiled loops are for CPUs")
-        stored, left = Blockwise(fmt).step(W, None)
-        expected, rest = Blockwise(fmt, readable=True).step(W, None)
+        stored, residual = Blockwise(fmt).steps(W).quantize()
+        expected, rest = Blockwise(fmt, readable=True).steps(W).quantize()
         for what, ours, reference in (
             ("code pair", stored.packed, expected.packed),
             ("scale", stored.absmax, expected.absmax),
-            ("residual", left.exact().matrix, rest.exact().matrix),
+            ("residual", residual.matrix, rest.matrix),
         ):
             if not torch.equal(ours, reference):
                 at = int((ours != reference).view(-1).int().argmax())

@@ -19,7 +19,7 @@ from loftq_cli.checkpoint.writer import PlannedTensor
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from loftq_cli.core.quantizers import Quantizer
+    from loftq_cli.core.steps import Quantizer
 
 Tensors: TypeAlias = Mapping[str, tuple[Header, TensorInfo]]
 

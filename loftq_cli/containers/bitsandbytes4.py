@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from loftq_cli.core.blockwise import BlockwiseFormat, QuantizedBlockwise
-    from loftq_cli.core.quantizers import Quantizer
+    from loftq_cli.core.steps import Quantizer
 
 NESTED_LEVELS = 256
 LEVELS = 16

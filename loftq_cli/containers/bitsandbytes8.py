@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from loftq_cli.core.int8 import QuantizedInt8
-    from loftq_cli.core.quantizers import Quantizer
+    from loftq_cli.core.steps import Quantizer
 
 
 class Bitsandbytes8(Container):

@@ -18,7 +18,8 @@ with three exceptions, and in all of them this module keeps to the line above:
 - with AVX512-BF16, results below 2^-126 become zero on their way to bfloat16;
 - without AVX512, and for rows of other than a multiple of 16 values, FP4's second zero is -0;
 - with AVX512, a kernel numbers the blocks from each row's start and so reads the wrong absmax when
-  a block reaches over the end of a row: see :func:`avx512_misreads`. Other machines are right.
+  a block reaches over the end of a row of a multiple of 16 values and is shorter than 2048. Other
+  machines are right.
 """
 
 from collections.abc import Iterator
@@ -156,23 +157,6 @@ def restore_absmax(q: QuantizedBlockwise) -> Tensor:
         return q.absmax
     scales = q.nested_absmax.repeat_interleave(NESTED_BLOCK_SIZE)[: q.absmax.numel()]
     return dynamic_map(q.absmax.device)[q.absmax.int()] * scales + q.nested_offset
-
-
-def avx512_misreads(shape: tuple[int, int], block_size: int) -> bool:
-    """Whether bitsandbytes' AVX512 kernel dequantizes such a weight wrongly (0.50.2 does).
-
-    It looks the absmax up at ``row · (in // block_size) + column // block_size``, which is the
-    right block only while blocks end where rows end. A row of other than a multiple of sixteen
-    values, or blocks of 2048 and more, take another path, which is right.
-    """
-    out_features, in_features = shape
-    return (
-        out_features > 1
-        and out_features * in_features > block_size
-        and in_features % block_size != 0
-        and in_features % 16 == 0
-        and block_size < 2048
-    )
 
 
 def check_weight(W: Tensor) -> None:

@@ -42,7 +42,7 @@ from loftq_cli.core.input_moments import (
     principal_root,
     weighted_low_rank,
 )
-from loftq_cli.core.loftq import LoftqResult, enliven
+from loftq_cli.core.loftq import LoftqResult, randomize_unused
 from loftq_cli.core.lowrank import LowRank, check_rank, split
 from loftq_cli.core.parallel import one_thread_each
 from loftq_cli.core.quantizers import Blockwise
@@ -187,7 +187,7 @@ class _Found:
 
 
 def _low_rank_only(problem: _Problem, *, diagonal: bool) -> _Found:
-    quantized, _ = problem.quantizer.step(problem.source, None)
+    quantized, _ = problem.quantizer.steps(problem.source).quantize()
     R = problem.residual(quantized)
     root = problem.moments.diagonal().sqrt() if diagonal else principal_root(problem.moments)
     low_rank = weighted_low_rank(R, root, problem.rank, problem.generator, tolerance=1e-5)
@@ -246,9 +246,9 @@ def _result(problem: _Problem, found: _Found, errors: list[float], scaling: floa
     low_rank = replace(found.low_rank, S=found.low_rank.S / problem.unit)
     A, B = split(low_rank, scaling)
     if problem.rank:
-        enliven(A, B, low_rank.S, problem.generator)
+        randomize_unused(A, B, low_rank.S, problem.generator)
     norm = math.sqrt(sum_of_squares(problem.W)) or 1.0
-    plain, _ = problem.quantizer.plain().step(problem.source, None)
+    plain, _ = problem.quantizer.plain().steps(problem.source).quantize()
     R = problem.residual(plain)
     if not R.isfinite().all():
         raise NonFiniteWeight("the quantized values overflow the dtype of the runtime")

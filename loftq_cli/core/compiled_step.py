@@ -30,6 +30,7 @@ from loftq_cli.core.blockwise import (
 from loftq_cli.core.codebooks import codebook
 from loftq_cli.core.parallel import all_threads, each
 from loftq_cli.core.residual import Residual, rows_a_piece
+from loftq_cli.core.steps import Factors
 
 _ROUNDING = {
     torch.float32: kernels.FLOAT32,
@@ -47,102 +48,112 @@ def product_dtype() -> torch.dtype:
     return torch.float32
 
 
-def step(
-    W: Tensor,
-    carried: tuple[Tensor, Tensor] | None,
-    fmt: BlockwiseFormat,
-    dtype: torch.dtype,
-    *,
-    search: bool = False,
-    previous: Tensor | None = None,
-    products: torch.dtype = torch.float32,
-    probe: Tensor | None = None,
-    spare: Residual | None = None,
-) -> tuple[QuantizedBlockwise, Residual]:
-    """The codes of W − left · right and what they leave of W, held in the dtype ``products``.
+class CompiledSteps:
+    """The steps of :class:`steps.ReferenceSteps` for a blockwise format, compiled.
 
-    The absmax are bitsandbytes' own, or searched for, from the ``previous`` ones if given.
+    The absmax are searched for, or bitsandbytes' own. The residual is held in the dtype
+    ``products``, and each step's in the memory of the one before.
     """
-    pieces = _Pieces(W, fmt)
-    packed = _empty(((W.numel() + 1) // 2,), torch.uint8)
-    absmax = _empty((-(-W.numel() // fmt.block_size),), torch.float32)
-    nothing = torch.empty(0, dtype=products)
-    left, right = (None, None) if carried is None else (part.to(products) for part in carried)
-    choices = _choices(fmt.quant_type, fmt.bits)
-    starts = COLD if previous is None else WARM
-    factors = np.array(starts.factors, np.float32)
-    around = (torch.empty(0) if previous is None else previous).numpy()
-    largest = np.float32(largest_absmax(dtype))
-    # Double-quantized, what will be read back is not known before the last block.
-    twice = search and fmt.double_quant
-    residual = None if fmt.double_quant else _in_the_making(pieces, products, probe, spare)
 
-    def work(piece: int, scales: Tensor, *, find: bool, encode: bool) -> None:
-        rows, blocks = pieces.rows(piece), pieces.blocks(piece)
-        w = _flat(pieces.weight(piece))
-        product = _flat(nothing if left is None else left[rows] @ right)
-        scale = scales[blocks].numpy()
-        if find:
-            begin = around[blocks], factors, starts.passes, largest
-            search_kernels.search(w, product, fmt.block_size, *choices[:2], *begin, scale)
-        if not encode:
-            return
-        rest = nothing if residual is None else residual.place(piece)
-        part = packed[pieces.bytes(piece)].numpy()
-        into = _ROUNDING[dtype], part, scale, _flat(rest)
-        energy = kernels.quantize(w, product, fmt.block_size, *choices, search, *into)
-        if residual is not None:
-            residual.finish(piece, rest, energy)
+    def __init__(
+        self,
+        W: Tensor,
+        fmt: BlockwiseFormat,
+        dtype: torch.dtype,
+        *,
+        search: bool = False,
+        products: torch.dtype = torch.float32,
+    ) -> None:
+        """``dtype`` is what the runtime dequantizes to."""
+        self.W = W
+        self.format = fmt
+        self.dtype = dtype
+        self.search = search
+        self.products = products
+        self._memory: Tensor | None = None
 
-    each(lambda piece: work(piece, absmax, find=search, encode=not twice), pieces.count)
-    with all_threads():
-        stored = double_quantize(absmax, fmt)
-    shape = (W.shape[0], W.shape[1])
-    quantized = QuantizedBlockwise(packed.view(-1, 1), *stored, shape, fmt, dtype)
-    if twice:
-        residual = _in_the_making(pieces, products, probe, spare)
-        absmax = restore_absmax(quantized)
-        each(lambda piece: work(piece, absmax, find=False, encode=True), pieces.count)
-    if residual is None:
-        return quantized, leave(W, quantized, products=products, probe=probe, spare=spare)
-    return quantized, residual.of(quantized)
+    def quantize(
+        self, carried: Factors | None = None, like: QuantizedBlockwise | None = None
+    ) -> tuple[QuantizedBlockwise, Residual]:
+        W, fmt = self.W, self.format
+        pieces = _Pieces(W, fmt)
+        packed = _empty(((W.numel() + 1) // 2,), torch.uint8)
+        absmax = _empty((-(-W.numel() // fmt.block_size),), torch.float32)
+        nothing = torch.empty(0, dtype=self.products)
+        left, right = (part.to(self.products) for part in carried[:2]) if carried else (None, None)
+        choices = _choices(fmt.quant_type, fmt.bits)
+        starts = COLD if like is None else WARM
+        factors = np.array(starts.factors, np.float32)
+        around = (torch.empty(0) if like is None else restore_absmax(like)).numpy()
+        largest = np.float32(largest_absmax(self.dtype))
+
+        def work(
+            piece: int, scales: Tensor, residual: _PartialResidual | None, *, find: bool, code: bool
+        ) -> None:
+            rows, blocks = pieces.rows(piece), pieces.blocks(piece)
+            w = _flat(pieces.weight(piece))
+            product = _flat(nothing if left is None else left[rows] @ right)
+            scale = scales[blocks].numpy()
+            if find:
+                begin = around[blocks], factors, starts.passes, largest
+                search_kernels.search(w, product, fmt.block_size, *choices[:2], *begin, scale)
+            if not code:
+                return
+            rest = nothing if residual is None else residual.rows(piece)
+            part = packed[pieces.bytes(piece)].numpy()
+            into = _ROUNDING[self.dtype], part, scale, _flat(rest)
+            energy = kernels.quantize(w, product, fmt.block_size, *choices, self.search, *into)
+            if residual is not None:
+                residual.finish(piece, energy)
+
+        # Double-quantized, what will be read back is not known before the last block: then absmax
+        # that were searched for get their codes, and others their residual, in a second pass.
+        residual = None if fmt.double_quant else self._residual(pieces, carried)
+        code = not (self.search and fmt.double_quant)
+        each(lambda i: work(i, absmax, residual, find=self.search, code=code), pieces.count)
+        with all_threads():
+            stored = double_quantize(absmax, fmt)
+        shape = (W.shape[0], W.shape[1])
+        quantized = QuantizedBlockwise(packed.view(-1, 1), *stored, shape, fmt, self.dtype)
+        if residual is None:
+            residual = self._residual(pieces, carried)
+            if self.search:
+                restored = restore_absmax(quantized)
+                each(lambda i: work(i, restored, residual, find=False, code=True), pieces.count)
+            else:
+                residual.form(quantized)
+        return quantized, residual.of(quantized)
+
+    def remainder(self, quantized: QuantizedBlockwise, carried: Factors) -> float:
+        pieces = _Pieces(self.W, quantized.format)
+        energies = [0.0] * pieces.count
+        read = _reader(pieces, quantized)
+
+        def work(piece: int) -> None:
+            part = carried.left[pieces.rows(piece)]
+            rest = torch.empty(part.shape[0], carried.right.shape[1])
+            read(piece, rest)
+            rest.addmm_(part, carried.right, alpha=-1)
+            energies[piece] = kernels.sum_of_squares(_flat(rest))
+
+        each(work, pieces.count)
+        return math.fsum(energies)
+
+    def _residual(self, pieces: "_Pieces", carried: Factors | None) -> "_PartialResidual":
+        """Of this step, its memory taken from the last one's."""
+        if self._memory is None:
+            self._memory = _empty(tuple(self.W.shape), self.products)
+        return _PartialResidual(pieces, self._memory, carried.subspace if carried else None)
 
 
-def leave(
-    W: Tensor,
-    quantized: QuantizedBlockwise,
-    *,
-    products: torch.dtype = torch.float32,
-    probe: Tensor | None = None,
-    spare: Residual | None = None,
+def residual_of(
+    W: Tensor, quantized: QuantizedBlockwise, products: torch.dtype = torch.float32
 ) -> Residual:
     """W − Q of what is already quantized."""
     pieces = _Pieces(W, quantized.format)
-    residual = _in_the_making(pieces, products, probe, spare)
-    read = _reader(pieces, quantized)
-
-    def work(piece: int) -> None:
-        rest = residual.place(piece)
-        residual.finish(piece, rest, read(piece, rest))
-
-    each(work, pieces.count)
+    residual = _PartialResidual(pieces, _empty(tuple(W.shape), products), None)
+    residual.form(quantized)
     return residual.of(quantized)
-
-
-def remainder(W: Tensor, quantized: QuantizedBlockwise, left: Tensor, right: Tensor) -> float:
-    """‖W − Q − left · right‖², the product in float32 and the sum in float64."""
-    pieces = _Pieces(W, quantized.format)
-    energies = [0.0] * pieces.count
-    read = _reader(pieces, quantized)
-
-    def work(piece: int) -> None:
-        part = left[pieces.rows(piece)]
-        rest = torch.empty(part.shape[0], right.shape[1])
-        read(piece, rest)
-        energies[piece] = kernels.sum_of_squares(_flat(rest.addmm_(part, right, alpha=-1)))
-
-    each(work, pieces.count)
-    return math.fsum(energies)
 
 
 class _Pieces:
@@ -174,8 +185,8 @@ class _Pieces:
         )
 
 
-class _InTheMaking:
-    """A residual in the making, held in ``matrix``."""
+class _PartialResidual:
+    """A residual while its pieces are formed, in ``matrix``, and multiplied with ``probe``."""
 
     def __init__(self, pieces: _Pieces, matrix: Tensor, probe: Tensor | None) -> None:
         self.pieces = pieces
@@ -186,33 +197,30 @@ class _InTheMaking:
         self.probed: Tensor | None = None
         if probe is not None:
             self.directions = probe.to(matrix.dtype)
-            self.probed = _empty((pieces.W.shape[0], probe.shape[1]), matrix.dtype)
+            self.probed = _empty((matrix.shape[0], probe.shape[1]), matrix.dtype)
 
-    def place(self, piece: int) -> Tensor:
+    def rows(self, piece: int) -> Tensor:
         """Where the rows of this piece go."""
         return self.matrix[self.pieces.rows(piece)]
 
-    def finish(self, piece: int, rest: Tensor, energy: float) -> None:
-        """The rows of this piece are in ``rest``, and their squares add up to ``energy``."""
+    def finish(self, piece: int, energy: float) -> None:
+        """The rows of this piece are there, and their squares add up to ``energy``."""
         self.energies[piece] = energy
         if self.directions is not None and self.probed is not None:
-            torch.mm(rest, self.directions, out=self.probed[self.pieces.rows(piece)])
+            rows = self.pieces.rows(piece)
+            torch.mm(self.matrix[rows], self.directions, out=self.probed[rows])
+
+    def form(self, quantized: QuantizedBlockwise) -> None:
+        """All of it, from what is stored."""
+        read = _reader(self.pieces, quantized)
+        each(lambda piece: self.finish(piece, read(piece, self.rows(piece))), self.pieces.count)
 
     def of(self, quantized: QuantizedBlockwise) -> Residual:
-        W = self.pieces.W
+        """Complete: of the weight that was ``quantized``."""
         rounded = self.matrix.dtype != torch.float32
-        reread = partial(leave, W, quantized) if rounded else None
-        return Residual(self.matrix, math.fsum(self.energies), self.probe, self.probed, reread)
-
-
-def _in_the_making(
-    pieces: _Pieces, dtype: torch.dtype, probe: Tensor | None, spare: Residual | None
-) -> _InTheMaking:
-    """In ``spare``'s memory if that fits."""
-    shape = (pieces.W.shape[0], pieces.columns)
-    fits = spare is not None and spare.shape == shape and spare.matrix.dtype == dtype
-    matrix = spare.matrix if spare is not None and fits else _empty(shape, dtype)
-    return _InTheMaking(pieces, matrix, probe)
+        reread = partial(residual_of, self.pieces.W, quantized) if rounded else None
+        energy = math.fsum(self.energies)
+        return Residual(self.matrix, energy, self.probe, self.probed, reread)
 
 
 def _reader(pieces: _Pieces, q: QuantizedBlockwise) -> Callable[[int, Tensor], float]:
@@ -221,7 +229,7 @@ def _reader(pieces: _Pieces, q: QuantizedBlockwise) -> Callable[[int, Tensor], f
     levels = codebook(q.format.quant_type).level_tensor().numpy()
 
     def read(piece: int, out: Tensor) -> float:
-        energy: float = kernels.leave(
+        energy: float = kernels.form_residual(
             _flat(pieces.weight(piece)),
             packed[pieces.bytes(piece)].numpy(),
             absmax[pieces.blocks(piece)].numpy(),

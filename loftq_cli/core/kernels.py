@@ -292,7 +292,7 @@ def quantize(
 
 
 @_compiled
-def leave(
+def form_residual(
     W: Any, packed: Any, absmax: Any, size: Any, table: Any, rounding: Any, residual: Any
 ) -> Any:
     """W − Q into ``residual``, from stored codes and absmax, and ‖W − Q‖²."""

@@ -41,6 +41,7 @@ the SVD is exact it is a few products with what the last one found (``lowrank.py
 import math
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,15 +49,15 @@ from torch import Tensor
 from loftq_cli.core.blockwise import check_finite, check_weight
 from loftq_cli.core.lowrank import LowRank, check_rank, split, truncated_svd
 from loftq_cli.core.parallel import one_thread_each
-from loftq_cli.core.quantizers import Product, Quantized, Quantizer
 from loftq_cli.core.residual import Residual, rows_times, sum_of_squares, transposed_times
 from loftq_cli.core.sketches import takes_exact
+from loftq_cli.core.steps import Factors, Quantizer
 from loftq_cli.errors import InvalidSetting, NonFiniteWeight
 
 # For published steps, of 0.4 to 0.7 the best for most weights. It overshoots where the rank is most
 # of the matrix's, and is left out from half of it on. Where a step too long is taken back, 0.9 ends
 # below 0.6 and 0.8, in about as many iterations.
-MOMENTUM, BOLD_MOMENTUM = 0.6, 0.9
+MOMENTUM, MONOTONE_MOMENTUM = 0.6, 0.9
 # Where L begins.
 STARTS = ("zero", "weight")
 # Unless a number is asked for, the iterations end with the first that takes less than this off the
@@ -67,15 +68,13 @@ ENOUGH, MOST_ITERATIONS = 1e-3, 50
 _UNDERWAY, _AT_THE_END = 5e-3, 2e-4
 # After a gain below this, the next iterate may be the last.
 _NEARLY_ENOUGH = 4 * ENOUGH
-# Rows that are measured at a time.
-_ROWS = 256
 
 
 @dataclass(frozen=True)
 class LoftqResult:
     """One layer's start. Errors are relative: ‖W − Q − s·B·A‖ / ‖W‖, Frobenius."""
 
-    quantized: Quantized
+    quantized: Any  # the stored form, as its quantizer makes it
     lora_A: Tensor  # float32 (r, in)
     lora_B: Tensor  # float32 (out, r)
     error: float  # of the three above, measured on them
@@ -126,7 +125,7 @@ def initialize(
     W = W.detach().contiguous()  # a transposed view would be gathered anew in every pass
     check_finite(W)
     if momentum is None:
-        usual = BOLD_MOMENTUM if quantizer.searches else MOMENTUM
+        usual = MONOTONE_MOMENTUM if quantizer.searches else MOMENTUM
         momentum = 0.0 if svd == "exact" or 2 * rank > min(W.shape) else usual
     with nullcontext() if svd == "exact" else one_thread_each():
         return _Alternation(W, quantizer, rank, svd, seed).run(scaling, iterations, start, momentum)
@@ -136,7 +135,7 @@ def initialize(
 class _Iterate:
     """A quantized weight, and the low rank that goes with it."""
 
-    quantized: Quantized
+    quantized: Any
     low_rank: LowRank
 
 
@@ -149,98 +148,113 @@ class _Alternation:
         self.rank = rank
         self.svd = svd
         self.generator = torch.Generator().manual_seed(seed)
-        self.fast = not takes_exact((W.shape[0], W.shape[1]), rank, svd)
+        # A randomized SVD can do with rounded products.
+        self.rounded = not takes_exact((W.shape[0], W.shape[1]), rank, svd)
+        self.steps = quantizer.steps(W, rounded=self.rounded)
         self.norm = math.sqrt(sum_of_squares(W)) or 1.0  # an all-zero weight has errors of zero
 
     def run(
         self, scaling: float, iterations: int | None, start: str, momentum: float
     ) -> LoftqResult:
-        W, quantizer, plain = self.W, self.quantizer, self.quantizer.plain()
-        quantized, residual = plain.step(W, None, fast=self.fast)
+        quantized, residual = self._plainly()
         if not math.isfinite(residual.energy):
             raise NonFiniteWeight("the quantized values overflow the dtype of the runtime")
-        plain_error = math.sqrt(residual.energy) / self.norm
-        kept = self._decompose(Residual.of(W.float())) if start == "weight" else None
-        before: LowRank | None
-        for way, before in ((quantizer, kept), (quantizer, None), (plain, None)):
-            if before is not None or way != plain or not math.isfinite(residual.energy):
-                carried = None if before is None else _ahead(before, None, 0.0)
-                quantized, residual = way.step(W, carried, fast=self.fast, spare=residual)
-            if math.isfinite(residual.energy):
-                break  # else what is left of W, or its absmax, outgrew the runtime's dtype
+        plain_error = self._relative(residual.energy)
+        carried: LowRank | None = None
+        if self.quantizer.searches or start == "weight":
+            del quantized, residual  # the next ones take as much memory
+            quantized, residual, carried = self._first(start)
         errors: list[float] = []
         if iterations != 0:
-            best, errors = self._alternate(quantized, residual, before, iterations, momentum)
-        elif before is not None:
-            best = _Iterate(quantized, before)
+            best, errors = self._alternate(quantized, residual, carried, iterations, momentum)
+        elif carried is not None:
+            best = _Iterate(quantized, carried)
         else:
-            A, B = plain_adapter((W.shape[0], W.shape[1]), self.rank, self.generator)
-            error = math.sqrt(residual.energy) / self.norm
-            return LoftqResult(quantized, A.to(W.device), B.to(W.device), error, plain_error, 0)
+            A, B = plain_adapter((self.W.shape[0], self.W.shape[1]), self.rank, self.generator)
+            A, B = A.to(self.W.device), B.to(self.W.device)
+            error = self._relative(residual.energy)
+            return LoftqResult(quantized, A, B, error, plain_error, 0)
         A, B = split(best.low_rank, scaling)
-        enliven(A, B, best.low_rank.S, self.generator)
-        error = math.sqrt(quantizer.remainder(W, best.quantized, (scaling * B, A))) / self.norm
+        randomize_unused(A, B, best.low_rank.S, self.generator)
+        error = self._relative(self.steps.remainder(best.quantized, Factors(scaling * B, A)))
         best_iteration = 1 + errors.index(min(errors)) if errors else 0
         if errors:
             errors[best_iteration - 1] = error
         return LoftqResult(best.quantized, A, B, error, plain_error, best_iteration, errors)
 
+    def _plainly(self) -> tuple[Any, Residual]:
+        """q(W) without a search, and W − q(W)."""
+        if not self.quantizer.searches:
+            return self.steps.quantize()
+        return self.quantizer.plain().steps(self.W, rounded=self.rounded).quantize()
+
+    def _first(self, start: str) -> tuple[Any, Residual, LowRank | None]:
+        """Q_1, W − Q_1 and L_0.
+
+        What is left of W, or the absmax that are found for it, may outgrow the runtime's dtype
+        where W itself does not. Then L_0 is zero after all, or the absmax are not searched for.
+        """
+        if start == "weight":
+            low_rank = self._decompose(Residual.of(self.W.float()))
+            quantized, residual = self.steps.quantize(_extrapolated(low_rank, None, 0.0))
+            if math.isfinite(residual.energy):
+                return quantized, residual, low_rank
+        quantized, residual = self.steps.quantize()
+        if math.isfinite(residual.energy):
+            return quantized, residual, None
+        return *self._plainly(), None
+
     def _alternate(
         self,
-        quantized: Quantized,
+        quantized: Any,
         residual: Residual,
-        previous: LowRank | None,
+        carried: LowRank | None,
         iterations: int | None,
         momentum: float,
     ) -> tuple[_Iterate, list[float]]:
-        """The best iterate and the errors of all, from the first quantization on.
-
-        ``previous`` is what was carried when that was made.
-        """
+        """The best iterate and the errors of all, from Q_1, W − Q_1 and L_0 on."""
         monotone = self.quantizer.searches
         most = MOST_ITERATIONS if iterations is None else iterations
         best: _Iterate | None = None
         errors: list[float] = []
-        lowest, gain, longer = math.inf, math.inf, False
-        # Else a target outgrew the range of the runtime's dtype.
-        while math.isfinite(residual.energy):
+        lowest, gain, extrapolated = math.inf, math.inf, False
+        while math.isfinite(residual.energy):  # else a target outgrew the runtime's dtype
             near = len(errors) + 1 == most or (iterations is None and gain < _NEARLY_ENOUGH)
-            low_rank = self._decompose(residual, previous, _AT_THE_END if near else _UNDERWAY)
-            error = self._error(quantized, residual, low_rank)
-            latest, length = _Iterate(quantized, low_rank), momentum
+            low_rank = self._decompose(residual, carried, _AT_THE_END if near else _UNDERWAY)
+            latest = _Iterate(quantized, low_rank)
+            error = self._error(latest, residual)
             gain = 1 - error / lowest if lowest else 0.0
-            if best is None or lowest - error > (_noise(lowest) if monotone else 0.0):
+            better = best is None or lowest - error > (_noise(lowest) if monotone else 0.0)
+            if better:
                 best, lowest = latest, error
-            elif not monotone:
-                momentum = length = 0.0  # the steps became too long
-            elif longer:
-                latest, length = best, 0.0  # so this one is taken again
-            else:
-                break
-            if latest.low_rank is low_rank:
+            if better or not monotone:
                 errors.append(error)
                 if len(errors) == most or (iterations is None and gain < ENOUGH):
                     break
-            quantized, residual = self.quantizer.step(
-                self.W,
-                _ahead(latest.low_rank, previous, length),
-                previous=latest.quantized,
-                probe=latest.low_rank.subspace,
-                fast=self.fast,
-                spare=residual,
-            )
-            previous, longer = latest.low_rank, length > 0
+                if not better:
+                    momentum = 0.0  # the steps became too long
+                length = momentum
+            elif best is not None and extrapolated:
+                latest, length = best, 0.0  # the step was too long: it is taken again from there
+            else:
+                break  # the descent has come to its end
+            target = _extrapolated(latest.low_rank, carried, length)
+            target = target._replace(subspace=latest.low_rank.subspace)
+            quantized, residual = self.steps.quantize(target, latest.quantized)
+            carried, extrapolated = latest.low_rank, length > 0
         assert best is not None
         return best, errors
 
-    def _error(self, quantized: Quantized, residual: Residual, low_rank: LowRank) -> float:
+    def _error(self, iterate: _Iterate, residual: Residual) -> float:
         """Measured where it must not rise, which takes a pass over the weight, or else known."""
+        low_rank = iterate.low_rank
         if self.quantizer.searches:
-            carried = low_rank.U * low_rank.S, low_rank.Vh
-            left = self.quantizer.remainder(self.W, quantized, carried)
-        else:
-            left = max(residual.energy - low_rank.energy, 0.0)
-        return math.sqrt(left) / self.norm
+            factors = Factors(low_rank.U * low_rank.S, low_rank.Vh)
+            return self._relative(self.steps.remainder(iterate.quantized, factors))
+        return self._relative(max(residual.energy - low_rank.energy, 0.0))
+
+    def _relative(self, energy: float) -> float:
+        return math.sqrt(energy) / self.norm
 
     def _decompose(
         self, residual: Residual, like: LowRank | None = None, tolerance: float = _AT_THE_END
@@ -255,28 +269,16 @@ class _Alternation:
         )
 
 
-def _ahead(low_rank: LowRank, previous: LowRank | None, momentum: float) -> Product:
+def _extrapolated(low_rank: LowRank, previous: LowRank | None, momentum: float) -> Factors:
     """L_t + μ·(L_t − L_{t−1}), the older one projected on the range of the newer, from L_0 = 0."""
     left, right = low_rank.U, low_rank.S[:, None] * low_rank.Vh
     if momentum == 0:
-        return left, right
+        return Factors(left, right)
     right *= 1 + momentum
     if previous is not None:
-        turned = transposed_times(left, previous.U).to(left) * previous.S
-        right -= momentum * rows_times(previous.Vh.t(), turned.t()).t()
-    return left, right
-
-
-@torch.no_grad()
-def relative_error(W: Tensor, Q: Tensor, A: Tensor, B: Tensor, scaling: float) -> float:
-    """‖W − Q − scaling·B·A‖ / ‖W‖, for Q as it was read back from wherever."""
-    rest = 0.0
-    for start in range(0, W.shape[0], _ROWS):
-        rows = slice(start, start + _ROWS)
-        rest += sum_of_squares(
-            (W[rows].float() - Q[rows].float()).addmm_(B[rows], A, alpha=-scaling)
-        )
-    return math.sqrt(rest) / (math.sqrt(sum_of_squares(W)) or 1.0)
+        rotated = transposed_times(left, previous.U).to(left) * previous.S
+        right -= momentum * rows_times(previous.Vh.t(), rotated.t()).t()
+    return Factors(left, right)
 
 
 def plain_adapter(
@@ -294,13 +296,13 @@ def _noise(error: float) -> float:
     return max(1e-5 * error, 1e-6)
 
 
-def enliven(A: Tensor, B: Tensor, S: Tensor, generator: torch.Generator) -> None:
+def randomize_unused(A: Tensor, B: Tensor, S: Tensor, generator: torch.Generator) -> None:
     """Give directions that carry nothing a random row of A, so that they can be trained.
 
     Where a singular value is zero both halves of the balanced split are, and no gradient would
     ever reach either. B is zero there, so the product is the same to rounding.
     """
-    dead = S.le(torch.finfo(torch.float32).eps * S[0])
-    if dead.any():
-        A[dead] = plain_adapter((0, A.shape[1]), A.shape[0], generator)[0].to(A.device)[dead]
-        B[:, dead] = 0.0
+    unused = S.le(torch.finfo(torch.float32).eps * S[0])
+    if unused.any():
+        A[unused] = plain_adapter((0, A.shape[1]), A.shape[0], generator)[0].to(A.device)[unused]
+        B[:, unused] = 0.0

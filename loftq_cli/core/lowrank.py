@@ -82,14 +82,6 @@ def check_rank(rank: int, out_features: int, in_features: int) -> None:
         raise InvalidSetting(f"rank {rank} is too small: at least 1 is needed")
 
 
-def lora_scaling(rank: int, alpha: float, use_rslora: bool = False) -> float:
-    """The factor s that PEFT multiplies B·A with."""
-    scaling = alpha / math.sqrt(rank) if use_rslora else alpha / rank
-    if not (scaling > 0 and math.isfinite(scaling)):
-        raise InvalidSetting(f"lora_alpha {alpha} gives a scaling of {scaling}: it must be above 0")
-    return scaling
-
-
 @torch.no_grad()
 def split(low_rank: LowRank, scaling: float) -> tuple[Tensor, Tensor]:
     """The adapter (A, B) with scaling · B · A = U · S · Vh, both halves of equal size.

@@ -26,8 +26,8 @@ from torch import Tensor
 from loftq_cli.core.blockwise import check_finite, check_weight
 from loftq_cli.core.input_moments import DampedMoments, check_moments, output_energy
 from loftq_cli.core.lowrank import truncated_svd
-from loftq_cli.core.quantizers import Quantizer
 from loftq_cli.core.residual import Residual, rows_times, sum_of_squares, transposed_times
+from loftq_cli.core.steps import Quantizer
 
 # The curve is the result here, and is not iterated on: with this, a randomized SVD's is within
 # 5e-4 of the exact one's at the largest rank, and much nearer at the others.
@@ -66,8 +66,8 @@ def rank_errors(
     check_finite(W)
     if moments is not None:
         check_moments(moments, W.shape[1])
-    residual = quantizer.step(W, None)[1].exact()
-    plain = quantizer.plain().step(W, None)[1].exact() if quantizer.searches else residual
+    residual = quantizer.steps(W).quantize()[1]
+    plain = quantizer.plain().steps(W).quantize()[1] if quantizer.searches else residual
     weights = Curve(
         math.sqrt(sum_of_squares(W)),
         math.sqrt(plain.energy),
@@ -114,7 +114,7 @@ def error_shares(
     norm = sum_of_squares(W if inputs is None else rows_times(W.float(), inputs.root)) or 1.0
     found = []
     for quantizer in quantizers:
-        _, residual = quantizer.step(W, None)
+        _, residual = quantizer.steps(W).quantize()
         if inputs is not None:
             residual = Residual.of(rows_times(residual.matrix, inputs.root))
         captured: tuple[float, ...] = ()

@@ -16,7 +16,7 @@ from loftq_cli.formats import ALL_LINEAR, BLOCK_SIZES, SCALINGS, QuantType, SvdM
 from loftq_cli.starts import STARTS, Start, find
 
 if TYPE_CHECKING:
-    from loftq_cli.core.quantizers import Quantizer
+    from loftq_cli.core.steps import Quantizer
 
 
 @dataclass(frozen=True)

@@ -75,7 +75,7 @@ def measure_floor(device: str) -> Floor:
     W = torch.randn(512, 4096, device=device)
     quantizer = Blockwise(BlockwiseFormat("nf4", 64)).plain()
     with one_thread_each():
-        codes = median_seconds(lambda: quantizer.step(W, None, fast=True), device, repeats=29)
+        codes = median_seconds(quantizer.steps(W, rounded=True).quantize, device, repeats=29)
     return Floor(bandwidth, rates[fastest], fastest.itemsize, W.numel() / codes)
 
 

@@ -1,5 +1,6 @@
 """The search for an absmax: compiled against readable, and both against what it promises."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from test_blockwise import SHAPES, adversarial_weights, plain_dequantization
 from test_kernels import assert_same
 from torch import Tensor
 
-from loftq_cli.core import absmax, compiled_step, residual
+from loftq_cli.core import absmax, residual
 from loftq_cli.core.absmax import largest_absmax, search_absmax
 from loftq_cli.core.blockwise import (
     BLOCK_SIZES,
@@ -22,6 +23,7 @@ from loftq_cli.core.blockwise import (
     restore_absmax,
 )
 from loftq_cli.core.codebooks import codebook
+from loftq_cli.core.compiled_step import CompiledSteps
 from loftq_cli.core.quantizers import Blockwise
 
 KINDS = [("nf4", 4), ("nf4", 3), ("nf4", 2), ("fp4", 4)]
@@ -42,11 +44,13 @@ def block_errors(blocks: Tensor, scales: Tensor, kind: tuple[str, int]) -> Tenso
 
 def assert_compiled_as_read(W: Tensor, fmt: BlockwiseFormat, previous: Tensor | None) -> None:
     reference = quantize_blockwise(W, fmt, search=True, previous=previous)
+    like = None
+    if previous is not None:
+        like = replace(reference, absmax=previous, nested_absmax=None, nested_offset=None)
     rest = W.float() - dequantize_blockwise(reference).float()
     for products in (torch.float32, torch.bfloat16):
-        quantized, left = compiled_step.step(
-            W, None, fmt, W.dtype, search=True, previous=previous, products=products
-        )
+        steps = CompiledSteps(W, fmt, W.dtype, search=True, products=products)
+        quantized, left = steps.quantize(like=like)
         assert_same(quantized, reference)
         assert torch.equal(left.matrix, rest.to(products))
         assert left.energy == pytest.approx(float(rest.double().square().sum()), rel=1e-12)
@@ -71,7 +75,7 @@ def test_plain_quantization_with_fewer_levels_too(kind: Any) -> None:
     for block_size in (32, 256):
         fmt = BlockwiseFormat(kind[0], block_size, False, kind[1])
         W = normal(77, 83)
-        quantized, _ = compiled_step.step(W, None, fmt, W.dtype)
+        quantized, _ = CompiledSteps(W, fmt, W.dtype).quantize()
         assert_same(quantized, quantize_blockwise(W, fmt))
 
 
@@ -190,10 +194,10 @@ def test_the_quantizer_searches_unless_told_not_to() -> None:
     assert searching.searches
     assert not plain.searches
     assert searching.plain() == plain
-    assert_same(plain.step(W, None)[0], quantize_blockwise(W, fmt))
-    first = searching.step(W, None)[0]
+    assert_same(plain.steps(W).quantize()[0], quantize_blockwise(W, fmt))
+    first = searching.steps(W).quantize()[0]
     assert_same(first, quantize_blockwise(W, fmt, search=True))
-    again = searching.step(W, None, previous=first)[0]
+    again = searching.steps(W).quantize(like=first)[0]
     assert_same(again, quantize_blockwise(W, fmt, search=True, previous=first.absmax))
 
 

@@ -16,7 +16,6 @@ from loftq_cli.core.blockwise import (
     SOURCE_DTYPES,
     BlockwiseFormat,
     QuantizedBlockwise,
-    avx512_misreads,
     check_finite,
     dequantize_blockwise,
     quantize_blockwise,
@@ -80,6 +79,23 @@ def assert_as_bitsandbytes(W: Tensor, fmt: BlockwiseFormat) -> QuantizedBlockwis
         theirs = bnb.dequantize_4bit(packed, state)
         assert_as_the_native_kernel(dequantize_blockwise(ours), theirs)
     return ours
+
+
+def avx512_misreads(shape: tuple[int, int], block_size: int) -> bool:
+    """Whether bitsandbytes' AVX512 kernel dequantizes such a weight wrongly (0.50.2 does).
+
+    It looks the absmax up at ``row · (in // block_size) + column // block_size``, which is the
+    right block only while blocks end where rows end. A row of other than a multiple of sixteen
+    values, or blocks of 2048 and more, take another path, which is right.
+    """
+    out_features, in_features = shape
+    return (
+        out_features > 1
+        and out_features * in_features > block_size
+        and in_features % block_size != 0
+        and in_features % 16 == 0
+        and block_size < 2048
+    )
 
 
 def assert_as_the_native_kernel(ours: Tensor, theirs: Tensor) -> None:

@@ -173,7 +173,7 @@ def test_qera_is_the_closed_form(samples: int) -> None:
     W, G = normal(48, 64), moments_of(correlated_inputs(samples, 64) + normal(samples, 64, seed=9))
     result = initialize_calibrated(W, G, NF4, 6, method="qera")
     Q = NF4.dequantize(result.quantized)
-    assert torch.equal(Q, NF4.dequantize(NF4.step(W, None)[0]))
+    assert torch.equal(Q, NF4.dequantize(NF4.steps(W).quantize()[0]))
     R = (W - Q).double()
     eigenvalues, P = torch.linalg.eigh(G.double())
     kept = eigenvalues > eigenvalues[-1] * 64 * torch.finfo(torch.float32).eps
@@ -242,7 +242,7 @@ def check_claims(
     for R, error, output_error in (
         (W.double() - Q.double() - BA, result.error, result.output_error),
         (
-            W.double() - plain.dequantize(plain.step(W, None)[0]).double(),
+            W.double() - plain.dequantize(plain.steps(W).quantize()[0]).double(),
             result.quantized_only_error,
             result.quantized_only_output_error,
         ),

@@ -16,7 +16,9 @@ from loftq_cli.core.blockwise import (
     dequantize_blockwise,
     quantize_blockwise,
 )
+from loftq_cli.core.compiled_step import CompiledSteps
 from loftq_cli.core.quantizers import Blockwise
+from loftq_cli.core.steps import Factors
 
 
 def assert_same(ours: QuantizedBlockwise, reference: QuantizedBlockwise) -> None:
@@ -34,7 +36,7 @@ def assert_same(ours: QuantizedBlockwise, reference: QuantizedBlockwise) -> None
 
 
 def assert_as_the_reference(W: Tensor, fmt: BlockwiseFormat, products: torch.dtype) -> None:
-    quantized, left = compiled_step.step(W, None, fmt, W.dtype, products=products)
+    quantized, left = CompiledSteps(W, fmt, W.dtype, products=products).quantize()
     reference = quantize_blockwise(W, fmt)
     assert_same(quantized, reference)
     rest = W.float() - dequantize_blockwise(reference).float()
@@ -43,7 +45,7 @@ def assert_as_the_reference(W: Tensor, fmt: BlockwiseFormat, products: torch.dty
     energy = float(rest.double().square().sum())
     assert left.energy == pytest.approx(energy, rel=1e-12)
     assert left.exact().energy == pytest.approx(energy, rel=1e-12)
-    assert torch.equal(compiled_step.leave(W, reference, products=products).matrix, left.matrix)
+    assert torch.equal(compiled_step.residual_of(W, reference, products).matrix, left.matrix)
 
 
 @pytest.mark.parametrize("double_quant", [False, True])
@@ -67,7 +69,7 @@ def test_all_formats(
 def test_adversarial_values(case: tuple[Tensor, BlockwiseFormat]) -> None:
     W, fmt = case
     fmt = BlockwiseFormat(fmt.quant_type, fmt.block_size)
-    quantized, _ = compiled_step.step(W, None, fmt, W.dtype)
+    quantized, _ = CompiledSteps(W, fmt, W.dtype).quantize()
     assert_same(quantized, quantize_blockwise(W, fmt))
 
 
@@ -114,8 +116,8 @@ def test_the_step_and_its_products(products: torch.dtype, double_quant: bool) ->
     W = torch.randn(300, 160)
     left, right, probe = torch.randn(300, 4) * 0.1, torch.randn(4, 160), torch.randn(160, 6)
     fmt = BlockwiseFormat("nf4", 64, double_quant)
-    carried = (left, right)
-    quantized, rest = compiled_step.step(W, carried, fmt, W.dtype, products=products, probe=probe)
+    steps = CompiledSteps(W, fmt, W.dtype, products=products)
+    quantized, rest = steps.quantize(Factors(left, right, probe))
     exact = W - dequantize_blockwise(quantized)
     assert torch.equal(rest.exact().matrix, exact)
     tolerance = 0.06 if products == torch.bfloat16 else 1e-4
@@ -127,7 +129,7 @@ def test_the_step_and_its_products(products: torch.dtype, double_quant: bool) ->
     torch.testing.assert_close(rest.times(other).float(), exact @ other, **scale)
     Y = torch.randn(300, 5)
     torch.testing.assert_close(rest.transposed_times(Y).float(), exact.t() @ Y, **scale)
-    remainder = compiled_step.remainder(W, quantized, left, right)
+    remainder = steps.remainder(quantized, Factors(left, right))
     assert remainder == pytest.approx(float((exact - left @ right).double().square().sum()))
     # The codes are those of a target within the rounding of the product.
     reference = quantize_blockwise(W - left @ right, fmt)
@@ -135,18 +137,16 @@ def test_the_step_and_its_products(products: torch.dtype, double_quant: bool) ->
     assert differ < (0.05 if products == torch.bfloat16 else 0.001)
 
 
-def test_the_memory_of_a_spent_residual_is_taken() -> None:
+def test_a_step_takes_the_memory_of_the_last_ones_residual() -> None:
     W, fmt = torch.randn(200, 160), BlockwiseFormat("nf4", 64)
-    _, spent = compiled_step.step(W, None, fmt, W.dtype)
-    carried = (torch.randn(200, 2) * 0.1, torch.randn(2, 160))
-    _, expected = compiled_step.step(W, carried, fmt, W.dtype)
-    for products, taken in [(torch.bfloat16, False), (torch.float32, True)]:
-        _, left = compiled_step.step(W, carried, fmt, W.dtype, products=products, spare=spent)
-        assert (left.matrix.data_ptr() == spent.matrix.data_ptr()) == taken
-    assert torch.equal(left.matrix, expected.matrix)
-    assert left.energy == expected.energy
-    _, other = compiled_step.step(W[:100], None, fmt, W.dtype, spare=spent)
-    assert other.matrix.shape == (100, 160)
+    carried = Factors(torch.randn(200, 2) * 0.1, torch.randn(2, 160))
+    _, expected = CompiledSteps(W, fmt, W.dtype).quantize(carried)
+    steps = CompiledSteps(W, fmt, W.dtype)
+    _, first = steps.quantize()
+    _, second = steps.quantize(carried)
+    assert second.matrix.data_ptr() == first.matrix.data_ptr()
+    assert torch.equal(second.matrix, expected.matrix)
+    assert second.energy == expected.energy
 
 
 def float32_patterns() -> Tensor:
@@ -188,8 +188,8 @@ def test_sum_of_squares_overflows_nowhere() -> None:
 
 def test_the_readable_quantizer_gives_the_same() -> None:
     W = torch.randn(512, 256)
-    compiled = Blockwise(BlockwiseFormat("nf4", 64)).step(W, None)
-    readable = Blockwise(BlockwiseFormat("nf4", 64), readable=True).step(W, None)
+    compiled = Blockwise(BlockwiseFormat("nf4", 64)).steps(W).quantize()
+    readable = Blockwise(BlockwiseFormat("nf4", 64), readable=True).steps(W).quantize()
     assert_same(compiled[0], readable[0])
     assert torch.equal(compiled[1].matrix, readable[1].matrix)
     assert compiled[1].energy == pytest.approx(readable[1].energy, rel=1e-12)

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from loftq_cli.core.blockwise import SOURCE_DTYPES, BlockwiseFormat, quantize_blockwise
 from loftq_cli.core.codebooks import codebook
-from loftq_cli.core.loftq import LoftqResult, initialize, relative_error
-from loftq_cli.core.lowrank import lora_scaling, truncated_svd
-from loftq_cli.core.quantizers import Blockwise, Int8, Quantizer
+from loftq_cli.core.loftq import LoftqResult, initialize
+from loftq_cli.core.lowrank import truncated_svd
+from loftq_cli.core.quantizers import Blockwise, Int8
+from loftq_cli.core.steps import Factors, Quantizer
 from loftq_cli.errors import InvalidSetting, NonFiniteWeight
 
 NF4 = Blockwise(BlockwiseFormat("nf4", 64))
@@ -105,7 +106,7 @@ def test_reported_errors_are_those_measured_from_what_is_stored(
     assert quantizer.dequantize(result.quantized).dtype == dtype
     assert result.error == pytest.approx(measured(W, quantizer, result, 2.0), rel=1e-6)
     assert result.errors[result.best_iteration - 1] == result.error
-    plain = quantizer.plain().step(W, None)[0]
+    plain = quantizer.plain().steps(W).quantize()[0]
     plain_error = (W.double() - quantizer.dequantize(plain).double()).norm() / W.double().norm()
     assert result.quantized_only_error == pytest.approx(float(plain_error), rel=1e-6)
     assert result.error < result.quantized_only_error
@@ -124,8 +125,8 @@ def test_what_the_last_svd_takes_away() -> None:
 
 def test_any_alpha_gives_the_same_start() -> None:
     W = low_rank_plus_noise(192, 128, 8)
-    scalings = [lora_scaling(16, alpha) for alpha in (8, 16, 32, 128)]
-    scalings += [lora_scaling(16, alpha, use_rslora=True) for alpha in (16, 32)]
+    scalings = [alpha / 16 for alpha in (8, 16, 32, 128)]
+    scalings += [alpha / math.sqrt(16) for alpha in (16, 32)]
     results = [initialize(W, NF4, 16, scaling=s, iterations=3) for s in scalings]
     for scaling, result in zip(scalings, results, strict=True):
         assert measured(W, NF4, result, scaling) == pytest.approx(results[1].error, rel=1e-6)
@@ -250,27 +251,38 @@ def test_the_weight_is_left_as_it_was() -> None:
     assert torch.equal(W, before)
 
 
-def test_relative_error_counts_every_row() -> None:
-    W, Q = torch.randn(1000, 8), torch.randn(1000, 8)
-    A, B = torch.randn(2, 8), torch.randn(1000, 2)
-    expected = (W - Q - 0.5 * B @ A).double().norm() / W.double().norm()
-    assert relative_error(W, Q, A, B, 0.5) == pytest.approx(float(expected), rel=1e-6)
-
-
-def test_step_leaves_what_the_low_rank_and_the_codes_do_not_carry() -> None:
+def test_a_step_leaves_what_the_low_rank_and_the_codes_do_not_carry() -> None:
     W = torch.randn(48, 64).bfloat16()
     for quantizer in (NF4, Int8()):
-        low_rank = truncated_svd(quantizer.step(W, None)[1], 4, method="exact")
-        carried = (low_rank.U * low_rank.S, low_rank.Vh)
-        quantized, residual = quantizer.step(W, carried)
+        steps = quantizer.steps(W)
+        low_rank = truncated_svd(steps.quantize()[1], 4, method="exact")
+        carried = Factors(low_rank.U * low_rank.S, low_rank.Vh)
+        quantized, residual = steps.quantize(carried)
         assert residual.matrix.dtype == torch.float32
         Q = quantizer.dequantize(quantized).float()
         assert torch.equal(residual.matrix, W.float() - Q)
         assert residual.energy == pytest.approx(float(residual.matrix.double().square().sum()))
-        rest = residual.matrix.double() - carried[0].double() @ carried[1].double()
-        remainder = quantizer.remainder(W, quantized, carried)
+        rest = residual.matrix.double() - carried.left.double() @ carried.right.double()
+        remainder = steps.remainder(quantized, carried)
         assert remainder == pytest.approx(float(rest.square().sum()), rel=1e-6)
         assert (W.float() - low_rank.dense() - Q).norm() < 0.1 * W.float().norm()
+
+
+class RoundedToOneDigit(Quantizer):
+    """What someone has to write who adds a way of storing weights."""
+
+    def quantize(self, target: Tensor, dtype: torch.dtype, like: Any = None) -> Tensor:
+        return (10 * target.float()).round()
+
+    def dequantize(self, quantized: Tensor) -> Tensor:
+        return quantized / 10
+
+
+def test_two_methods_make_a_quantizer() -> None:
+    W, quantizer = torch.randn(96, 64), RoundedToOneDigit()
+    result = initialize(W, quantizer, 8, iterations=3)
+    assert result.error == pytest.approx(measured(W, quantizer, result), rel=1e-6)
+    assert result.error < result.quantized_only_error
 
 
 @pytest.mark.parametrize(
@@ -297,9 +309,8 @@ def test_the_fast_way_does_without_kernels() -> None:
         W, Blockwise(NF4.format, readable=True), 8, iterations=3, svd="randomized"
     )
     assert readable.errors == pytest.approx(compiled.errors, rel=1e-3)
-    assert torch.equal(
-        NF4.step(W, None)[0].packed, Blockwise(NF4.format, readable=True).step(W, None)[0].packed
-    )
+    one, other = (q.steps(W).quantize()[0] for q in (NF4, Blockwise(NF4.format, readable=True)))
+    assert torch.equal(one.packed, other.packed)
 
 
 @pytest.mark.slow

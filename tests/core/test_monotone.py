@@ -12,10 +12,11 @@ from torch import Tensor
 
 from loftq_cli.core import compiled_step, loftq
 from loftq_cli.core.blockwise import BlockwiseFormat, quantize_blockwise
-from loftq_cli.core.loftq import initialize, plain_adapter, relative_error
+from loftq_cli.core.loftq import initialize, plain_adapter
 from loftq_cli.core.lowrank import truncated_svd
 from loftq_cli.core.quantizers import Blockwise
 from loftq_cli.core.residual import Residual
+from loftq_cli.core.steps import Factors
 from loftq_cli.errors import InvalidSetting
 
 
@@ -84,7 +85,8 @@ def test_the_error_never_rises(case: tuple[Tensor, Blockwise, dict[str, Any]]) -
     Q = quantizer.dequantize(result.quantized)
     assert math.isfinite(result.error)
     if W.float().abs().max() > 1e-30:
-        measured = relative_error(W, Q, result.lora_A, result.lora_B, 1.0)
+        rest = W.double() - Q.double() - result.lora_B.double() @ result.lora_A.double()
+        measured = float(rest.norm() / W.double().norm())
         assert measured == pytest.approx(result.error, rel=1e-4, abs=1e-6)
 
 
@@ -97,15 +99,16 @@ def test_no_step_raises_the_error(case: tuple[Tensor, Blockwise, dict[str, Any]]
     generator = torch.Generator().manual_seed(1)
     # What the search compares is rounded afterwards: to the runtime's dtype, and in float32 sums.
     rounding = max(torch.finfo(W.dtype).eps, 1e-5) * float(W.double().norm())
-    latest, residual = quantizer.step(W, None)
+    steps = quantizer.steps(W)
+    latest, residual = steps.quantize()
     for _ in range(4):
         if not math.isfinite(residual.energy) or W.float().abs().max() < 1e-30:
             return  # absmax that cannot be divided by have no search
         like = truncated_svd(residual, options["rank"], method="exact", generator=generator)
-        carried = like.U * like.S, like.Vh
-        before = math.sqrt(quantizer.remainder(W, latest, carried))
-        latest, residual = quantizer.step(W, carried, previous=latest)
-        after = math.sqrt(quantizer.remainder(W, latest, carried))
+        carried = Factors(like.U * like.S, like.Vh)
+        before = math.sqrt(steps.remainder(latest, carried))
+        latest, residual = steps.quantize(carried, latest)
+        after = math.sqrt(steps.remainder(latest, carried))
         assert after <= before + rounding
 
 

@@ -7,8 +7,9 @@ import torch
 
 from loftq_cli.core.blockwise import BlockwiseFormat
 from loftq_cli.core.int8 import dequantize_int8, quantize_int8
-from loftq_cli.core.quantizers import Blockwise, Int8, Quantizer
+from loftq_cli.core.quantizers import Blockwise, Int8
 from loftq_cli.core.rank_errors import rank_errors
+from loftq_cli.core.steps import Quantizer
 from loftq_cli.errors import NonFiniteWeight
 
 NF4 = Blockwise(BlockwiseFormat("nf4", 64))
@@ -42,7 +43,7 @@ def left_by(quantizer: Quantizer, W: torch.Tensor) -> torch.Tensor:
     """W − Q in float64."""
     if isinstance(quantizer, Int8):
         return W.double() - dequantize_int8(quantize_int8(W)).double()
-    return W.double() - quantizer.dequantize(quantizer.step(W, None)[0]).double()
+    return W.double() - quantizer.dequantize(quantizer.steps(W).quantize()[0]).double()
 
 
 @pytest.mark.parametrize("shape", [(128, 192), (256, 128)])

@@ -172,3 +172,18 @@ def test_the_same_line_gives_the_same_bytes(
             }
         )
     assert contents[0] == contents[1]
+
+
+@pytest.mark.parametrize(
+    ("alpha", "rslora", "expected"), [(16, False, 1.0), (8, False, 0.5), (32, True, 8.0)]
+)
+def test_lora_scaling_is_that_of_peft(alpha: int, rslora: bool, expected: float) -> None:
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    from loftq_cli.engines.settings import Settings
+
+    assert Settings(rank=16, lora_alpha=alpha, use_rslora=rslora).scaling == expected
+    config = LoraConfig(r=16, lora_alpha=alpha, use_rslora=rslora, target_modules=["0"])
+    model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(32, 32)), config)
+    assert model.base_model.model[0].scaling["default"] == pytest.approx(expected)
