@@ -190,14 +190,6 @@ def write_safetensors(
     return file.written
 
 
-def safetensors_bytes(
-    plan: Sequence[PlannedTensor], metadata: Mapping[str, str] | None = None
-) -> int:
-    """The size of the file that :func:`write_safetensors` would make."""
-    header, _ = _layout(plan, {"format": "pt"} if metadata is None else metadata)
-    return len(header) + sum(tensor.nbytes for tensor in plan)
-
-
 def write_bytes_atomically(path: Path, data: bytes) -> WrittenFile:
     """Write a small file."""
     with NewFile(path, len(data)) as file:

@@ -89,11 +89,6 @@ class Memory:
         """With gradient checkpointing."""
         return self.total - self.activations + self.activations_checkpointed
 
-    @property
-    def adapter_state(self) -> int:
-        """What the rank decides, apart from activations: adapter, gradients and optimizer."""
-        return self.adapter + self.gradients + self.optimizer
-
 
 def trainable_parameters(layers: Collection[LinearLayer], rank: int) -> int:
     """Parameters of A (r × in) and B (out × r) for each of the layers."""

@@ -37,11 +37,6 @@ def compare_view(document: Document[CompareResults]) -> View:
     return View(f"Starts for {model_name(document)}", sections, _records(results))
 
 
-def figures(value: float) -> str:
-    """Three significant digits of a number that may be small: "0.00338", "2.10e-05"."""
-    return f"{value:.2e}" if 0 < abs(value) < 1e-4 else f"{value:.3g}"
-
-
 def _facts(results: CompareResults) -> list[tuple[str, str]]:
     settings = results.settings
     tokens = units.number(settings.predicted_tokens)
@@ -67,7 +62,7 @@ def _distances(results: CompareResults) -> Table:
         *_NAME,
         Column("weight_error_relative", "error", show=units.percent),
         Column("error_removed", "removed", show=units.percent),
-        Column("kl_divergence", "KL", show=figures),
+        Column("kl_divergence", "KL", show=units.small),
         Column("kl_gain", "to QLoRA", show=lambda value: f"{units.significant(value)} ×"),
         Column("perplexity", "perplexity", show=_perplexity),
     ]

@@ -7,10 +7,20 @@ from typing import Any
 
 from loftq_cli.report import units
 from loftq_cli.report.tables import Column, Facts, Heading, Section, Sentences, Table, View
-from loftq_cli.schema import Document, Environment, Remark, ReportResults, document_of
+from loftq_cli.schema import (
+    Document,
+    Environment,
+    Remark,
+    ReportedDocument,
+    ReportResults,
+    document_of,
+)
 
 # What one asks of a box first, then how much the model's commands found.
-_ORDER = ("check", "load", "targets", "sweep-ranks", "quantize", "verify", "generate")
+_ORDER = (
+    *("check", "load", "targets", "sweep-ranks", "compare"),
+    *("quantize", "verify", "generate", "report"),
+)
 
 
 def report_view(
@@ -40,15 +50,11 @@ def report_view(
     return View(f"Report on {count}", sections, _records(results, views))
 
 
-def _ordered(results: ReportResults) -> list[Any]:
-    def place(command: str) -> int:
-        return _ORDER.index(command) if command in _ORDER else len(_ORDER)
+def _ordered(results: ReportResults) -> list[ReportedDocument]:
+    def place(each: ReportedDocument) -> int:
+        return _ORDER.index(str(each.document.get("schema")).removeprefix("loftq/"))
 
-    commands = {
-        id(each): str(each.document.get("schema")).removeprefix("loftq/")
-        for each in results.documents
-    }
-    return sorted(results.documents, key=lambda each: place(commands[id(each)]))
+    return sorted(results.documents, key=place)
 
 
 def _system(system: Environment) -> Facts:

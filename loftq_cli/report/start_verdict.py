@@ -9,11 +9,10 @@ weights into the adapter takes larger steps at the same rate), and the verdict s
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from loftq_cli import starts
 from loftq_cli.report import units
-from loftq_cli.report.compare import figures
 from loftq_cli.schema import BitsVerdict, ComparedMethod, CompareVerdict
 from loftq_cli.starts import Start
 
@@ -108,19 +107,19 @@ def _distance_sentence(
     if best is qlora:
         return (
             f"At {bits} bits no gain here: no start is nearer to the original than QLoRA "
-            f"(KL {figures(best.kl_divergence)})."
+            f"(KL {units.small(best.kl_divergence)})."
         )
     name = name_of(best, with_rank=True)
     if not gain:
         return (
             f"At {bits} bits no gain here: the nearest start, {name}, has KL "
-            f"{figures(best.kl_divergence)}, within {100 * WORTHWHILE_SHARE:.0f} % of QLoRA's "
+            f"{units.small(best.kl_divergence)}, within {100 * WORTHWHILE_SHARE:.0f} % of QLoRA's "
             f"{_shown(qlora.kl_divergence)}."
         )
     others = [other for other in (qlora, published) if other is not None and other is not best]
     against = " and ".join(_times_nearer(best, other) for other in others)
     return (
-        f"At {bits} bits {name} is nearest to the original: KL {figures(best.kl_divergence)}, "
+        f"At {bits} bits {name} is nearest to the original: KL {units.small(best.kl_divergence)}, "
         f"{against}."
     )
 
@@ -185,10 +184,15 @@ def _find(
     methods: Sequence[ComparedMethod], start: Start, like: ComparedMethod, *, any_bits: bool = False
 ) -> ComparedMethod | None:
     """The method with this start at the bits and rank of another."""
-    same: Callable[[ComparedMethod], bool] = lambda each: (  # noqa: E731
-        (each.init, each.rank) == (start.name, like.rank) and (any_bits or each.bits == like.bits)
+    return next(
+        (
+            each
+            for each in methods
+            if (each.init, each.rank) == (start.name, like.rank)
+            and (any_bits or each.bits == like.bits)
+        ),
+        None,
     )
-    return next(filter(same, methods), None)
 
 
 def _times_nearer(best: ComparedMethod, other: ComparedMethod) -> str:
@@ -208,4 +212,4 @@ def _or_infinite(value: float | None) -> float:
 
 
 def _shown(value: float | None) -> str:
-    return "is no number" if value is None else figures(value)
+    return "is no number" if value is None else units.small(value)

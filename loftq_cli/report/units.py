@@ -72,3 +72,8 @@ def significant(value: float) -> str:
         return "0"
     digits = 3 if magnitude < 0.9995 else 2 if magnitude < 9.995 else 1 if magnitude < 99.95 else 0
     return f"{value:.{digits}f}"
+
+
+def small(value: float) -> str:
+    """Three significant digits of a number that may need an exponent: "0.00338", "2.10e-05"."""
+    return f"{value:.2e}" if 0 < abs(value) < 1e-4 else f"{value:.3g}"

@@ -22,6 +22,7 @@ from loftq_cli import cli, schema
 from loftq_cli.asked import Options, QuantizeOptions, SweepOptions
 from loftq_cli.report.advice import recommendations
 from loftq_cli.report.findings import findings
+from loftq_cli.report.report import _ORDER
 from tests.cli import documents
 from tests.commands.conftest import piped
 from tests.conftest import Outcome
@@ -619,3 +620,7 @@ def test_what_fits_in_16_bits_is_advised_in_16_bits() -> None:
     }  # fmt: skip
     _, advised = said(content)
     assert any("--init lora" in text and "--bits" not in text for text in advised)
+
+
+def test_a_report_has_a_place_for_the_document_of_every_command() -> None:
+    assert set(_ORDER) == set(cli.COMMANDS)
