@@ -145,7 +145,7 @@ def _spread(results: QuantizeResults) -> Iterator[str]:
 
 def _best_iterates(results: QuantizeResults) -> Iterator[str]:
     if results.settings.iterations is None:
-        yield from _turns(results)
+        yield from _iterations_paid(results)
         return
     iterated = [layer for layer in results.layers if len(layer.error_curve) > 1]
     early = [layer for layer in iterated if (layer.best_iteration or 0) < len(layer.error_curve)]
@@ -161,7 +161,7 @@ def _best_iterates(results: QuantizeResults) -> Iterator[str]:
         yield f"the last iterate is the best one in all {len(iterated)} layers"
 
 
-def _turns(results: QuantizeResults) -> Iterator[str]:
+def _iterations_paid(results: QuantizeResults) -> Iterator[str]:
     """How long it paid to go on, where that was left to each layer."""
     counts = sorted(len(layer.error_curve) for layer in results.layers)
     if counts and counts[-1] > 1:
