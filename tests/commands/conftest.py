@@ -44,6 +44,21 @@ def quantized(loftq: Loftq, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One block of random weights with the built-in model's tokens. Not to be changed."""
+    directory = tmp_path_factory.mktemp("tiny")
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(
+        n_layer=1, n_head=2, n_embd=64, n_positions=32, vocab_size=4096, bos_token_id=0,
+        eos_token_id=0, initializer_range=0.2,
+    )  # fmt: skip
+    transformers.GPT2LMHeadModel(config).save_pretrained(directory)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(DEMO_DIRECTORY / name, directory)
+    return directory
+
+
 @pytest.fixture
 def demo(tmp_path: Path) -> Path:
     """A copy of the built-in model, to be changed."""

@@ -12,13 +12,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import GPT2Config, GPT2LMHeadModel
 
 from loftq_cli.asked import CompareOptions
 from loftq_cli.commands.compare_plan import DEMO_CALIBRATION, HELDOUT, methods, texts_of
 from loftq_cli.errors import UsageError
 from loftq_cli.models import evaluation
-from loftq_cli.models.spec import DEMO_DIRECTORY
 from loftq_cli.report.start_verdict import difference, key, relative_to_qlora, verdict
 from loftq_cli.schema import ComparedMethod
 from tests.conftest import Outcome
@@ -26,21 +24,6 @@ from tests.conftest import Outcome
 Loftq = Callable[..., Outcome]
 Refused = Callable[..., str]
 Results = dict[str, Any]
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One block of random weights with the built-in model's tokens."""
-    directory = tmp_path_factory.mktemp("tiny")
-    torch.manual_seed(0)
-    config = GPT2Config(
-        n_layer=1, n_head=2, n_embd=64, n_positions=32, vocab_size=4096, bos_token_id=0,
-        eos_token_id=0, initializer_range=0.2,
-    )  # fmt: skip
-    GPT2LMHeadModel(config).save_pretrained(directory)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(DEMO_DIRECTORY / name, directory)
-    return directory
 
 
 @pytest.fixture(scope="module")

@@ -91,6 +91,7 @@ def test_expect(loftq: Loftq) -> None:
     assert loftq("load", "--expect", "cpu").code == 0
 
 
+@pytest.mark.slow
 def test_expect_in_a_pipe_of_commands() -> None:
     """The exit code keeps what follows from running; nothing but ours is on stderr."""
     line = f"{sys.executable} -m loftq_cli load -m demo --expect cuda && echo trained"

@@ -301,7 +301,7 @@ print(sorted({{name.partition(".")[0] for name in sys.modules}}), file=sys.stder
 
 
 def test_the_pipe_that_people_write() -> None:
-    line = f"set -o pipefail; {LOFTQ} load --json | {LOFTQ} report - --format md | head -12"
+    line = f"set -o pipefail; {LOFTQ} sweep-ranks --json | {LOFTQ} report - --format md | head -12"
     done = subprocess.run(
         ["bash", "-c", line], capture_output=True, text=True, check=False, timeout=180
     )

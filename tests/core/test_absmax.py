@@ -8,7 +8,7 @@ import pytest
 import torch
 from bitsandbytes import functional as bnb
 from hypothesis import given, settings
-from test_blockwise import SHAPES, adversarial_weights, plain_dequantization
+from test_blockwise import adversarial_weights, plain_dequantization
 from test_kernels import assert_same
 from torch import Tensor
 
@@ -18,6 +18,7 @@ from loftq_cli.core.blockwise import (
     BLOCK_SIZES,
     SOURCE_DTYPES,
     BlockwiseFormat,
+    QuantizedBlockwise,
     dequantize_blockwise,
     quantize_blockwise,
     restore_absmax,
@@ -28,6 +29,8 @@ from loftq_cli.core.quantizers import Blockwise
 
 KINDS = [("nf4", 4), ("nf4", 3), ("nf4", 2), ("fp4", 4)]
 LARGEST = largest_absmax(torch.float32)
+# As SHAPES, no larger than it takes to have two of the largest blocks: the readable search is slow.
+SEARCHED = [(32, 256), (7, 128), (8, 96), (3, 33), (33, 65), (1, 4500), (700, 1), (1, 1)]
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -42,7 +45,10 @@ def block_errors(blocks: Tensor, scales: Tensor, kind: tuple[str, int]) -> Tenso
     return (blocks.double()[:, :, None] - choices[:, None, :]).square().amin(2).sum(1)
 
 
-def assert_compiled_as_read(W: Tensor, fmt: BlockwiseFormat, previous: Tensor | None) -> None:
+def assert_compiled_as_read(
+    W: Tensor, fmt: BlockwiseFormat, previous: Tensor | None
+) -> QuantizedBlockwise:
+    """Returns what both gave."""
     reference = quantize_blockwise(W, fmt, search=True, previous=previous)
     like = None
     if previous is not None:
@@ -54,6 +60,7 @@ def assert_compiled_as_read(W: Tensor, fmt: BlockwiseFormat, previous: Tensor | 
         assert_same(quantized, reference)
         assert torch.equal(left.matrix, rest.to(products))
         assert left.energy == pytest.approx(float(rest.double().square().sum()), rel=1e-12)
+    return reference
 
 
 @pytest.mark.parametrize("double_quant", [False, True])
@@ -61,12 +68,11 @@ def assert_compiled_as_read(W: Tensor, fmt: BlockwiseFormat, previous: Tensor | 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_compiled_as_read(kind: Any, block_size: int, double_quant: bool) -> None:
     fmt = BlockwiseFormat(kind[0], block_size, double_quant, kind[1])
-    for number, shape in enumerate(SHAPES):
+    for number, shape in enumerate(SEARCHED):
         dtype = SOURCE_DTYPES[number % 3]
         W = (normal(*shape, seed=number) * 0.02).to(dtype)
         W.view(-1)[W.numel() // 3 : W.numel() // 3 + 2 * block_size] = 0
-        assert_compiled_as_read(W, fmt, None)
-        previous = restore_absmax(quantize_blockwise(W, fmt, search=True))
+        previous = restore_absmax(assert_compiled_as_read(W, fmt, None))
         assert_compiled_as_read((W.float() * 1.1).to(dtype), fmt, previous)
 
 
@@ -84,8 +90,7 @@ def test_plain_quantization_with_fewer_levels_too(kind: Any) -> None:
 def test_adversarial_values(case: tuple[Tensor, BlockwiseFormat]) -> None:
     W, fmt = case
     fmt = BlockwiseFormat(fmt.quant_type, fmt.block_size)
-    assert_compiled_as_read(W, fmt, None)
-    scales = quantize_blockwise(W, fmt, search=True).absmax
+    scales = assert_compiled_as_read(W, fmt, None).absmax
     assert_compiled_as_read(W, fmt, scales.flip(0))
 
 

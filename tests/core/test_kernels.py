@@ -64,7 +64,7 @@ def test_all_formats(
             assert_as_the_reference(W, fmt, products)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(adversarial_weights())
 def test_adversarial_values(case: tuple[Tensor, BlockwiseFormat]) -> None:
     W, fmt = case
@@ -79,7 +79,7 @@ def test_subtracting_a_product(shape: tuple[int, int], products: torch.dtype) ->
     W, product = torch.randn(shape), (torch.randn(shape) * 0.1).to(products)
     fmt = BlockwiseFormat("nf4", 64)
     packed = torch.empty((W.numel() + 1) // 2, dtype=torch.uint8)
-    absmax, rest = torch.empty(-(-W.numel() // 64)), torch.empty_like(W)
+    absmax, rest = torch.empty(-(-W.numel() // 64)), torch.empty_like(product)
     energy = kernels.quantize(
         W.view(-1).numpy(),
         compiled_step._flat(product),
@@ -89,13 +89,14 @@ def test_subtracting_a_product(shape: tuple[int, int], products: torch.dtype) ->
         kernels.FLOAT32,
         packed.numpy(),
         absmax.numpy(),
-        rest.view(-1).numpy(),
+        compiled_step._flat(rest),
     )
     reference = quantize_blockwise(W - product.float(), fmt)
     assert same_bits(packed.view(-1, 1), reference.packed)
     assert same_bits(absmax, reference.absmax)
-    assert torch.equal(rest, W - dequantize_blockwise(reference))
-    assert energy == pytest.approx(float(rest.double().square().sum()), rel=1e-12)
+    exact = W - dequantize_blockwise(reference)
+    assert torch.equal(rest, exact.to(products))
+    assert energy == pytest.approx(float(exact.double().square().sum()), rel=1e-12)
 
 
 @pytest.mark.parametrize("shape", [(200, 96), (100, 33), (64, 500), (3, 4099), (130, 64)])

@@ -74,7 +74,7 @@ def cases(draw: st.DrawFn) -> tuple[Tensor, Blockwise, dict[str, Any]]:
     return W, Blockwise(fmt), settings
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(cases())
 def test_the_error_never_rises(case: tuple[Tensor, Blockwise, dict[str, Any]]) -> None:
     W, quantizer, options = case
@@ -90,7 +90,7 @@ def test_the_error_never_rises(case: tuple[Tensor, Blockwise, dict[str, Any]]) -
         assert measured == pytest.approx(result.error, rel=1e-4, abs=1e-6)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(cases())
 def test_no_step_raises_the_error(case: tuple[Tensor, Blockwise, dict[str, Any]]) -> None:
     """Each is one of its own: what rose is thrown away by the alternation, which would hide it."""
@@ -119,9 +119,9 @@ def test_nor_with_rounded_products(
 ) -> None:
     monkeypatch.setattr(compiled_step, "product_dtype", lambda: products)
     torch.manual_seed(0)
-    W = torch.randn(384, 512) + 0.2 * torch.randn(384, 20) @ torch.randn(20, 512)
+    W = torch.randn(192, 256) + 0.2 * torch.randn(192, 20) @ torch.randn(20, 256)
     for fmt in (BlockwiseFormat("nf4", 64, True), BlockwiseFormat("nf4", 64, bits=2)):
-        result = initialize(W, Blockwise(fmt), 16, start=start, svd="randomized", iterations=40)
+        result = initialize(W, Blockwise(fmt), 16, start=start, svd="randomized", iterations=16)
         assert len(result.errors) > 5
         assert result.errors == sorted(result.errors, reverse=True)
 

@@ -41,8 +41,11 @@ def written(hub: StandInHub, repository: str, directory: Path) -> Path:
     return directory
 
 
-@pytest.mark.parametrize("shards", [ONE_FILE, TWO_FILES], ids=["one file", "two files"])
-@pytest.mark.parametrize("repository", ["org/small", "gpt2"])
+@pytest.mark.parametrize(
+    ("shards", "repository"),
+    [(ONE_FILE, "gpt2"), (TWO_FILES, "org/small")],
+    ids=["one file", "two files"],
+)
 def test_only_headers_are_asked_for_and_the_results_are_those_of_the_files(
     shards: dict[str, dict[str, Any]], repository: str, tmp_path: Path
 ) -> None:

@@ -30,7 +30,7 @@ from loftq_cli.models.outline import Outline
 from loftq_cli.models.presets import PRESETS, presets
 from tests.battery import BATTERY
 
-RANKS = (1, 8, 24)
+RANKS = (1, 24)
 
 
 @pytest.fixture(autouse=True)

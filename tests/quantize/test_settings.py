@@ -61,7 +61,7 @@ def remeasured(directory: Path) -> dict[str, float]:
 def test_reported_errors_are_those_of_the_files(
     options: tuple[Any, ...], quantize: Quantize
 ) -> None:
-    out, document = quantize(*options)
+    out, document = quantize("--iterations", 2, *options)
     measured = remeasured(out)
     assert len(measured) == 14
     for layer in document["results"]["layers"]:
@@ -84,7 +84,8 @@ def test_any_lora_alpha_starts_equally_well(
         ]
     ):
         out = tmp_path / str(number)
-        outcome = loftq("quantize", "-m", source, "-o", out, "--rank", 16, "--quiet", *options)
+        outcome = loftq("quantize", "-m", source, "-o", out, "--rank", 16, "--quiet",
+                        "--iterations", 2, *options)  # fmt: skip
         assert outcome.code == 0, outcome.err
         errors.append(remeasured(out))
     for other in errors[1:]:
@@ -119,7 +120,7 @@ def test_qlora_start_changes_nothing(quantize: Quantize) -> None:
 
 def test_several_output_files(quantize: Quantize, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan_module, "SHARD_BYTES", 20_000)
-    out, document = quantize()
+    out, document = quantize("--iterations", 2)
     shards = sorted(out.glob("model-*.safetensors"))
     assert len(shards) > 2
     assert not (out / "model.safetensors").exists()
@@ -132,7 +133,7 @@ def test_several_output_files(quantize: Quantize, monkeypatch: pytest.MonkeyPatc
 def test_untouched_tensors_are_the_same_bytes(quantize: Quantize, source: Path) -> None:
     from safetensors.torch import load_file
 
-    out, document = quantize()
+    out, document = quantize("--iterations", 2)
     before, after = load_file(source / "model.safetensors"), load_file(out / "model.safetensors")
     names = [tensor["name"] for tensor in document["results"]["untouched"]]
     assert "model.embed_tokens.weight" in names
@@ -145,7 +146,7 @@ def test_untouched_tensors_are_the_same_bytes(quantize: Quantize, source: Path) 
 def test_the_report_in_the_directory_is_the_document(quantize: Quantize) -> None:
     import hashlib
 
-    out, document = quantize()
+    out, document = quantize("--iterations", 2)
     report = json.loads((out / "loftq_report.json").read_text())
     assert report["results"] == document["results"]
     for file in report["results"]["files"]:
@@ -163,7 +164,7 @@ def test_the_same_line_gives_the_same_bytes(
     contents = []
     for name in ("one", "two"):
         out = tmp_path / name / "out"
-        assert loftq("quantize", "-m", source, "-o", out, "--rank", 4).code == 0
+        assert loftq("quantize", "-m", source, "-o", out, "--rank", 4, "--iterations", 3).code == 0
         contents.append(
             {
                 path.relative_to(out): path.read_bytes()

@@ -20,6 +20,8 @@ from tests.reload import relative_error, reload, weights
 
 DEMO = Path(loftq_cli.__file__).parent / "demo"
 CALIBRATED = ("qera", "qera-diagonal", "calibrated")
+# Where the figures themselves are not what is tested.
+FEW = dict.fromkeys(("loftq", "loftq-plain", "pissa", "calibrated"), ("--iterations", 3))
 Results = dict[str, Any]
 Loftq = Callable[..., Outcome]
 
@@ -100,7 +102,7 @@ def remeasured(source: Path, directory: Path) -> dict[str, float]:
 def test_figures_are_those_of_the_files(
     init: str, bits: int, quantize: Callable[..., Path], source: Path, loftq: Loftq
 ) -> None:
-    out = quantize(init, "--bits", bits)
+    out = quantize(init, "--bits", bits, *FEW.get(init, ()))
     document = results(out)
     measured = remeasured(source, out)
     assert len(measured) == 8
@@ -122,7 +124,8 @@ def test_figures_are_those_of_the_files(
 def test_few_bits_use_few_codes(init: str, bits: int, quantize: Callable[..., Path]) -> None:
     from safetensors.torch import load_file
 
-    tensors = load_file(quantize(init, "--bits", bits, "--double-quant") / "model.safetensors")
+    out = quantize(init, "--bits", bits, "--double-quant", *FEW.get(init, ()))
+    tensors = load_file(out / "model.safetensors")
     allowed = set(codebook("nf4", bits).order)
     coded = [name.removesuffix(".absmax") for name in tensors if name.endswith("weight.absmax")]
     assert len(coded) == 8
@@ -146,7 +149,7 @@ def test_the_output_error_is_that_of_the_outputs(
 ) -> None:
     """‖(W − Q − s·B·A)·X‖ / ‖W·X‖ with the inputs of every token that was looked at."""
     layer = "transformer.h.1.mlp.c_fc"
-    out = quantize("calibrated", "--lora-alpha", 11)
+    out = quantize("calibrated", "--lora-alpha", 11, *FEW["calibrated"])
     tokenizer = PreTrainedTokenizerFast.from_pretrained(source)
     ids = torch.tensor(tokenizer(text.read_text("utf-8"))["input_ids"])
     windows = ids[: len(ids) // 64 * 64].view(-1, 64)
@@ -204,7 +207,7 @@ def test_layers_without_an_adapter_hold_their_weight(
     init: str, quantize: Callable[..., Path], source: Path, loftq: Loftq
 ) -> None:
     """Nothing that they lost to a low rank would ever come back."""
-    out = quantize(init, "--target-modules", "c_attn")
+    out = quantize(init, "--target-modules", "c_attn", *FEW.get(init, ()))
     document = results(out)
     original = weights(AutoModelForCausalLM.from_pretrained(source))
     held = reload(out).dequantized or original
@@ -217,7 +220,8 @@ def test_layers_without_an_adapter_hold_their_weight(
 
 
 def test_layers_without_an_adapter_are_calibrated_too(quantize: Callable[..., Path]) -> None:
-    document = results(quantize("calibrated", "--target-modules", "c_attn"))
+    options = ("--target-modules", "c_attn", *FEW["calibrated"])
+    document = results(quantize("calibrated", *options))
     assert len(document["layers"]) == 2
     for layer in document["without_adapter"]:
         before = layer["quantized_only_output_error_relative"]

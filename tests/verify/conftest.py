@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -22,19 +23,28 @@ Loftq = Callable[..., Outcome]
 LAYER = "model.layers.0.self_attn.q_proj"
 
 
-@pytest.fixture
-def source(tmp_path: Path) -> Path:
-    directory = tmp_path / "source"
-    BATTERY["llama"].build(dtype=torch.bfloat16).save_pretrained(directory)
+@pytest.fixture(scope="session")
+def originals(loftq: Loftq, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small model and what `quantize` makes of it, once: `source` and `written` are copies."""
+    directory = tmp_path_factory.mktemp("originals")
+    BATTERY["llama"].build(dtype=torch.bfloat16).save_pretrained(directory / "source")
+    outcome = loftq("quantize", "-m", directory / "source", "-o", directory / "out",
+                    "--rank", 8, "--iterations", 1)  # fmt: skip
+    assert outcome.code == 0, outcome.err
     return directory
 
 
 @pytest.fixture
-def written(source: Path, tmp_path: Path, loftq: Loftq) -> Path:
-    """An intact output of `quantize`."""
-    out = tmp_path / "out"
-    outcome = loftq("quantize", "-m", source, "-o", out, "--rank", 8, "--iterations", 1)
-    assert outcome.code == 0, outcome.err
+def source(originals: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(originals / "source", tmp_path / "source"))
+
+
+@pytest.fixture
+def written(originals: Path, source: Path, tmp_path: Path) -> Path:
+    """An intact output of `quantize`, whose report names this `source`."""
+    out = Path(shutil.copytree(originals / "out", tmp_path / "out"))
+    report = out / "loftq_report.json"
+    report.write_text(report.read_text().replace(str(originals), str(source.parent)))
     return out
 
 

@@ -65,7 +65,8 @@ def test_an_intact_directory(
 def test_the_page_says_what_was_proved(source: Path, tmp_path: Path, loftq: Loftq) -> None:
     """Bits and ranks as they are, and of an unquantized directory nothing about codes."""
     out = tmp_path / "out"
-    loftq("quantize", "-m", source, "-o", out, "--rank", 4, "--target-bits", 2.5, "--rank-budget")
+    loftq("quantize", "-m", source, "-o", out, "--rank", 4, "--iterations", 1,
+          "--target-bits", 2.5, "--rank-budget")  # fmt: skip
     details = {test["name"]: test["detail"] for test in run_verify(loftq, out)[1]["tests"]}
     assert "with the codes of 2 bits" in details["container"]
     assert details["adapter"].startswith("ranks ")

@@ -12,7 +12,8 @@ from tests.verify.conftest import LAYER, Loftq, overwrite
 
 
 def test_a_good_run_says_what_was_verified(source: Path, tmp_path: Path, loftq: Loftq) -> None:
-    line = ("quantize", "-m", source, "-o", tmp_path / "out", "--rank", 4, "--verify", "--json")
+    line = ("quantize", "-m", source, "-o", tmp_path / "out", "--rank", 4, "--iterations", 1,
+            "--verify", "--json")  # fmt: skip
     first = loftq(*line)
     assert first.code == 0, first.err
     assert "verified: files, container, adapter, residuals, forward" in first.err
@@ -36,7 +37,8 @@ def test_a_bad_disk_is_found(
         overwrite(out / "model.safetensors", f"{LAYER}.weight", flip)
 
     monkeypatch.setattr(Staging, "commit", commit_and_rot)
-    outcome = loftq("quantize", "-m", source, "-o", out, "--rank", 4, "--verify", "--json")
+    outcome = loftq("quantize", "-m", source, "-o", out, "--rank", 4, "--iterations", 1,
+                    "--verify", "--json")  # fmt: skip
     assert outcome.code == 3
     assert json.loads(outcome.out)["schema"] == "loftq/quantize"
     assert f"error: {out}: 'model.safetensors' is not the file that was written" in outcome.err
