@@ -296,13 +296,13 @@ def test_a_dry_run_does_not_say_what_is_yet_to_be_measured(source: Path, loftq: 
 
 def interrupted(source: Path, text: Path, out: Path, loftq: Loftq) -> tuple[object, ...]:
     """A run that ended after its first file; the line that goes on with it."""
-    from loftq_cli.engines import local
+    from loftq_cli.engines import tasks
 
     line = ("quantize", "-m", source, "-o", out, "--init", "calibrated", "--rank", 4)
     line = (*line, "--calibration-text", text)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("loftq_cli.engines.plan.SHARD_BYTES", 20_000)
-        real, calls = local.write_behind, []
+        real, calls = tasks.write_behind, []
 
         def failing(*args: Any) -> Any:
             calls.append(args)
@@ -310,7 +310,7 @@ def interrupted(source: Path, text: Path, out: Path, loftq: Loftq) -> tuple[obje
                 raise KeyboardInterrupt
             return real(*args)
 
-        patch.setattr(local, "write_behind", failing)
+        patch.setattr(tasks, "write_behind", failing)
         assert loftq(*line).code == 130
     return line
 
