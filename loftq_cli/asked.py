@@ -11,7 +11,7 @@ import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from loftq_cli.errors import UsageError
 from loftq_cli.formats import ALL_LINEAR, DEFAULT_BLOCK_SIZE, QuantType, SvdMethod
@@ -95,7 +95,7 @@ class SweepOptions(Options):
     model: str = "demo"
     ranks: str = "4,8,16,32,64"
     target_modules: str | Sequence[str] = ALL_LINEAR
-    bits: Literal[2, 3, 4, 8, 16] = 4
+    bits: int = 4
     quant_type: QuantType = "nf4"
     block_size: int = DEFAULT_BLOCK_SIZE
     batch_size: int = 1
@@ -167,20 +167,6 @@ def iterations(value: str | int) -> int | None:
     if not (text.isascii() and text.isdigit() and 0 < int(text) <= 1000):
         raise UsageError(f"--iterations takes auto or a number from 1 to 1000, not {text!r:.80}")
     return int(text)
-
-
-def bits(value: str | int) -> tuple[int, tuple[int, int] | None]:
-    """`4` as (4, None), and `4x8,2` as (2, (8, 4)): 4 bits in the first 8 blocks, then 2."""
-    text = str(value)
-    if text in ("2", "3", "4", "8"):
-        return int(text), None
-    match = re.fullmatch(r"([234])x(\d{1,4}),([234])", text, re.ASCII)
-    if match is None:
-        raise UsageError(
-            f"--bits {text!r:.80} is not supported",
-            hint="--bits 2, 3, 4 or 8, or --bits 4x8,2 for 4 bits in the first 8 blocks and then 2",
-        )
-    return int(match[3]), (int(match[2]), int(match[1]))
 
 
 _UNITS = {"MB": 10**6, "GB": 10**9, "TB": 10**12, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 from loftq_cli.asked import CompareOptions
 from loftq_cli.commands.options import option
 from loftq_cli.commands.run import Run, command
+from loftq_cli.containers import widths
+from loftq_cli.report.units import listed
 
 if TYPE_CHECKING:
     from loftq_cli.commands.compare_plan import Texts
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
         show_default="all for which there are texts",
         help="Starts to compare, by the names that quantize knows; qlora is always among them.",
     ),
-    bits=option(str, "--bits", metavar="B,B,…", help="Bits of a weight, of 2, 3, 4 and 8."),
+    bits=option(str, "--bits", metavar="B,B,…", help=f"Bits of a weight, of {listed(widths())}."),
     text=option(
         Path | None,
         "--text",

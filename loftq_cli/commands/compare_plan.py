@@ -10,16 +10,17 @@ from pathlib import Path
 
 from loftq_cli import starts
 from loftq_cli.asked import CompareOptions, QuantizeOptions, items, ranks
+from loftq_cli.containers import kind_of, widths
 from loftq_cli.engines.settings import Settings, settings_of
 from loftq_cli.errors import UsageError
 from loftq_cli.models.finetuning import LEARNING_RATE, Schedule
 from loftq_cli.models.spec import DEMO_DIRECTORY
 from loftq_cli.models.texts import is_same, require_different
+from loftq_cli.report.units import listed
 from loftq_cli.starts import QLORA, Start
 
 HELDOUT = DEMO_DIRECTORY / "heldout.txt"
 DEMO_CALIBRATION = DEMO_DIRECTORY / "calibration.txt"
-BITS = ("2", "3", "4", "8")
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ def methods(asked: CompareOptions, texts: Texts) -> list[Settings]:
         _settings(each, number, rank, asked, texts)
         for number, rank, each in product(wanted, every_rank, quantizing)
         # By default a start is left out where there is none; asked for, it is refused.
-        if asked.init is not None or number != "8" or not each.needs_moments
+        if asked.init is not None or _calibrates(number) or not each.needs_moments
     ]
 
 
@@ -113,11 +114,13 @@ def _require_meaning(
 ) -> None:
     """Refuses options that would have no effect on any of the methods."""
     form = (asked.quant_type, asked.block_size, asked.double_quant)
-    if set(bits) == {"8"} and form != ("nf4", 64, False):
-        raise UsageError("8 bits have no --quant-type, --block-size or --double-quant")
+    if form != ("nf4", 64, False) and not any(map(_has_formats, bits)):
+        raise UsageError(
+            f"{' and '.join(bits)} bits have no --quant-type, --block-size or --double-quant"
+        )
     if asked.iterations != "auto" and not any(each.iterates for each in tried):
         raise UsageError("--iterations has no effect on these starts", hint="--init loftq")
-    calibrated = set(bits) != {"8"} and any(each.needs_moments for each in tried)
+    calibrated = any(map(_calibrates, bits)) and any(each.needs_moments for each in tried)
     if texts.calibration not in (None, DEMO_CALIBRATION) and not calibrated:
         raise UsageError(
             "--calibration-text has no effect on these starts", hint="--init calibrated"
@@ -127,9 +130,19 @@ def _require_meaning(
 def _bits(text: str) -> list[str]:
     found = list(dict.fromkeys(items(text, "--bits")))
     for each in found:
-        if each not in BITS:
-            raise UsageError(f"--bits takes 2, 3, 4 and 8, not {each!r:.80}", hint="--bits 4,2")
+        if each not in map(str, widths()):
+            raise UsageError(
+                f"--bits takes {listed(widths())}, not {each!r:.80}", hint="--bits 4,2"
+            )
     return found
+
+
+def _calibrates(bits: str) -> bool:
+    return kind_of(int(bits)).why_uncalibrated is None
+
+
+def _has_formats(bits: str) -> bool:
+    return bool(kind_of(int(bits)).options)
 
 
 def _named(text: str, texts: Texts) -> list[Start]:
@@ -156,7 +169,7 @@ def _settings(
     """By the rules of `quantize`; what means nothing to a start is not said to it."""
     said = dict(vars(asked))
     for name in (
-        *(("quant_type", "block_size", "double_quant") if bits in (None, "8") else ()),
+        *(() if bits and _has_formats(bits) else ("quant_type", "block_size", "double_quant")),
         *(() if start.iterates else ("iterations",)),
     ):
         del said[name]

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 import typer
 
 from loftq_cli import starts
+from loftq_cli.containers import widths
 from loftq_cli.formats import ALL_LINEAR, BLOCK_SIZES, QuantType, SvdMethod
 
 FormatName: TypeAlias = Literal["auto", "table", "tsv", "json", "md"]
@@ -69,11 +70,11 @@ OPTIONS = {
     "bits": option(
         str | None,
         "--bits",
-        metavar="2|3|4|8|BxN,B",
+        metavar="|".join([*map(str, widths()), "BxN,B"]),
         show_default="4",
         help="Bits of a quantized weight; 4x8,2 is 4 bits in the first 8 blocks and 2 in the rest. "
         "2 and 3 bits are stored in the 4-bit container.",
-        autocompletion=lambda: ["2", "3", "4", "8"],
+        autocompletion=lambda: [*map(str, widths())],
     ),
     "target_bits": option(
         float | None,

@@ -36,11 +36,8 @@ def quantize(run: Run, asked: QuantizeOptions) -> None:
     from loftq_cli.engines.settings import settings_of
 
     settings = settings_of(asked)
-    if settings.bits == 8:
-        run.warn(
-            "8 bits: bitsandbytes' int8 layers also round the activations, which no adapter "
-            "corrects; expect little gain from LoftQ here"
-        )
+    if settings.container.warning is not None:
+        run.warn(settings.container.warning)
     if asked.dry_run:
         run.emit(foresee_directory(asked.model, settings, limit, run, asked.output))
         return

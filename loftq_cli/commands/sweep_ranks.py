@@ -7,23 +7,26 @@ from typing import TYPE_CHECKING, Literal
 from loftq_cli.asked import SweepOptions, items, ranks, size
 from loftq_cli.commands.options import option
 from loftq_cli.commands.run import Run, command
+from loftq_cli.containers import widths
 from loftq_cli.errors import DoesNotFit, UsageError
 
 if TYPE_CHECKING:
     from loftq_cli import schema
+    from loftq_cli.containers.base import Container
     from loftq_cli.engines.plan import PlannedLayer
     from loftq_cli.models.costs import Memory, Training
     from loftq_cli.models.lookup import FoundModel
 
 SEQUENCE_LENGTH = 1024
+_HELD = (*widths(), 16)
 
 
 @command(
     "sweep-ranks",
     bits=option(
-        Literal[2, 3, 4, 8, 16],
+        Literal[_HELD],
         "--bits",
-        metavar="2|3|4|8|16",
+        metavar="|".join(map(str, _HELD)),
         help="Bits of a weight while fine-tuning; 2 and 3 take the memory of 4, 16 is plain LoRA.",
     ),
 )
@@ -50,10 +53,6 @@ def sweep_ranks(run: Run, asked: SweepOptions) -> None:
 
     wanted = ranks(asked.ranks)
     vram_bytes = None if asked.vram is None else size(asked.vram, "--vram")
-    _require_meaning(asked)
-    with run.timing("resolve"):
-        found = fetch_model(asked.model) if asked.error else find_model(asked.model, run.note)
-    run.resolved("model", found.source, found.reason)
     settings = Settings(
         bits=asked.bits,
         quant_type=asked.quant_type,
@@ -62,6 +61,10 @@ def sweep_ranks(run: Run, asked: SweepOptions) -> None:
         target_modules=tuple(items(asked.target_modules, "--target-modules")),
     )
     container = settings.container
+    _require_meaning(asked, container)
+    with run.timing("resolve"):
+        found = fetch_model(asked.model) if asked.error else find_model(asked.model, run.note)
+    run.resolved("model", found.source, found.reason)
     planned = make_plan(found.outline.inventory, settings).layers
     _warn_of_large_ranks(run, planned, wanted)
     measured, calibration = None, None
@@ -106,14 +109,13 @@ def sweep_ranks(run: Run, asked: SweepOptions) -> None:
             f"no rank fits in {asked.vram}",
             cause=outcome.sentence,
             hint="a shorter --sequence-length, a smaller --batch-size, fewer --target-modules"
-            + (", or --bits 4" if asked.bits > 4 else ", or a smaller model"),
+            + (", or --bits 4" if asked.bits > SweepOptions.bits else ", or a smaller model"),
         )
 
 
-def _require_meaning(asked: SweepOptions) -> None:
+def _require_meaning(asked: SweepOptions, container: Container) -> None:
     """Refuses what there is not, and options that would have no effect."""
-    bits = asked.bits
-    if asked.error and bits == 16:
+    if asked.error and not container.quantizes:
         raise UsageError(
             "at 16 bits there is no quantization error to measure", hint="--bits 4 or --bits 8"
         )
@@ -121,14 +123,17 @@ def _require_meaning(asked: SweepOptions) -> None:
         raise UsageError("--device has no effect without --error", hint="add --error")
     if not asked.error and asked.calibration_text is not None:
         raise UsageError("--calibration-text has no effect without --error", hint="add --error")
-    if bits > 4 and (asked.quant_type, asked.block_size) != ("nf4", 64):
-        raise UsageError(f"{bits} bits have no --quant-type and no --block-size")
-    if bits < 4 and asked.quant_type != "nf4":
-        raise UsageError(f"{asked.quant_type} has 4 bits only", hint="--quant-type nf4")
-    if bits == 8 and asked.calibration_text is not None:
+    if not container.options and (asked.quant_type, asked.block_size) != ("nf4", 64):
+        raise UsageError(f"{asked.bits} bits have no --quant-type and no --block-size")
+    if asked.bits not in container.widths:
+        raise UsageError(
+            f"{asked.quant_type} has {max(container.widths)} bits only",
+            hint=f"--quant-type {container.number_types[0]}",
+        )
+    if container.why_uncalibrated is not None and asked.calibration_text is not None:
         raise UsageError(
             "--calibration-text is for 4 bits and fewer",
-            cause="8-bit layers round the activations too, which no start corrects",
+            cause=container.why_uncalibrated,
             hint="--bits 4",
         )
 

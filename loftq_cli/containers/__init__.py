@@ -27,14 +27,23 @@ def widths() -> tuple[int, ...]:
     return tuple(sorted(found))
 
 
-def container_of(bits: int, form: Form) -> Container:
-    """The container for codes of so many bits, with what it takes of the options.
+def kind_of(bits: int) -> type[Container]:
+    """The container for codes of so many bits.
 
     Raises:
         KeyError: there is none.
     """
-    found = {bits: each for each in reversed(containers()) for bits in each.all_widths}
-    return found[bits].of(form)
+    return {width: each for each in reversed(containers()) for width in each.all_widths}[bits]
+
+
+def container_of(bits: int, form: Form) -> Container:
+    """The same with what it takes of the options.
+
+    Raises:
+        KeyError: there is none.
+        UsageError: they contradict it.
+    """
+    return kind_of(bits).of(form)
 
 
 def weights_in(names: Iterable[str]) -> set[str]:

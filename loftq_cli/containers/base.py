@@ -84,14 +84,16 @@ class Container(ABC):
     # Bits that a code can tell.
     all_widths: ClassVar[tuple[int, ...]]
     number_types: ClassVar[tuple[str, ...]]
+    # Which options of a number format it has: of `quant_type`, `block_size` and `double_quant`.
+    options: ClassVar[tuple[str, ...]] = ()
     quantizes: ClassVar[bool] = True
     # Whether scales are searched for where a start wants that.
     searches: ClassVar[bool] = False
     # Bytes a weight that its quantizer holds beside codes, where that works on whole matrices: the
     # residual and, for the last one, what it is made of, five float32. None: it goes by pieces.
     whole_bytes: ClassVar[int | None] = 20
-    # Why moments of a layer's inputs are of no use to it.
-    why_uncalibrated: ClassVar[str | None] = None
+    # Why starts that need moments of a layer's inputs are not for it; None: they are.
+    why_uncalibrated: ClassVar[str | None] = "errors of rounding cannot be passed on in its codes"
     # What to tell everyone who chooses it.
     warning: ClassVar[str | None] = None
     # The class of the layers that the weights are loaded into, and the list in
@@ -104,7 +106,7 @@ class Container(ABC):
         """The container with what it takes of these options.
 
         Raises:
-            InvalidSetting: they contradict it.
+            UsageError: they contradict it.
         """
         return cls(cls.number_types[0])
 

@@ -24,7 +24,7 @@ from loftq_cli.checkpoint.safetensors import shown, strict_json
 from loftq_cli.checkpoint.tensors import load_tensor, tensor_memory
 from loftq_cli.checkpoint.writer import PlannedTensor
 from loftq_cli.containers.base import Container, Damaged, Form, StoredWeight, Tensors, Weight
-from loftq_cli.errors import InvalidSetting
+from loftq_cli.errors import InvalidSetting, UsageError
 from loftq_cli.formats import BLOCK_SIZES, DTYPE_NAMES, NESTED_BLOCK_SIZE
 
 if TYPE_CHECKING:
@@ -47,15 +47,23 @@ class Bitsandbytes4(Container):
     name: ClassVar[str] = "bitsandbytes"
     all_widths: ClassVar[tuple[int, ...]] = (2, 3, 4)
     number_types: ClassVar[tuple[str, ...]] = ("nf4", "fp4")
+    options: ClassVar[tuple[str, ...]] = ("quant_type", "block_size", "double_quant")
     searches: ClassVar[bool] = True
+    why_uncalibrated: ClassVar[str | None] = None
     whole_bytes: ClassVar[int | None] = None
     layer_class: ClassVar[str] = "Linear4bit"
     skip_list: ClassVar[str] = "llm_int8_skip_modules"
 
     @classmethod
     def of(cls, form: Form) -> Container:
-        if form.quant_type not in cls.number_types or form.block_size not in BLOCK_SIZES:
-            raise InvalidSetting(f"no {form.quant_type!r:.40} in blocks of {form.block_size}")
+        if form.block_size not in BLOCK_SIZES:
+            raise UsageError(
+                f"no block size {form.block_size}",
+                cause="bitsandbytes has kernels for powers of two from 32 to 4096",
+                hint="--block-size 64",
+            )
+        if form.quant_type not in cls.number_types:
+            raise UsageError(f"no number type {form.quant_type!r:.40}", hint="--quant-type nf4")
         return cls(form.quant_type, form.block_size, form.double_quant)
 
     @classmethod

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loftq_cli import asked as options
 from loftq_cli.asked import QuantizeOptions
-from loftq_cli.containers import container_of
+from loftq_cli.containers import container_of, containers, widths
 from loftq_cli.containers.base import Container
 from loftq_cli.errors import UsageError
-from loftq_cli.formats import ALL_LINEAR, BLOCK_SIZES, SCALINGS, QuantType, SvdMethod
+from loftq_cli.formats import ALL_LINEAR, DEFAULT_BLOCK_SIZE, SCALINGS, QuantType, SvdMethod
+from loftq_cli.report.units import listed
 from loftq_cli.starts import STARTS, Start, find
 
 if TYPE_CHECKING:
     from loftq_cli.core.steps import Quantizer
+
+
+# The options of a number format, and what they are unless asked.
+_FORMAT = {"quant_type": "nf4", "block_size": DEFAULT_BLOCK_SIZE, "double_quant": False}
 
 
 @dataclass(frozen=True)
@@ -57,12 +63,6 @@ class Settings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.block_size not in BLOCK_SIZES:
-            raise UsageError(
-                f"no block size {self.block_size}",
-                cause="bitsandbytes has kernels for powers of two from 32 to 4096",
-                hint="--block-size 64",
-            )
         for name, value in (("rank", self.rank), ("iterations", self.iterations)):
             if value is not None and value < 1:
                 raise UsageError(f"{name} {value} is too small", hint=f"--{name} 1")
@@ -74,6 +74,7 @@ class Settings:
                 "the correction is divided by it",
                 hint=f"--lora-alpha {self.rank}",
             )
+        container_of(self.bits, self)  # or it refuses the number format
 
     @property
     def start(self) -> Start:
@@ -119,7 +120,7 @@ def settings_of(asked: QuantizeOptions) -> Settings:
         raise UsageError(f"--init {start.name} does not quantize: no --bits")
     if asked.bits is not None and asked.target_bits is not None:
         raise UsageError("--target-bits chooses the bits: no --bits beside it")
-    base, leading = options.bits(asked.bits or 4)
+    base, leading = _bits(asked.bits or 4)
     wanted = options.iterations(asked.iterations)
     _require_format(asked, start, base, leading)
     _require_effect(asked, start, wanted)
@@ -148,23 +149,50 @@ def _require_format(
     asked: QuantizeOptions, start: Start, bits: int, leading: tuple[int, int] | None
 ) -> None:
     """Refuses number formats that there are not."""
-    average = asked.target_bits
-    if average is not None and not 2 <= average <= 4:
-        raise UsageError("--target-bits takes a number from 2 to 4", hint="--target-bits 2.5")
-    fewer = bits < 4 or average is not None or (leading is not None and leading[1] < 4)
-    if fewer and asked.quant_type != "nf4":
-        raise UsageError(f"{asked.quant_type} has 4 bits only", hint="--quant-type nf4")
-    form = (asked.quant_type, asked.block_size, asked.double_quant)
-    if bits == 8 and form != ("nf4", 64, False):
-        raise UsageError("8 bits have no --quant-type, --block-size or --double-quant")
-    if bits == 8 and start.needs_moments:
+    container, average = container_of(bits, asked), asked.target_bits
+    wanted = {bits} if leading is None else {bits, leading[1]}
+    if average is not None:
+        wanted = set(container.all_widths)
+        if not min(wanted) <= average <= max(wanted):
+            raise UsageError(
+                f"--target-bits takes a number from {min(wanted)} to {max(wanted)}",
+                hint="--target-bits 2.5",
+            )
+    if not wanted <= set(container.widths):
+        raise UsageError(
+            f"{asked.quant_type} has {max(container.widths)} bits only",
+            hint=f"--quant-type {container.number_types[0]}",
+        )
+    given = {name for name, usual in _FORMAT.items() if getattr(asked, name) != usual}
+    if given - set(container.options):
+        none = [_spelled(name) for name in _FORMAT if name not in container.options]
+        raise UsageError(f"{bits} bits have no {listed(none, 'or')}")
+    if start.needs_moments and container.why_uncalibrated is not None:
         raise UsageError(
             f"--init {start.name} is for 4 bits and fewer",
-            cause="8-bit layers round the activations too, which no start corrects",
+            cause=container.why_uncalibrated,
             hint="--bits 4",
         )
-    if not start.quantizes and (average, *form) != (None, "nf4", 64, False):
+    if not start.quantizes and (given or average is not None):
         raise UsageError(f"--init {start.name} does not quantize: no bits and no number format")
+
+
+def _bits(value: str | int) -> tuple[int, tuple[int, int] | None]:
+    """`4` as (4, None), and `4x8,2` as (2, (8, 4)): 4 bits in the first 8 blocks, then 2."""
+    match = re.fullmatch(r"(?:([1-9]\d?)x(\d{1,4}),)?([1-9]\d?)", str(value), re.ASCII)
+    found = [] if match is None else [int(each) for each in match.groups() if each]
+    one = any(each.quantizes and {*found[::2]} <= {*each.all_widths} for each in containers())
+    if not found or not one:
+        raise UsageError(
+            f"--bits {str(value)!r:.80} is not supported",
+            hint=f"--bits {listed(widths(), 'or')}, or --bits 4x8,2 for 4 bits in the first 8 "
+            "blocks and then 2",
+        )
+    return found[-1], (found[1], found[0]) if len(found) > 1 else None
+
+
+def _spelled(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def _require_effect(asked: QuantizeOptions, start: Start, iterations: int | None) -> None:

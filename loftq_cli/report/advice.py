@@ -9,7 +9,7 @@ from typing import Any
 from loftq_cli import starts
 from loftq_cli.asked import QuantizeOptions, SweepOptions
 from loftq_cli.report import units
-from loftq_cli.report.formats import error_changes
+from loftq_cli.report.formats import code_bits, error_changes
 from loftq_cli.report.remarks import figures, remark
 from loftq_cli.schema import (
     BitsVerdict,
@@ -135,7 +135,7 @@ def _load(document: Document[LoadResults]) -> Iterator[str]:
 def _quantize(document: Document[QuantizeResults]) -> Iterator[str]:
     results, totals, settings = document.results, document.results.totals, document.results.settings
     changes = error_changes(results)
-    if changes and starts.of_report(settings.init).corrects and settings.bits < 8:
+    if changes and starts.of_report(settings.init).corrects and settings.quant_type != "int8":
         what, before, after = changes[-1]  # the error of outputs, where that is known
         removed = units.removed(before, after)
         if before and removed < _LITTLE:
@@ -193,9 +193,10 @@ def _sweep_ranks(document: Document[SweepRanksResults]) -> Iterator[str]:
     results = document.results
     settings, rank = results.settings, results.verdict.recommended_rank
     if rank is not None:
-        changed: dict[str, Any] = {"bits": None if settings.bits in (4, 16) else settings.bits}
-        if settings.bits == 16:
-            changed["init"] = LORA.name
+        usual = settings.bits == SweepOptions.bits
+        changed: dict[str, Any] = {"bits": None if usual else settings.bits}
+        if not results.quantized_parameters:
+            changed = {"bits": None, "init": LORA.name}
         if settings.calibration is not None:
             changed |= {"init": "calibrated", "calibration_text": _FILE}
         line = QuantizeOptions.like(
@@ -204,7 +205,7 @@ def _sweep_ranks(document: Document[SweepRanksResults]) -> Iterator[str]:
         yield line.command_line("model", "bits", "rank")
         return
     smallest = results.ranks[0]
-    if results.settings.bits > 4:
+    if results.settings.bits > SweepOptions.bits:
         yield f"hold the backbone in 4 bits: at {results.settings.bits} no rank fits"
     elif smallest.fits_with_checkpointing:
         need = units.size(smallest.memory.total_with_checkpointing_bytes)
@@ -235,7 +236,7 @@ def _for_start(settings: CompareSettings, best: BitsVerdict) -> Iterator[tuple[s
             if start.needs_moments:
                 yield name, _FILE if value in (None, "built-in") else Path(value)
         elif name in ("quant_type", "block_size", "double_quant"):
-            if best.bits != 8:
+            if best.bits <= code_bits(settings.quant_type):
                 yield name, value
         elif name != "iterations" or start.iterates:
             yield name, value

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 
 def size(count: int) -> str:
@@ -77,3 +77,9 @@ def significant(value: float) -> str:
 def small(value: float) -> str:
     """Three significant digits of a number that may need an exponent: "0.00338", "2.10e-05"."""
     return f"{value:.2e}" if 0 < abs(value) < 1e-4 else f"{value:.3g}"
+
+
+def listed(choices: Iterable[object], word: str = "and") -> str:
+    """`2, 3, 4 and 8`."""
+    *first, last = map(str, choices)
+    return f"{', '.join(first)} {word} {last}" if first else last
