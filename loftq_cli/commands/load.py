@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from loftq_cli.commands.run import Run, command
+from loftq_cli.containers import layer_classes
 from loftq_cli.errors import CheckFailed
 
 if TYPE_CHECKING:
@@ -91,7 +92,7 @@ def _results(
         dtype=where.dtype,
         quantization=None if quantization is None else str(quantization.quant_method.value),
         quantized_layers=sum(
-            type(module).__name__ in ("Linear4bit", "Linear8bitLt")
+            type(module).__name__ in layer_classes()
             for module in loaded.base.modules()
             if not hasattr(module, "base_layer")
         ),

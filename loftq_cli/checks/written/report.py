@@ -13,7 +13,7 @@ from loftq_cli.checks.written.residuals import LayerResidual, Residuals
 from loftq_cli.containers import container_of
 from loftq_cli.containers.base import Container
 from loftq_cli.engines.report_file import NOT_OURS, Report
-from loftq_cli.errors import CorruptCheckpoint, InvalidSetting
+from loftq_cli.errors import CorruptCheckpoint, UsageError
 from loftq_cli.models.source import REPORT_FILE
 from loftq_cli.report.quantize import auto_class
 
@@ -55,7 +55,7 @@ def _container(settings: schema.QuantizeSettings) -> Container | None:
     """The container with the options of the report; None where there is none that takes them."""
     try:
         return container_of(settings.bits, settings)
-    except (KeyError, InvalidSetting):
+    except (KeyError, UsageError):
         return None
 
 
