@@ -81,7 +81,7 @@ class Container(ABC):
 
     # As `quantization_config` and the people who load it call it.
     name: ClassVar[str]
-    # Bits that a code can tell.
+    # Bits that a code can tell, and names of its formats: the first is that unless asked.
     all_widths: ClassVar[tuple[int, ...]]
     number_types: ClassVar[tuple[str, ...]]
     # Which options of a number format it has: of `quant_type`, `block_size` and `double_quant`.
@@ -127,11 +127,6 @@ class Container(ABC):
     def scale_bytes(self, shape: tuple[int, int]) -> int:
         """Bytes of the scales of a weight (out, in)."""
         return 0
-
-    @property
-    def description(self) -> str:
-        """Of the format, for people."""
-        return self.quant_type
 
     def require_fit(self, weights: Sequence[Weight]) -> None:  # noqa: B027 - most take any
         """Refuses weights that cannot be stored with these options.

@@ -18,7 +18,7 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from loftq_cli.checkpoint.safetensors import shown, strict_json
 from loftq_cli.checkpoint.tensors import load_tensor, tensor_memory
@@ -44,15 +44,15 @@ _SHORT = {name: short for short, name in DTYPE_NAMES.items()}
 
 
 class Bitsandbytes4(Container):
-    name: ClassVar[str] = "bitsandbytes"
-    all_widths: ClassVar[tuple[int, ...]] = (2, 3, 4)
-    number_types: ClassVar[tuple[str, ...]] = ("nf4", "fp4")
-    options: ClassVar[tuple[str, ...]] = ("quant_type", "block_size", "double_quant")
-    searches: ClassVar[bool] = True
-    why_uncalibrated: ClassVar[str | None] = None
-    whole_bytes: ClassVar[int | None] = None
-    layer_class: ClassVar[str] = "Linear4bit"
-    skip_list: ClassVar[str] = "llm_int8_skip_modules"
+    name = "bitsandbytes"
+    all_widths = (2, 3, 4)
+    number_types = ("nf4", "fp4")
+    options = ("quant_type", "block_size", "double_quant")
+    searches = True
+    why_uncalibrated = None
+    whole_bytes = None
+    layer_class = "Linear4bit"
+    skip_list = "llm_int8_skip_modules"
 
     @classmethod
     def of(cls, form: Form) -> Container:
@@ -79,10 +79,6 @@ class Bitsandbytes4(Container):
 
     def scale_bytes(self, shape: tuple[int, int]) -> int:
         return 4 * self._blocks(shape)
-
-    @property
-    def description(self) -> str:
-        return f"{self.quant_type}, blocks of {self.block_size}"
 
     def require_fit(self, weights: Sequence[Weight]) -> None:
         def misfit(block_size: int) -> Weight | None:

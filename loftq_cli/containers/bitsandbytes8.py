@@ -6,7 +6,7 @@ X.weight  int8 (out, in)      X.SCB  float32 (out,), row absmax      X.weight_fo
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from loftq_cli.checkpoint.tensors import tensor_memory
 from loftq_cli.checkpoint.writer import PlannedTensor
@@ -20,18 +20,16 @@ if TYPE_CHECKING:
 
 
 class Bitsandbytes8(Container):
-    name: ClassVar[str] = "bitsandbytes"
-    all_widths: ClassVar[tuple[int, ...]] = (8,)
-    number_types: ClassVar[tuple[str, ...]] = ("int8",)
-    why_uncalibrated: ClassVar[str | None] = (
-        "8-bit layers round the activations too, which no start corrects"
-    )
-    warning: ClassVar[str | None] = (
+    name = "bitsandbytes"
+    all_widths = (8,)
+    number_types = ("int8",)
+    why_uncalibrated = "8-bit layers round the activations too, which no start corrects"
+    warning = (
         "8 bits: bitsandbytes' int8 layers also round the activations, which no adapter "
         "corrects; expect little gain from LoftQ here"
     )
-    layer_class: ClassVar[str] = "Linear8bitLt"
-    skip_list: ClassVar[str] = "llm_int8_skip_modules"
+    layer_class = "Linear8bitLt"
+    skip_list = "llm_int8_skip_modules"
 
     @classmethod
     def weights_in(cls, names: Iterable[str]) -> set[str]:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 from loftq_cli.checkpoint.writer import PlannedTensor
 from loftq_cli.containers.base import Container, Weight
 
 
 class Unquantized(Container):
-    name: ClassVar[str] = "none"
-    all_widths: ClassVar[tuple[int, ...]] = (16,)
-    number_types: ClassVar[tuple[str, ...]] = ("none",)
-    quantizes: ClassVar[bool] = False
+    name = "none"
+    all_widths = (16,)
+    number_types = ("none",)
+    quantizes = False
 
     def planned(self, weight: Weight) -> list[PlannedTensor]:
         shape = weight.shape[::-1] if weight.transposed else weight.shape

@@ -52,7 +52,8 @@ def _form(written: Written) -> str:
         for bits in sorted(counts, reverse=True)
         if bits < container.code_bits(bits)
     ]
-    return ", ".join([container.description, *fewer])
+    blocks = [] if container.block_size is None else [f"blocks of {container.block_size}"]
+    return ", ".join([container.quant_type, *blocks, *fewer])
 
 
 def _quantization_config(written: Written) -> list[str]:
