@@ -44,7 +44,7 @@ def test_what_is_written_is_what_was_planned_and_what_is_read(
 ) -> None:
     weight, W = weight_of(bits, dtype)
     quantizer = container.quantizer(bits)
-    quantized, _ = quantizer.step(W, None)
+    quantized = quantizer.quantize(W, W.dtype)
     planned = container.planned(weight)
     chunks = dict(container.tensors(weight.name, quantized))
     assert {each.name: each.nbytes for each in planned} == {
@@ -65,7 +65,7 @@ def test_a_part_that_is_missing_or_of_another_shape_is_damage(
     bits: int, container: Container, tmp_path: Path
 ) -> None:
     weight, W = weight_of(bits)
-    quantized, _ = container.quantizer(bits).step(W, None)
+    quantized = container.quantizer(bits).quantize(W, W.dtype)
     planned = container.planned(weight)
     chunks = dict(container.tensors(weight.name, quantized))
     write_safetensors(tmp_path / "model.safetensors", planned, chunks.items())
