@@ -89,14 +89,14 @@ def test_a_weight_takes_its_codes_and_its_scales(bits: int, container: Container
 
 
 def test_the_width_chooses_one_container() -> None:
-    assert widths() == (2, 3, 4, 8)
-    assert layer_classes() == {"Linear4bit", "Linear8bitLt"}
+    assert {2, 3, 4, 8} <= set(widths())
+    assert {"Linear4bit", "Linear8bitLt"} <= layer_classes()
     for bits in (*widths(), 16):
         container = Settings(bits).container
         assert bits in container.widths
         assert container == container_of(bits, Settings(bits))
     with pytest.raises(KeyError):
-        container_of(7, Settings())
+        container_of(1, Settings())
 
 
 def test_weights_that_stay_lie_as_they_lay() -> None:
