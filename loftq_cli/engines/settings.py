@@ -6,7 +6,7 @@ import math
 import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from loftq_cli import asked as options
 from loftq_cli.asked import QuantizeOptions
@@ -63,6 +63,8 @@ class Settings:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if self.svd not in get_args(SvdMethod):
+            raise UsageError(f"there is no --svd {self.svd!r:.80}", hint="--svd auto")
         for name, value in (("rank", self.rank), ("iterations", self.iterations)):
             if value is not None and value < 1:
                 raise UsageError(f"{name} {value} is too small", hint=f"--{name} 1")

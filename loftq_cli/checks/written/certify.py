@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from loftq_cli import hardware
 from loftq_cli.checks.battery import run_checks
@@ -82,14 +83,19 @@ def certify(
     return certificate_of(directory, claims, outcomes, residuals)
 
 
-def require_passed(results: VerifyResults) -> None:
-    """Raises CheckFailed, naming what was found first, if any check failed."""
+def require_passed(results: VerifyResults, document: Document[Any]) -> None:
+    """Raises CheckFailed, naming what was found first, if any check failed.
+
+    The error has ``document``, for a caller that does not print it.
+    """
     failed = [test for test in results.tests if test.status == "failed"]
     if failed:
         first = failed[0]
         others = f" ({len(failed)} of {len(results.tests)} checks failed)"
-        raise CheckFailed(
+        error = CheckFailed(
             f"{results.directory}: {first.detail}{others if len(failed) > 1 else ''}",
             cause=first.cause,
             hint=first.hint,
         )
+        error.document = document
+        raise error
