@@ -54,11 +54,12 @@ def watched(model: Any) -> list[torch.Tensor]:
     """What the model is given while it trains."""
     seen: list[torch.Tensor] = []
 
-    def look(module: Any, arguments: Any, named: dict[str, Any]) -> None:
+    def look(module: Any, arguments: Any) -> None:
         if torch.is_grad_enabled():
-            seen.append(named["input_ids"].clone())
+            seen.append(arguments[0].clone())
 
-    model.get_base_model().register_forward_pre_hook(look, with_kwargs=True)
+    # PEFT 0.18 calls the forward method of the whole model, past its hooks.
+    model.get_input_embeddings().register_forward_pre_hook(look)
     return seen
 
 

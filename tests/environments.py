@@ -1,0 +1,146 @@
+"""Other versions of transformers and PEFT: does the suite pass there, and do they load our files?
+
+    python -m tests.environments suite DIR             # the oldest and the newest that we support
+    python -m tests.environments load DIR              # what we write, in the pairs of the README
+    python -m tests.environments load DIR 5.17.0+0.21.2
+
+To be run by hand, in an environment where the suite runs. Every pair of versions gets a virtual
+environment of its own under DIR, which lies over this one: pip installs there what that pair needs
+in another version, and all else (torch, bitsandbytes, pytest) is found here. What is there is used
+again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import venv
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+SUPPORTED = ("5.6.0+0.18.1", "5.24.0+0.21.2")
+LOADING = (
+    "4.57.6+0.18.1",
+    "5.6.0+0.18.1",
+    "5.17.0+0.21.2",
+    "5.20.2+0.21.2",
+    "5.24.0+0.21.2",
+)
+# Where we lean on transformers and PEFT: the class on the meta device, every kind of model from
+# its files to a forward pass, training, generating, and the check of what was written.
+SUITE = (
+    "tests/models/test_architecture.py",
+    "tests/models/test_kinds.py",
+    "tests/models/test_finetuning.py",
+    "tests/quantize/test_architectures.py",
+    "tests/verify/test_quantize_verify.py",
+    "tests/commands/test_generate.py",
+    "tests/commands/test_load.py",
+)
+# transformers may compile DeBERTa's functions with what torch 2.13 calls deprecated.
+QUIETLY = ("-p", "no:cacheprovider", "-W", "ignore:`torch.jit:DeprecationWarning")
+# What is written for `load`: options of `quantize`.
+WRITTEN = ("--bits 4", "--bits 4 --quant-type fp4 --double-quant", "--bits 3", "--bits 8")
+
+# The two lines of the README, and a step of training; nothing of `loftq_cli`.
+LOADER = """
+import sys, torch
+from transformers import AutoModelForCausalLM
+from peft import PeftModel
+base = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+model = PeftModel.from_pretrained(base, sys.argv[1], subfolder="loftq_init", is_trainable=True)
+tokens = torch.arange(3, 35).view(1, -1)
+loss = model(input_ids=tokens, labels=tokens).loss
+loss.backward()
+lora = [(n, p) for n, p in model.named_parameters() if "lora_" in n]
+assert lora and "loftq_cli" not in sys.modules
+for name, parameter in model.named_parameters():
+    assert parameter.requires_grad == ("lora_" in name), name
+for name, parameter in lora:
+    assert parameter.grad is not None and parameter.grad.isfinite().all(), name
+kinds = {type(module).__name__ for module in model.modules()}
+assert kinds & {"Linear4bit", "Linear8bitLt"}, kinds
+print(f"{loss.item():.4f}")
+"""
+
+
+def environment(under: Path, pair: str) -> Path:
+    """The interpreter of an environment with this pair of versions, made unless it is there."""
+    directory = under / pair
+    python = directory / "bin" / "python"
+    if (directory / "complete").exists():
+        return python
+    versions = dict(zip(("transformers", "peft"), pair.split("+"), strict=True))
+    venv.create(directory, with_pip=False, clear=True)
+    (packages,) = directory.glob("lib/python*/site-packages")
+    (packages / "beneath.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    pins = [f"{name}=={version}" for name, version in versions.items()]
+    # pip says that it disagrees with what the environment beneath needs; so it is meant.
+    subprocess.run([python, "-m", "pip", "install", "-q", *pins], check=True)
+    found = run(python, "-c", "import transformers as t, peft as p; print(t.__version__, end='+');"
+                "print(p.__version__)").stdout.strip()  # fmt: skip
+    assert found == pair, found
+    (directory / "complete").touch()
+    return python
+
+
+def run(python: Path | str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    quiet = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+    return subprocess.run(
+        [python, *map(str, arguments)],
+        cwd=ROOT,
+        env={**os.environ, **quiet, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+
+
+def last_line(done: subprocess.CompletedProcess[str]) -> str:
+    lines = (done.stdout if done.stdout.strip() else done.stderr).strip().splitlines()
+    return lines[-1] if lines else "nothing was said"
+
+
+def suite(under: Path, pairs: list[str]) -> bool:
+    passed = True
+    for pair in pairs:
+        done = run(environment(under, pair), "-m", "pytest", "-q", *QUIETLY, *SUITE)
+        passed &= done.returncode == 0
+        print(f"{pair:16} {last_line(done)}")
+        if done.returncode:
+            print(done.stdout)
+    return passed
+
+
+def load(under: Path, pairs: list[str]) -> bool:
+    passed = True
+    with tempfile.TemporaryDirectory() as scratch:
+        outputs = {options: Path(scratch) / str(i) for i, options in enumerate(WRITTEN)}
+        for options, output in outputs.items():
+            asked = ("-o", output, "--rank", 8, "--iterations", 1, *options.split())
+            run(sys.executable, "-m", "loftq_cli", "quantize", *asked).check_returncode()
+        for pair in pairs:
+            python = environment(under, pair)
+            for options, output in outputs.items():
+                done = run(python, "-c", LOADER, output)
+                passed &= done.returncode == 0
+                said = f"loss {last_line(done)}" if not done.returncode else done.stderr
+                print(f"{pair:16} {options:42} {said}", flush=True)
+    return passed
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("mode", choices=("suite", "load"))
+    parser.add_argument("under", type=Path, metavar="DIR")
+    parser.add_argument("pairs", nargs="*", metavar="TRANSFORMERS+PEFT")
+    asked = parser.parse_args()
+    work, pairs = (suite, SUPPORTED) if asked.mode == "suite" else (load, LOADING)
+    sys.exit(0 if work(asked.under.resolve(), asked.pairs or list(pairs)) else 1)
+
+
+if __name__ == "__main__":
+    main()
