@@ -6,9 +6,9 @@ With G = E[x·xᵀ] over some text that runs through the model, the adapter and 
 
 - ``qera`` (arXiv 2410.06040, "exact"): Q is quantized without it (with searched absmax), and B·A
   the best there is for that. ``qera-diagonal`` takes the inputs for uncorrelated.
-- ``calibrated`` chooses the codes too. From L = the best low rank of W itself it takes turns:
+- ``calibrated`` chooses the codes too. From L = the best low rank of W itself it alternates:
 
-      Q ← W − L rounded with error feedback (the first time) or improved code by code
+      Q ← W − L rounded as GPTQ does (the first time) or improved code by code
       L ← the best low rank of W − Q
 
   Neither step raises the error, in the damped moments that both are taken with.
@@ -34,7 +34,7 @@ from loftq_cli.core.blockwise import (
     restore_absmax,
 )
 from loftq_cli.core.codebooks import codebook
-from loftq_cli.core.gptq import Grid, Rounding, descend, feedback
+from loftq_cli.core.gptq import Grid, Rounding, descend, gptq
 from loftq_cli.core.input_moments import (
     DampedMoments,
     check_moments,
@@ -50,9 +50,10 @@ from loftq_cli.core.residual import sum_of_squares
 from loftq_cli.errors import InvalidSetting, NonFiniteWeight
 
 Method = Literal["calibrated", "qera", "qera-diagonal"]
-# Turns, unless so many are asked for: until another takes less than this off the error.
-_MOST_TURNS, _WORTH_ANOTHER = 10, 2e-3
-# Times through all codes in a turn.
+# Unless a number is asked for, the iterations end with the first that takes less than this off the
+# error; and after so many.
+_ENOUGH, _MOST_ITERATIONS = 2e-3, 10
+# Times through all codes in an iteration.
 _SWEEPS = 2
 
 
@@ -72,9 +73,9 @@ def initialize_calibrated(
 
     ``moments`` are E[x·xᵀ], symmetric; where they are all zero, errors of weights are what counts.
     Without a ``rank`` only codes and absmax are chosen, and the adapter is empty. ``scaling`` is
-    the factor that PEFT will multiply B·A with. ``iterations`` are the turns of
-    ``calibrated``, until they stop paying unless given; the other methods have one. ``errors`` of
-    the result are the relative output errors of every turn. Everything happens on ``W``'s device,
+    the factor that PEFT will multiply B·A with. ``iterations`` are those of ``calibrated``, until
+    they stop paying unless given; the other methods have one. ``errors`` of the result are the
+    relative output errors of every iteration. Everything happens on ``W``'s device,
     and the same arguments give the same bits on the same machine with as many threads.
     """
     _check(W, moments, quantizer, rank, method, scaling, iterations)
@@ -83,8 +84,7 @@ def initialize_calibrated(
     problem = _Problem.of(W.detach().contiguous(), moments, quantizer, rank, generator)
     with one_thread_each():
         if method == "calibrated":
-            turns = _MOST_TURNS if iterations is None else iterations
-            found, errors = _take_turns(problem, turns, _WORTH_ANOTHER if iterations is None else 0)
+            found, errors = _alternate(problem, iterations)
         else:
             found = _low_rank_only(problem, diagonal=method == "qera-diagonal")
             errors = [found.error]
@@ -183,7 +183,7 @@ class _Found:
     quantized: QuantizedBlockwise
     low_rank: LowRank  # in the units of the problem
     error: float
-    turn: int = 1
+    iteration: int = 1
 
 
 def _low_rank_only(problem: _Problem, *, diagonal: bool) -> _Found:
@@ -194,15 +194,16 @@ def _low_rank_only(problem: _Problem, *, diagonal: bool) -> _Found:
     return _Found(quantized, low_rank, problem.output_error(R - low_rank.dense()))
 
 
-def _take_turns(problem: _Problem, turns: int, worth: float) -> tuple[_Found, list[float]]:
-    """At most so many turns, fewer if one takes less than the share ``worth`` off the error."""
+def _alternate(problem: _Problem, iterations: int | None) -> tuple[_Found, list[float]]:
+    """The best iterate and the errors of all."""
     W, grid, rank, generator = problem.W, problem.grid, problem.rank, problem.generator
     inputs = DampedMoments.of(problem.moments)
     low_rank = weighted_low_rank(W, inputs.root, rank, generator)
     rounding, kept = _first_rounding(problem, inputs, W - low_rank.dense())
     best: _Found | None = None
     errors: list[float] = []
-    for turn in range(1, turns + 1):
+    most = _MOST_ITERATIONS if iterations is None else iterations
+    for iteration in range(1, most + 1):
         rounding = descend(
             W - low_rank.dense(), inputs.moments, rounding, grid, sweeps=_SWEEPS, free=kept is None
         )
@@ -214,8 +215,8 @@ def _take_turns(problem: _Problem, turns: int, worth: float) -> tuple[_Found, li
         if best is not None and error > before:
             break  # nothing is left to gain but in the damped moments
         errors.append(error)
-        best = _Found(quantized, low_rank, error, turn)
-        if worth and error >= (1 - worth) * before:
+        best = _Found(quantized, low_rank, error, iteration)
+        if iterations is None and error >= (1 - _ENOUGH) * before:
             break
     assert best is not None
     return best, errors
@@ -224,21 +225,21 @@ def _take_turns(problem: _Problem, turns: int, worth: float) -> tuple[_Found, li
 def _first_rounding(
     problem: _Problem, inputs: DampedMoments, T: Tensor
 ) -> tuple[Rounding, QuantizedBlockwise | None]:
-    """``T`` rounded with error feedback; and the absmax as stored, if they are to stay."""
+    """``T`` rounded by GPTQ; and the absmax as stored, if they are to stay."""
     U, grid, fmt = inputs.inverse_root(), problem.grid, problem.quantizer.format
     if grid.aligned:
-        rounding = feedback(T, U, grid)
+        rounding = gptq(T, U, grid)
     else:
         by_block = quantize_blockwise(
             T, replace(fmt, double_quant=False), search=problem.quantizer.search
         )
-        rounding = feedback(T, U, grid, by_block.absmax.clamp_(-grid.largest, grid.largest))
+        rounding = gptq(T, U, grid, by_block.absmax.clamp_(-grid.largest, grid.largest))
     if not fmt.double_quant:
         return rounding, None
     # They are as good as they will be before they are rounded themselves.
     rounding = descend(T, inputs.moments, rounding, grid, sweeps=_SWEEPS, free=True)
     kept = problem.stored(rounding, None)
-    return feedback(T, U, grid, restore_absmax(kept) * problem.unit), kept
+    return gptq(T, U, grid, restore_absmax(kept) * problem.unit), kept
 
 
 def _result(problem: _Problem, found: _Found, errors: list[float], scaling: float) -> LoftqResult:
@@ -254,16 +255,16 @@ def _result(problem: _Problem, found: _Found, errors: list[float], scaling: floa
         raise NonFiniteWeight("the quantized values overflow the dtype of the runtime")
     plain_error, plain_output_error = math.sqrt(sum_of_squares(R)) / norm, problem.output_error(R)
     R = problem.residual(found.quantized).addmm_(B * problem.unit, A, alpha=-scaling)
-    errors[found.turn - 1] = problem.output_error(R)
+    errors[found.iteration - 1] = problem.output_error(R)
     return LoftqResult(
         found.quantized,
         A,
         B,
         math.sqrt(sum_of_squares(R)) / norm,
         plain_error,
-        found.turn,
+        found.iteration,
         errors,
-        output_error=errors[found.turn - 1],
+        output_error=errors[found.iteration - 1],
         quantized_only_output_error=plain_output_error,
         output_norm=problem.output_norm,
     )

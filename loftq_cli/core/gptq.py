@@ -7,8 +7,8 @@ the codes and absmax of Q are to minimize what the error does to the outputs,
 
 Every row of T is a problem of its own. Two ways to a good Q, neither to the best:
 
-- :func:`feedback` goes once from the first input to the last and passes what rounding one column
-  left over on to the columns that come after it (GPTQ, arXiv 2210.17323; the rule is from Optimal
+- :func:`gptq` goes once from the first input to the last and passes what rounding one column
+  did wrong on to the columns that come after it (GPTQ, arXiv 2210.17323; the rule is from Optimal
   Brain Surgeon). With G⁻¹ = Uᵀ·U, U upper triangular, and e = (t_j − q_j) / U_jj the rest of the
   row becomes t_k − e·U_jk, and rounding column j costs e² of the sum above. So a block's absmax is
   searched when its first column is reached, with the weights 1 / U_jj².
@@ -89,8 +89,11 @@ class Rounding:
 
 
 @torch.no_grad()
-def feedback(T: Tensor, U: Tensor, grid: Grid, absmax: Tensor | None = None) -> Rounding:
-    """Round ``T`` with error feedback; ``absmax``, if given, is kept, and otherwise searched."""
+def gptq(T: Tensor, U: Tensor, grid: Grid, absmax: Tensor | None = None) -> Rounding:
+    """Round ``T`` as GPTQ does; ``absmax``, if given, is kept, and otherwise searched.
+
+    ``U`` (in × in) is the upper triangular root of the inverse of the inputs' moments.
+    """
     free = absmax is None
     if absmax is None:
         absmax = T.new_empty(T.numel() // grid.block_size)
@@ -99,36 +102,36 @@ def feedback(T: Tensor, U: Tensor, grid: Grid, absmax: Tensor | None = None) -> 
 
     def work(rows: range) -> None:
         part = slice(rows.start, rows.stop)
-        left = T[part].t().clone(memory_format=torch.contiguous_format)
-        chosen = torch.empty(left.shape, dtype=torch.uint8, device=T.device)
+        target = T[part].t().clone(memory_format=torch.contiguous_format)
+        chosen = torch.empty(target.shape, dtype=torch.uint8, device=T.device)
         # No further than a block: the next one's absmax is searched in what this one passes on.
         for columns in _chunks(T.shape[1], min(_COLUMNS, grid.block_size)):
             if free and columns.start % grid.block_size == 0:
                 block = slice(columns.start, columns.start + grid.block_size)
-                found = _search(left[block], weights[block], grid)
+                found = _search(target[block], weights[block], grid)
                 first = columns.start // grid.block_size
                 absmax.view(T.shape[0], -1)[part, first] = found
             scales = grid.scales(absmax, rows, columns)
             within = slice(columns.start, columns.stop)
-            errors = _pass_on(left[within], scales, U[within, within], grid, chosen[within])
-            left[columns.stop :].addmm_(U[within, columns.stop :].t(), errors, alpha=-1)
+            errors = _pass_on(target[within], scales, U[within, within], grid, chosen[within])
+            target[columns.stop :].addmm_(U[within, columns.stop :].t(), errors, alpha=-1)
         indices[part] = chosen.t()
 
     _for_rows(work, T)
     return Rounding(indices, absmax)
 
 
-def _pass_on(left: Tensor, scales: Tensor, U: Tensor, grid: Grid, chosen: Tensor) -> Tensor:
+def _pass_on(target: Tensor, scales: Tensor, U: Tensor, grid: Grid, chosen: Tensor) -> Tensor:
     """Round some columns, passing errors on among them; returns the errors for all the others."""
-    errors = torch.empty_like(left)
+    errors = torch.empty_like(target)
     diagonal = U.diagonal().tolist()
     # Rows are taken apart at once: a view for each would cost more than most of what is done.
-    columns = zip(left, scales, errors, chosen, strict=True)
+    columns = zip(target, scales, errors, chosen, strict=True)
     for j, (value, scale, error, code) in enumerate(columns):
         index = grid.nearest(value / scale)
         code.copy_(index)
         torch.addcmul(value, grid.levels[index], scale, value=-1, out=error).div_(diagonal[j])
-        left[j + 1 :].addr_(U[j, j + 1 :], error, alpha=-1)
+        target[j + 1 :].addr_(U[j, j + 1 :], error, alpha=-1)
     return errors
 
 
@@ -170,22 +173,22 @@ def descend(
             scales = grid.scales(absmax, rows, columns)
             rest[within] -= grid.levels[chosen[within].int()] * scales
         for _ in range(sweeps):
-            for block in _chunks(T.shape[1], grid.block_size if free else _COLUMNS):
-                scales = grid.scales(absmax, rows, block)
-                within = slice(block.start, block.stop)
+            for columns in _chunks(T.shape[1], grid.block_size if free else _COLUMNS):
+                scales = grid.scales(absmax, rows, columns)
+                within = slice(columns.start, columns.stop)
                 slope = G[within] @ rest
-                refit = _descend_block(
+                refit = _descend_columns(
                     rest[within], slope, scales, G[within, within], grid, chosen[within], free
                 )
                 if free:
-                    absmax.view(T.shape[0], -1)[part, block.start // grid.block_size] = refit
+                    absmax.view(T.shape[0], -1)[part, columns.start // grid.block_size] = refit
         indices[part] = chosen.t()
 
     _for_rows(work, T)
     return Rounding(indices, absmax)
 
 
-def _descend_block(
+def _descend_columns(
     rest: Tensor,
     slope: Tensor,
     scales: Tensor,
@@ -194,9 +197,10 @@ def _descend_block(
     chosen: Tensor,
     free: bool,
 ) -> Tensor:
-    """One block's codes and then its absmax; ``rest`` and ``chosen`` follow. Returns the absmax.
+    """Some columns' codes, then where it is free their block's absmax, which is returned.
 
-    ``slope`` is this block's part of G·(T − Q)ᵀ, ``rest`` that of (T − Q)ᵀ.
+    ``rest`` and ``chosen`` follow. ``slope`` is these columns' part of G·(T − Q)ᵀ, ``rest`` that
+    of (T − Q)ᵀ.
     """
     before = slope.clone() if free else slope
     old = grid.levels[chosen.int()] * scales

@@ -118,6 +118,30 @@ def _store(values: Any, out: Any) -> None:
 
 
 @_inlined
+def _choice(value: Any, borders: Any, choices: Any) -> Any:
+    """That of sixteen ``choices`` whose place the ``value`` has among 15 ascending borders."""
+    b0, b1, b2, b3, b4, b5, b6, b7, b8, b9, b10, b11, b12, b13, b14 = borders
+    c0, c1, c2, c3, c4, c5, c6, c7, c8, c9, c10, c11, c12, c13, c14, c15 = choices
+    found = c0
+    found = c1 if value > b0 else found
+    found = c2 if value > b1 else found
+    found = c3 if value > b2 else found
+    found = c4 if value > b3 else found
+    found = c5 if value > b4 else found
+    found = c6 if value > b5 else found
+    found = c7 if value > b6 else found
+    found = c8 if value > b7 else found
+    found = c9 if value > b8 else found
+    found = c10 if value > b9 else found
+    found = c11 if value > b10 else found
+    found = c12 if value > b11 else found
+    found = c13 if value > b12 else found
+    found = c14 if value > b13 else found
+    found = c15 if value > b14 else found
+    return found
+
+
+@_inlined
 def _encode(
     W: Any,
     product: Any,
@@ -135,9 +159,6 @@ def _encode(
 
     ``borders`` are 15 ascending float32, ``levels`` and ``codes`` the 16 choices they separate.
     """
-    b0, b1, b2, b3, b4, b5, b6, b7, b8, b9, b10, b11, b12, b13, b14 = borders
-    l0, l1, l2, l3, l4, l5, l6, l7, l8, l9, l10, l11, l12, l13, l14, l15 = levels
-    c0, c1, c2, c3, c4, c5, c6, c7, c8, c9, c10, c11, c12, c13, c14, c15 = codes
     scaled = np.empty(size, np.float32)
     chosen = np.empty(size + 1, np.uint8)
     smallest = np.float32(1e-38)
@@ -181,41 +202,10 @@ def _encode(
         absmax[block] = peak
         for j in range(target.size):
             s = target[j] * scale
-            level, code = l0, c0
-            level = l1 if s > b0 else level
-            code = c1 if s > b0 else code
-            level = l2 if s > b1 else level
-            code = c2 if s > b1 else code
-            level = l3 if s > b2 else level
-            code = c3 if s > b2 else code
-            level = l4 if s > b3 else level
-            code = c4 if s > b3 else code
-            level = l5 if s > b4 else level
-            code = c5 if s > b4 else code
-            level = l6 if s > b5 else level
-            code = c6 if s > b5 else code
-            level = l7 if s > b6 else level
-            code = c7 if s > b6 else code
-            level = l8 if s > b7 else level
-            code = c8 if s > b7 else code
-            level = l9 if s > b8 else level
-            code = c9 if s > b8 else code
-            level = l10 if s > b9 else level
-            code = c10 if s > b9 else code
-            level = l11 if s > b10 else level
-            code = c11 if s > b10 else code
-            level = l12 if s > b11 else level
-            code = c12 if s > b11 else code
-            level = l13 if s > b12 else level
-            code = c13 if s > b12 else code
-            level = l14 if s > b13 else level
-            code = c14 if s > b13 else code
-            level = l15 if s > b14 else level
-            code = c15 if s > b14 else code
-            chosen[j] = code
-            target[j] = level * peak
+            chosen[j] = _choice(s, borders, codes)
+            target[j] = _choice(s, borders, levels) * peak
         if target.size % 2:
-            chosen[target.size] = c7
+            chosen[target.size] = codes[7]
         pairs = packed[start // 2 : (start + target.size + 1) // 2]
         for j in range(pairs.size):
             pairs[j] = (chosen[2 * j] << np.uint8(4)) | chosen[2 * j + 1]

@@ -58,10 +58,10 @@ def truncated_svd(
 ) -> LowRank:
     """The ``rank`` largest singular values of ``R`` with their vectors.
 
-    ``exact`` is LAPACK's SVD of the whole matrix. ``randomized`` needs some products with blocks of
-    a few more than ``rank`` vectors, begins with ``start`` if that is given (the ``subspace`` of a
-    similar matrix's SVD) and ends when another pass would take off less than ``tolerance`` of the
-    square of what is left. ``auto`` takes whichever is cheaper.
+    ``exact`` is LAPACK's SVD of the whole matrix. ``randomized`` needs some products with a few more
+    vectors than ``rank``, begins with ``start`` if that is given (the ``subspace`` of a similar
+    matrix's SVD) and ends when another pass would take off less than ``tolerance`` of the square of
+    what remains. ``auto`` takes whichever is cheaper.
     """
     check_rank(rank, *R.shape)
     if takes_exact(R.shape, rank, method):
@@ -135,7 +135,7 @@ def _randomized_svd(
     # Powers of two round nothing, and keep the squares of squares within float32.
     unit = 2.0 ** -max(min(round(math.log2(R.energy) / 2), 126), -126)
     width = sketch_width(rank)
-    V, orthonormal = _first_block(R, width, start, generator)
+    V, orthonormal = _first_subspace(R, width, start, generator)
     gain, first_fall = math.inf, _WARM_FALL if orthonormal else _COLD_FALL
     for _ in range(_MOST_PASSES):
         Y = R.times(V) * unit
@@ -147,22 +147,22 @@ def _randomized_svd(
         after = float(squares[:rank].sum())
         S, C = squares.sqrt(), C @ P
         V, orthonormal = rows_times(Z.float(), _like(C / S, Z)), True
-        left = R.energy * unit**2 - after
+        remaining = R.energy * unit**2 - after
         gain, last_gain = after - before, gain
         falls = gain / last_gain if math.isfinite(last_gain) else first_fall
-        if not R.is_exact and after > _DOMINANT * left:
+        if not R.is_exact and after > _DOMINANT * remaining:
             R = R.exact()  # rounded products would be felt
-            V, orthonormal = _first_block(R, width, V, generator)
-        elif falls * gain <= max(tolerance * left, _NOISE * after):
+            V, orthonormal = _first_subspace(R, width, V, generator)
+        elif falls * gain <= max(tolerance * remaining, _NOISE * after):
             break
     U = rows_times(Y.float(), _like(C[:, :rank], Y))
     return _low_rank(U, S[:rank] / unit, V, rank)
 
 
-def _first_block(
+def _first_subspace(
     R: Residual, width: int, start: Tensor | None, generator: torch.Generator | None
 ) -> tuple[Tensor, bool]:
-    """The block to begin with, filled up at random, and whether its columns are orthonormal."""
+    """The vectors to begin with, filled up at random, and whether its columns are orthonormal."""
     missing = width if start is None else width - start.shape[1]
     if start is not None and missing <= 0:
         return start, True

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from loftq_cli.core.kernels import _bits, _compiled, _float
+from loftq_cli.core.kernels import _bits, _choice, _compiled, _float
 
 # Values in a group, and the fewest blocks.
 _GROUP, _LANES = 8192, 16
@@ -49,33 +49,15 @@ def _load(W: Any, product: Any, size: Any, first: Any, values: Any, peak: Any) -
 def _project(values: Any, scale: Any, borders: Any, levels: Any, along: Any, square: Any) -> None:
     """Σ level·value and Σ level² of every block, for the levels nearest to value·scale.
 
-    They are left at the beginnings of ``along`` and ``square``.
+    They end up at the beginnings of ``along`` and ``square``.
     """
-    b0, b1, b2, b3, b4, b5, b6, b7, b8, b9, b10, b11, b12, b13, b14 = borders
-    l0, l1, l2, l3, l4, l5, l6, l7, l8, l9, l10, l11, l12, l13, l14, l15 = levels
     count = scale.size
     for start in range(0, values.size, count):
         v = values[start : start + count]
         a = along[start : start + count]
         q = square[start : start + count]
         for b in range(count):
-            s = v[b] * scale[b]
-            level = l0
-            level = l1 if s > b0 else level
-            level = l2 if s > b1 else level
-            level = l3 if s > b2 else level
-            level = l4 if s > b3 else level
-            level = l5 if s > b4 else level
-            level = l6 if s > b5 else level
-            level = l7 if s > b6 else level
-            level = l8 if s > b7 else level
-            level = l9 if s > b8 else level
-            level = l10 if s > b9 else level
-            level = l11 if s > b10 else level
-            level = l12 if s > b11 else level
-            level = l13 if s > b12 else level
-            level = l14 if s > b13 else level
-            level = l15 if s > b14 else level
+            level = _choice(v[b] * scale[b], borders, levels)
             a[b] = level * v[b]
             q[b] = level * level
     half = values.size // 2

@@ -22,5 +22,5 @@ def takes_exact(shape: tuple[int, int], rank: int, method: str) -> bool:
 
 
 def sketch_width(rank: int) -> int:
-    """Vectors in a block: at least eight more than the rank, in whole registers."""
+    """Vectors in a sketch: at least eight more than the rank, in whole registers."""
     return (rank + 8 + 15) // 16 * 16

@@ -13,7 +13,7 @@ from torch import Tensor
 from loftq_cli.core.blockwise import BlockwiseFormat, QuantizedBlockwise, restore_absmax
 from loftq_cli.core.calibrated import initialize_calibrated
 from loftq_cli.core.codebooks import codebook
-from loftq_cli.core.gptq import Grid, Rounding, descend, feedback
+from loftq_cli.core.gptq import Grid, Rounding, descend, gptq
 from loftq_cli.core.input_moments import DampedMoments, principal_root, weighted_low_rank
 from loftq_cli.core.loftq import LoftqResult, initialize
 from loftq_cli.core.quantizers import Blockwise, Int8
@@ -56,7 +56,7 @@ def values(rounding: Rounding, grid: Grid) -> Tensor:
     return grid.levels[rounding.indices.int()] * scales.view(rounding.indices.shape)
 
 
-def textbook_feedback(T: Tensor, G: Tensor, scales: Tensor, levels: Tensor) -> Tensor:
+def textbook_gptq(T: Tensor, G: Tensor, scales: Tensor, levels: Tensor) -> Tensor:
     """GPTQ as its paper tells it: round a column, update the rest, forget the column."""
     T, scales, levels = T.double().clone(), scales.double(), levels.double()
     inverse = torch.linalg.inv(G.double())
@@ -79,13 +79,13 @@ def textbook_feedback(T: Tensor, G: Tensor, scales: Tensor, levels: Tensor) -> T
         (40, 64, BlockwiseFormat("nf4", 64, bits=2)),
     ],
 )
-def test_feedback_is_the_textbooks(rows: int, columns: int, fmt: BlockwiseFormat) -> None:
+def test_gptq_is_the_textbooks(rows: int, columns: int, fmt: BlockwiseFormat) -> None:
     T, G = normal(rows, columns), moments_of(correlated_inputs(1000, columns))
     inputs, grid = DampedMoments.of(G), grid_of(T, fmt)
     absmax = None if grid.aligned else torch.rand(-(-T.numel() // 32), generator=seeded()) + 1
-    rounding = feedback(T, inputs.inverse_root(), grid, absmax)
+    rounding = gptq(T, inputs.inverse_root(), grid, absmax)
     scales = rounding.absmax.repeat_interleave(fmt.block_size)[: T.numel()].view(T.shape)
-    expected = textbook_feedback(T, inputs.moments, scales, grid.levels)
+    expected = textbook_gptq(T, inputs.moments, scales, grid.levels)
     # A tie that float32 decides the other way changes all of a row that comes after it.
     same = (values(rounding, grid).double() - expected).abs().amax(dim=1) < 1e-5
     assert same.float().mean() > 0.9
@@ -93,14 +93,14 @@ def test_feedback_is_the_textbooks(rows: int, columns: int, fmt: BlockwiseFormat
     assert ours == pytest.approx(theirs, rel=2e-3)
 
 
-def test_feedback_in_pieces_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gptq_in_pieces_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """No row's result depends on which others are worked on with it."""
     T, inputs = normal(150, 128), DampedMoments.of(moments_of(correlated_inputs(500, 128)))
     grid = grid_of(T, FORMAT)
-    once = feedback(T, inputs.inverse_root(), grid)
+    once = gptq(T, inputs.inverse_root(), grid)
     once = descend(T, inputs.moments, once, grid, sweeps=1, free=True)
     monkeypatch.setattr("loftq_cli.core.gptq._PIECE", 64 * 128)
-    pieces = feedback(T, inputs.inverse_root(), grid)
+    pieces = gptq(T, inputs.inverse_root(), grid)
     pieces = descend(T, inputs.moments, pieces, grid, sweeps=1, free=True)
     assert (once.indices == pieces.indices).float().mean() > 0.999
     assert torch.allclose(once.absmax, pieces.absmax, rtol=1e-3)
@@ -112,7 +112,7 @@ def test_absmax_is_nearly_the_best_of_a_fine_grid(bits: int) -> None:
     fmt = BlockwiseFormat("nf4", 64, bits=bits)
     T, weights = normal(200, 64), torch.rand(64, generator=seeded(1)) + 0.1
     grid = grid_of(T, fmt)
-    found = feedback(T, torch.diag(weights.rsqrt()), grid)
+    found = gptq(T, torch.diag(weights.rsqrt()), grid)
     cost = ((T - values(found, grid)).square() * weights).sum(dim=1)
     best = torch.full_like(cost, torch.inf)
     for share in torch.linspace(0.2, 1.2, 300):
@@ -153,7 +153,7 @@ def test_descent_never_raises_the_objective(columns: int, fmt: BlockwiseFormat, 
 def test_descent_ends_where_no_single_code_and_no_absmax_can_be_bettered() -> None:
     T, G = normal(6, 64), DampedMoments.of(moments_of(correlated_inputs(300, 64))).moments
     grid = grid_of(T, FORMAT)
-    start = feedback(T, DampedMoments.of(G).inverse_root(), grid)
+    start = gptq(T, DampedMoments.of(G).inverse_root(), grid)
     end = descend(T, G, start, grid, sweeps=60, free=True)
     Q, scales = values(end, grid), end.absmax.view(6, 1)
     least = objective(T - Q, G)
@@ -392,7 +392,7 @@ def test_smaller_blocks_are_better() -> None:
     for size in (32, 64, 128, 256):
         grid = grid_of(W, BlockwiseFormat("nf4", size))
         inputs = DampedMoments.of(G)
-        Q = values(feedback(W, inputs.inverse_root(), grid), grid)
+        Q = values(gptq(W, inputs.inverse_root(), grid), grid)
         errors.append(objective(W - Q, inputs.moments))
     assert errors == sorted(errors)
     assert errors[-1] < 3 * errors[0]
