@@ -15,7 +15,6 @@ from typing import Annotated
 import typer
 
 from loftq_cli import cli
-from loftq_cli.commands.options import Model
 from loftq_cli.commands.run import Run, command
 from loftq_cli.errors import CheckFailed, DoesNotFit, LoftqError
 from loftq_cli.schema import LoadResults, ModelIdentity
@@ -42,7 +41,7 @@ def finish(run: Run, model: str, **changes: object) -> None:
 
 
 @command("load")
-def noisy(run: Run, model: Model = "demo") -> None:
+def noisy(run: Run, model: str = "demo") -> None:
     """
     \b
     loftq noisy
