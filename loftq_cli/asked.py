@@ -77,6 +77,7 @@ class QuantizeOptions(Options):
     rslora: bool = False
     target_modules: str | Sequence[str] = ALL_LINEAR
     device: str = "auto"
+    dtype: str = "auto"
     max_memory: str | int | None = None
     seed: int = 0
     dry_run: bool = False

@@ -13,6 +13,8 @@ DTYPE_BITS = {
 }  # fmt: skip
 # The dtypes of weights that can be quantized: safetensors' names and torch's.
 DTYPE_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+# The dtypes of plain numbers. (Those of 8 bits and fewer have scales beside them.)
+FLOATS = (*DTYPE_NAMES, "F64")
 
 QuantType: TypeAlias = Literal["nf4", "fp4"]
 # bitsandbytes has kernels for these.

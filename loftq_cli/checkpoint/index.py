@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from loftq_cli.checkpoint.safetensors import (
     strict_json,
 )
 from loftq_cli.errors import CorruptCheckpoint, ModelNotFound, UnsafeCheckpoint
+from loftq_cli.formats import DTYPE_NAMES, FLOATS
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -54,6 +55,22 @@ class Checkpoint:
     def total_bytes(self) -> int:
         """Bytes of all weight files, headers included."""
         return sum(header.file_bytes for header in self.headers.values())
+
+    def cast(self, dtype: str | None) -> Checkpoint:
+        """The same with every floating-point tensor read as ``dtype`` (torch's name of it).
+
+        Without one the tensors are read as they are stored.
+        """
+        if dtype is None:
+            return self
+        name = next(short for short, long in DTYPE_NAMES.items() if long == dtype)
+        tensors = {
+            tensor: (header, replace(info, dtype=name, stored=info.dtype))
+            if info.dtype in FLOATS and info.dtype != name
+            else (header, info)
+            for tensor, (header, info) in self.tensors.items()
+        }
+        return replace(self, tensors=tensors)
 
 
 def open_checkpoint(directory: Path) -> Checkpoint:

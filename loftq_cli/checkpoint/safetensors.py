@@ -70,13 +70,18 @@ _MISTAKEN = (
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """One tensor: where its bytes lie in the file (``start`` to ``end``) and what they mean."""
+    """One tensor: where its bytes lie in the file (``start`` to ``end``) and what they mean.
+
+    ``dtype`` is what its values are read as, ``stored`` what they are in the file where that is
+    another (see `index.Checkpoint.cast`).
+    """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     start: int
     end: int
+    stored: str | None = None
 
     @property
     def nbytes(self) -> int:

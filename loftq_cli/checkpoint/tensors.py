@@ -2,25 +2,68 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from loftq_cli.checkpoint.safetensors import Header, TensorInfo, read_tensor
+from loftq_cli.checkpoint.safetensors import Header, TensorInfo, read_pieces, read_tensor, shown
+from loftq_cli.errors import InvalidSetting
 from loftq_cli.formats import DTYPE_NAMES
 
 if TYPE_CHECKING:
     import torch
 
-_TORCH_NAMES = {**DTYPE_NAMES, "U8": "uint8", "I8": "int8"}
+_TORCH_NAMES = {**DTYPE_NAMES, "F64": "float64", "U8": "uint8", "I8": "int8"}
 
 
 def load_tensor(header: Header, info: TensorInfo) -> torch.Tensor:
-    """One tensor of a dtype that we read or write, in memory of its own."""
+    """One tensor of a dtype that we read or write, in memory of its own.
+
+    Raises:
+        InvalidSetting: a value is beyond the range of the dtype that it is read as.
+    """
     import torch
 
     if 0 in info.shape:
-        return torch.empty(info.shape, dtype=torch_dtype(info))
-    raw = read_tensor(header, info)
-    return torch.frombuffer(raw, dtype=torch_dtype(info)).view(info.shape)
+        return torch.empty(info.shape, dtype=torch_dtype(info.dtype))
+    if info.stored is None:
+        raw = read_tensor(header, info)
+        return torch.frombuffer(raw, dtype=torch_dtype(info.dtype)).view(info.shape)
+    tensor = torch.empty(info.elements, dtype=torch_dtype(info.dtype))
+    filled = 0
+    for piece in _cast(header, info):
+        tensor[filled : filled + len(piece)] = piece
+        filled += len(piece)
+    return tensor.view(info.shape)
+
+
+def load_pieces(header: Header, info: TensorInfo) -> Iterator[memoryview]:
+    """The bytes of a tensor, a few megabytes at a time; each is good until the next is asked for.
+
+    Raises:
+        InvalidSetting: as for `load_tensor`.
+    """
+    if info.stored is None:
+        yield from read_pieces(header, info)
+    else:
+        yield from map(tensor_memory, _cast(header, info))
+
+
+def _cast(header: Header, info: TensorInfo) -> Iterator[torch.Tensor]:
+    import torch
+
+    assert info.stored is not None
+    for raw in read_pieces(header, info):
+        piece = torch.frombuffer(raw, dtype=torch_dtype(info.stored))
+        cast = piece.to(torch_dtype(info.dtype))
+        if not torch.equal(cast.isfinite(), piece.isfinite()):
+            largest = piece[piece.isfinite()].abs().max()
+            name, most = DTYPE_NAMES[info.dtype], torch.finfo(cast.dtype).max
+            raise InvalidSetting(
+                f"{shown(info.name)} does not fit into {name}",
+                cause=f"it has values as large as {largest:.3g}, and {name} ends at {most:.5g}",
+                hint="leave --dtype out, or take --dtype bfloat16",
+            )
+        yield cast
 
 
 def tensor_memory(tensor: torch.Tensor) -> memoryview:
@@ -31,8 +74,9 @@ def tensor_memory(tensor: torch.Tensor) -> memoryview:
     return memoryview(flat.view(torch.uint8).numpy())
 
 
-def torch_dtype(info: TensorInfo) -> torch.dtype:
+def torch_dtype(name: str) -> torch.dtype:
+    """By safetensors' name of it."""
     import torch
 
-    dtype: torch.dtype = getattr(torch, _TORCH_NAMES[info.dtype])
+    dtype: torch.dtype = getattr(torch, _TORCH_NAMES[name])
     return dtype

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -36,6 +36,14 @@ def verify(
         ),
     ] = None,
     device: str = "auto",
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"],
+        typer.Option(
+            "--dtype",
+            metavar="auto|float32|bfloat16|float16",
+            help="Load it with this dtype for the forward pass; auto loads it as its README says.",
+        ),
+    ] = "auto",
     trust_remote_code: bool = False,
 ) -> None:
     """
@@ -51,6 +59,6 @@ def verify(
     """
     from loftq_cli.checks.written.certify import require_passed, verify_directory
 
-    document = verify_directory(run, directory, source, sample, device, trust_remote_code)
+    document = verify_directory(run, directory, source, sample, device, dtype, trust_remote_code)
     run.emit(document)
-    require_passed(document.results, document)
+    require_passed(document.results)

@@ -149,12 +149,13 @@ def foresee_directory(
     record.resolved("model", found.source, found.reason)
     assert found.checkpoint is not None
     assert found.config is not None
-    tensors = [info for _, info in found.checkpoint.tensors.values()]
+    checkpoint = found.checkpoint.cast(settings.dtype)
+    tensors = [info for _, info in checkpoint.tensors.values()]
     plan = make_plan(linear_layers(tensors, found.config), settings)
     memory = _plan_memory(plan, memory_limit, record)
     results = quantize_results(
         plan,
-        found.checkpoint,
+        checkpoint,
         output="" if output is None else str(output),
         architecture=found.outline.architecture,
         task_type=None,
@@ -172,7 +173,7 @@ def _prepare(job: Job, record: Record) -> _Prepared:
         found = resolve_model(job.model, with_code=job.trust_remote_code)
         config = read_config(found.directory)
         refuse_quantized(found.directory, config)
-        checkpoint = open_checkpoint(found.directory)
+        checkpoint = open_checkpoint(found.directory).cast(job.settings.dtype)
     with record.timing("plan"):
         from loftq_cli.models.architecture import read_architecture
 

@@ -20,6 +20,7 @@ from loftq_cli.checkpoint.adapter import (
 from loftq_cli.checkpoint.index import INDEX_FILE, Checkpoint
 from loftq_cli.checkpoint.safetensors import read_header, read_tensor
 from loftq_cli.checkpoint.staging import Staging
+from loftq_cli.checkpoint.tensors import load_pieces
 from loftq_cli.checkpoint.writer import (
     PlannedTensor,
     WrittenFile,
@@ -48,13 +49,14 @@ def join_adapter(
         for tensor, parameter in architecture.trained_heads(infos).items()
     }
 
-    def tensors() -> Iterator[tuple[str, memoryview]]:
+    def tensors() -> Iterator[tuple[str, memoryview | bytes]]:
         for task in plan.tasks:
             header = read_header(staging.path(adapter_part(task.file_name)))
             for tensor, info in header.tensors.items():
                 yield tensor, read_tensor(header, info)
         for name, (header, info) in heads.items():
-            yield name, read_tensor(header, info)
+            for piece in load_pieces(header, info):
+                yield name, bytes(piece)  # the piece's buffer is used again
 
     if ADAPTER_NAME not in staging.finished:
         planned = [
@@ -129,7 +131,21 @@ def write_model_files(
         dtypes = [planned.layer.dtype for planned in plan.layers]
         quantization = container.quantization_config(skipped, max(set(dtypes), key=dtypes.count))
         config = {**config, "quantization_config": quantization}
+    if plan.settings.dtype is not None:
+        config = {**_in_dtype(config, plan.settings.dtype), "dtype": plan.settings.dtype}
     write_json(staging, "config.json", config)
+
+
+def _in_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
+    """The config and those of its parts (text, vision) with this dtype where they name one."""
+    return {
+        key: dtype
+        if key in ("dtype", "torch_dtype")
+        else _in_dtype(value, dtype)
+        if isinstance(value, dict)
+        else value
+        for key, value in config.items()
+    }
 
 
 def written_files(staging: Staging) -> list[WrittenFile]:

@@ -158,6 +158,7 @@ def _settings(
         svd=settings.svd,
         target_modules=list(settings.target_modules),
         seed=settings.seed,
+        dtype=settings.dtype,
     )
 
 

@@ -6,14 +6,21 @@ import math
 import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 from loftq_cli import asked as options
 from loftq_cli.asked import QuantizeOptions
 from loftq_cli.containers import container_of, containers, widths
 from loftq_cli.containers.base import Container
 from loftq_cli.errors import UsageError
-from loftq_cli.formats import ALL_LINEAR, DEFAULT_BLOCK_SIZE, SCALINGS, QuantType, SvdMethod
+from loftq_cli.formats import (
+    ALL_LINEAR,
+    DEFAULT_BLOCK_SIZE,
+    DTYPE_NAMES,
+    SCALINGS,
+    QuantType,
+    SvdMethod,
+)
 from loftq_cli.report.units import listed
 from loftq_cli.starts import STARTS, Start, find
 
@@ -41,7 +48,8 @@ class Settings:
     they are. ``leading`` (blocks, bits) says it for the first blocks of the model, ``target_bits``
     for the average of all layers, each of which gets one of the container's widths by what it
     loses. With ``rank_budget`` the ranks differ too, with as many parameters in all as ``rank``
-    everywhere would have; ``uniform_rank`` then pads them to the largest.
+    everywhere would have; ``uniform_rank`` then pads them to the largest. ``dtype`` is that of
+    all that is not quantized, and of the products with what is.
     """
 
     bits: int = 4
@@ -61,10 +69,11 @@ class Settings:
     target_modules: tuple[str, ...] = (ALL_LINEAR,)
     calibration: CalibrationText | None = None
     seed: int = 0
+    dtype: str | None = None  # None: each tensor's own
 
     def __post_init__(self) -> None:
-        if self.svd not in get_args(SvdMethod):
-            raise UsageError(f"there is no --svd {self.svd!r:.80}", hint="--svd auto")
+        if self.dtype is not None and self.dtype not in DTYPE_NAMES.values():
+            raise UsageError(f"no dtype {self.dtype!r:.40}", hint="--dtype float16")
         for name, value in (("rank", self.rank), ("iterations", self.iterations)):
             if value is not None and value < 1:
                 raise UsageError(f"{name} {value} is too small", hint=f"--{name} 1")
@@ -108,7 +117,10 @@ class Settings:
         return self.target_bits is not None or self.rank_budget
 
     def as_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "target_modules": list(self.target_modules)}
+        fields = {**asdict(self), "target_modules": list(self.target_modules)}
+        if self.dtype is None:
+            del fields["dtype"]  # runs of versions that knew no other can be finished
+        return fields
 
 
 def settings_of(asked: QuantizeOptions) -> Settings:
@@ -144,6 +156,7 @@ def settings_of(asked: QuantizeOptions) -> Settings:
         target_modules=tuple(options.items(asked.target_modules, "--target-modules")),
         calibration=_calibration(start, asked.calibration_text),
         seed=asked.seed,
+        dtype=None if asked.dtype == "auto" else asked.dtype,
     )
 
 

@@ -19,8 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from loftq_cli.checkpoint import adapter
 from loftq_cli.checkpoint.index import Checkpoint
-from loftq_cli.checkpoint.safetensors import read_pieces
-from loftq_cli.checkpoint.tensors import tensor_memory
+from loftq_cli.checkpoint.tensors import load_pieces, tensor_memory
 from loftq_cli.checkpoint.writer import WrittenFile, disk_errors, write_safetensors
 from loftq_cli.engines.estimates import Level
 from loftq_cli.engines.pipeline import Chunk, Timings, read_ahead, write_behind
@@ -156,7 +155,7 @@ class _RunningTask:
             del W
 
     def _copied(self, tensor: str) -> Iterator[Chunk]:
-        for piece in read_pieces(*self.checkpoint.tensors[tensor]):
+        for piece in load_pieces(*self.checkpoint.tensors[tensor]):
             yield tensor, bytes(piece)  # the piece's buffer is used again
 
     def _weight(self, entry: PlannedLayer | LeftTensor) -> torch.Tensor | None:

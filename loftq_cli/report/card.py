@@ -34,6 +34,14 @@ _NO_SECOND_QUANTIZATION = """\
 Give no `quantization_config` of your own and leave the `loftq` options of PEFT and of your trainer
 off: they would quantize once more, and the adapter corrects exactly the weights stored here."""
 
+_DTYPE = """\
+Give no `dtype` either. transformers takes what is quantized as it is stored and converts only a
+part of the rest, and the first forward pass fails where the two meet. {stored}"""
+
+_STORED = """\
+For a card without bfloat16 (T4, V100, RTX 20) make the directory with `loftq quantize --dtype
+float16`."""
+
 _DROPOUT = """\
 Only the adapter is trained. Keep its dropout at 0: dropout drops part of the correction too."""
 
@@ -73,7 +81,7 @@ def card(document: Document[QuantizeResults]) -> str:
                 model, {quoted(here)}, subfolder="loftq_init", is_trainable=True
             )
             """),
-        *([_NO_SECOND_QUANTIZATION] if quantized else []),
+        *([_NO_SECOND_QUANTIZATION, _dtype(results)] if quantized else []),
         "## Fine-tune",
         _python("""
             from transformers import Trainer, TrainingArguments
@@ -98,6 +106,12 @@ def card(document: Document[QuantizeResults]) -> str:
     if any((layer.bits or in_file) < in_file for layer in all_layers(results)):
         parts.insert(3, _FEWER_BITS)
     return "\n\n".join(parts) + "\n"
+
+
+def _dtype(results: QuantizeResults) -> str:
+    dtype = results.settings.dtype
+    stored = _STORED if dtype is None else f"All that is not quantized is stored in {dtype}."
+    return _DTYPE.format(stored=stored)
 
 
 def _introduction(document: Document[QuantizeResults]) -> str:

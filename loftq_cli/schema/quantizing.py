@@ -34,6 +34,7 @@ class QuantizeSettings(Model):
     svd: str = "auto"
     target_modules: list[str] | str
     seed: int
+    dtype: str | None = None  # of all that is not quantized, where it is not the source's
 
 
 class AdaptedLayer(Model):
@@ -77,7 +78,7 @@ class PlainLayer(Model):
 
 
 class UntouchedTensor(Model):
-    """One tensor that is written exactly as it was."""
+    """One tensor that is not quantized: written exactly as it was, unless in another dtype."""
 
     name: str
     shape: list[int]

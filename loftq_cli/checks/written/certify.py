@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from loftq_cli import hardware
 from loftq_cli.checks.battery import run_checks
@@ -25,6 +24,7 @@ def verify_directory(
     source: str | None = None,
     sample: int | None = None,
     device: str = "auto",
+    dtype: str = "auto",
     trust_remote_code: bool = False,
 ) -> Document[VerifyResults]:
     """Holds a directory against its own report and against the model that it was made from.
@@ -32,6 +32,8 @@ def verify_directory(
     Args:
         source: that model's name, if not as the report has it.
         sample: measure so many layers against the source; None means all.
+        dtype: what to ask transformers for in the forward pass; with "auto" nothing is asked for,
+            as the directory's README has it.
 
     Raises:
         ModelNotFound: the directory is nothing that loftq wrote, or ``source`` is not on this disk.
@@ -53,6 +55,7 @@ def verify_directory(
         model,
         sample=sample,
         device=chosen.value,
+        dtype=dtype,
         trust_remote_code=trust_remote_code,
     )
     return record.document(results, model=report.model)
@@ -65,6 +68,7 @@ def certify(
     source: ResolvedModel | None,
     *,
     device: str,
+    dtype: str = "auto",
     sample: int | None = None,
     trust_remote_code: bool = False,
 ) -> VerifyResults:
@@ -76,26 +80,21 @@ def certify(
     layers = [] if source is None else spread(claims.layers, sample)
     steps = count_steps(claims, len(layers))
     with record.timing("checks"), record.progress("verifying", steps) as progress:
-        written = Written(directory, claims, device, progress, trust_remote_code)
+        written = Written(directory, claims, device, dtype, progress, trust_remote_code)
         residuals = Residuals(written, source, layers)
         checks = all_checks(written, residuals, hardware.memory_bytes())
         outcomes = run_checks(checks, progress, trace=record.listener.trace)
     return certificate_of(directory, claims, outcomes, residuals)
 
 
-def require_passed(results: VerifyResults, document: Document[Any]) -> None:
-    """Raises CheckFailed, naming what was found first, if any check failed.
-
-    The error has ``document``, for a caller that does not print it.
-    """
+def require_passed(results: VerifyResults) -> None:
+    """Raises CheckFailed, naming what was found first, if any check failed."""
     failed = [test for test in results.tests if test.status == "failed"]
     if failed:
         first = failed[0]
         others = f" ({len(failed)} of {len(results.tests)} checks failed)"
-        error = CheckFailed(
+        raise CheckFailed(
             f"{results.directory}: {first.detail}{others if len(failed) > 1 else ''}",
             cause=first.cause,
             hint=first.hint,
         )
-        error.document = document
-        raise error

@@ -64,6 +64,7 @@ class Claims:
     task_type: str | None
     auto_class: str  # the transformers class that the README loads it with
     weight_error: float | None  # of all layers taken as one
+    dtype: str | None  # that everything was cast to before; None: as the source has it
     calibrated: bool  # so it speaks of outputs too, on a text that is not at hand
     layers: Sequence[ClaimedLayer]
     files: Sequence[ClaimedFile]
@@ -104,6 +105,7 @@ class Written:
     directory: Path
     claims: Claims
     device: str
+    dtype: str  # to load it in; "auto": its own
     progress: Progress
     trust_remote_code: bool
 

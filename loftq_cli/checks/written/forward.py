@@ -11,7 +11,7 @@ from loftq_cli.checkpoint.safetensors import read_header
 from loftq_cli.checks.battery import Finding, NothingToCheck
 from loftq_cli.checks.written.directory import WRITE_AGAIN, Written
 from loftq_cli.containers import layer_classes
-from loftq_cli.errors import CheckFailed
+from loftq_cli.errors import CheckFailed, first_line
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,13 +29,21 @@ def forward(written: Written, memory_bytes: int | None) -> Finding:
     _require_room(written, memory_bytes)
     model = _load(written)
     dtype = model.get_base_model().dtype
-    with torch.no_grad():
-        outputs = model(
-            **{
-                name: each.to(written.device, dtype if each.is_floating_point() else None)
-                for name, each in inputs.items()
-            }
-        )
+    given = {
+        name: each.to(written.device, dtype if each.is_floating_point() else None)
+        for name, each in inputs.items()
+    }
+    try:
+        with torch.no_grad():
+            outputs = model(**given)
+    except RuntimeError as error:
+        if written.dtype == "auto":
+            raise
+        raise CheckFailed(
+            f"loaded with dtype={written.dtype} it does not run",
+            cause=first_line(error),
+            hint=f"load it without a dtype, or make it with loftq quantize --dtype {written.dtype}",
+        ) from error
     values = 0
     for name, output in _floats(outputs):
         values += output.numel()
@@ -47,24 +55,27 @@ def forward(written: Written, memory_bytes: int | None) -> Finding:
                 hint="run the original model on the same dtype: if it does this too, it is not "
                 "the quantization",
             )
-    given = ", ".join(
+    shapes = ", ".join(
         f"{name} {list(each.shape)}" for name, each in inputs.items() if name != "attention_mask"
     )
     kind = written.claims.container.layer_class or "layers as they were"
     return Finding(
         f"{written.claims.auto_class} and PEFT load it: {len(written.claims.layers)} {kind}, "
-        f"{len(written.claims.adapted)} with an adapter; {given} give {values:,} finite values",
+        f"{len(written.claims.adapted)} with an adapter; {shapes} give {values:,} finite values",
         {"output_values": values},
     )
 
 
 def _load(written: Written) -> Any:
     """The two lines of the README, and what they made of the layers."""
+    import torch
     import transformers
     from peft import PeftModel
 
     auto = getattr(transformers, written.claims.auto_class, transformers.AutoModelForCausalLM)
-    options = {"trust_remote_code": True} if written.trust_remote_code else {}
+    options: dict[str, Any] = {"trust_remote_code": True} if written.trust_remote_code else {}
+    if written.dtype != "auto":
+        options["dtype"] = getattr(torch, written.dtype)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what they would warn about is looked at below
         model, info = auto.from_pretrained(

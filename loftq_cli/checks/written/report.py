@@ -14,6 +14,7 @@ from loftq_cli.containers import container_of
 from loftq_cli.containers.base import Container
 from loftq_cli.engines.report_file import NOT_OURS, Report
 from loftq_cli.errors import CorruptCheckpoint, UsageError
+from loftq_cli.formats import DTYPE_NAMES
 from loftq_cli.models.source import REPORT_FILE
 from loftq_cli.report.quantize import auto_class
 
@@ -32,6 +33,8 @@ def claims_of(report: Report) -> Claims:
             f"{settings.bits} bits, {settings.quant_type!r:.40}, block size {settings.block_size}, "
             f"rank {settings.rank}, lora_alpha {settings.lora_alpha}"
         )
+    if settings.dtype not in (None, *DTYPE_NAMES.values()):
+        raise _unusable(f"dtype {settings.dtype!r:.40}")
     return Claims(
         source=_source_name(report),
         container=container,
@@ -42,6 +45,7 @@ def claims_of(report: Report) -> Claims:
         task_type=results.task_type,
         auto_class=auto_class(results),
         weight_error=results.totals.weight_error_relative,
+        dtype=settings.dtype,
         calibrated=settings.calibration is not None,
         layers=_layers(results, container),
         files=[ClaimedFile(file.name, file.bytes, file.sha256) for file in results.files],

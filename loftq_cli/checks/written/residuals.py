@@ -79,7 +79,7 @@ class Residuals:
                 f"the source, {self.written.claims.source}, is not on this disk, and nothing is "
                 "downloaded for this; name a directory or a cached model with --source MODEL"
             )
-        checkpoint = open_checkpoint(self.source.directory)
+        checkpoint = open_checkpoint(self.source.directory).cast(self.written.claims.dtype)
         same_files = self._has_reported_files(checkpoint)
         inventory = self.written.architecture.inventory(
             info for _, info in checkpoint.tensors.values()
