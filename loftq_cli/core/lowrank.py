@@ -58,7 +58,7 @@ def truncated_svd(
 ) -> LowRank:
     """The ``rank`` largest singular values of ``R`` with their vectors.
 
-    ``exact`` is LAPACK's SVD of the whole matrix. ``randomized`` needs some products with a few more
+    ``exact`` is LAPACK's SVD of the whole matrix. ``randomized`` needs products with a few more
     vectors than ``rank``, begins with ``start`` if that is given (the ``subspace`` of a similar
     matrix's SVD) and ends when another pass would take off less than ``tolerance`` of the square of
     what remains. ``auto`` takes whichever is cheaper.
