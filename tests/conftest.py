@@ -21,6 +21,19 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def one_thread() -> Iterator[None]:
+    """Matrices this small gain nothing from threads, which spin against a busy machine's work."""
+    torch = sys.modules.get("torch")
+    if torch is None:  # none of the tests that were collected needs it
+        yield
+        return
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @dataclass(frozen=True)
 class Outcome:
     """How a command line ended, and all that reached its file descriptors 1 and 2."""

@@ -1,4 +1,4 @@
-"""What the tests of commands share: threads kept apart, and models made once."""
+"""What the tests of commands share: models made once, and lines that must succeed or fail."""
 
 from __future__ import annotations
 
@@ -18,15 +18,6 @@ from loftq_cli.models.spec import DEMO_DIRECTORY
 from tests.conftest import Outcome
 
 Loftq = Callable[..., Outcome]
-
-
-@pytest.fixture(autouse=True, scope="session")
-def one_thread() -> Iterator[None]:
-    """Matrices this small gain nothing from threads, which spin against a busy machine's work."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -169,7 +169,7 @@ def adversarial_weights(draw: st.DrawFn) -> tuple[Tensor, BlockwiseFormat]:
     return W.to(dtype), fmt
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(adversarial_weights())
 def test_adversarial_values(case: tuple[Tensor, BlockwiseFormat]) -> None:
     W, fmt = case
