@@ -1,3 +1,7 @@
 """Quantize any Hugging Face checkpoint and compute the LoftQ start for its LoRA adapters."""
 
 __version__ = "0.1.0"
+
+from loftq_cli.api import quantize, verify
+
+__all__ = ["__version__", "quantize", "verify"]

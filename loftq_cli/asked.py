@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from loftq_cli.errors import UsageError
-from loftq_cli.formats import ALL_LINEAR, DEFAULT_BLOCK_SIZE, QuantType, SvdMethod
+from loftq_cli.formats import ALL_LINEAR, DEFAULT_BLOCK_SIZE, DTYPE_NAMES, QuantType, SvdMethod
 
 Asked = TypeVar("Asked", bound="Options")
 
@@ -168,6 +168,14 @@ def iterations(value: str | int) -> int | None:
     if not (text.isascii() and text.isdigit() and 0 < int(text) <= 1000):
         raise UsageError(f"--iterations takes auto or a number from 1 to 1000, not {text!r:.80}")
     return int(text)
+
+
+def dtype(value: str) -> str | None:
+    """The value of --dtype: torch's name of one, or None for auto."""
+    names = list(DTYPE_NAMES.values())
+    if value not in ("auto", *names):
+        raise UsageError(f"--dtype takes auto, {', '.join(names)}, not {value!r:.80}")
+    return None if value == "auto" else value
 
 
 _UNITS = {"MB": 10**6, "GB": 10**9, "TB": 10**12, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}

@@ -22,6 +22,8 @@ adds it on the way up with :meth:`LoftqError.within`.
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class LoftqError(Exception):
     """The root of all errors that are reported without a traceback."""
@@ -86,9 +88,10 @@ class UsageError(LoftqError):
 
 
 class CheckFailed(LoftqError):
-    """A check that was asked for failed."""
+    """A check that was asked for failed. ``document`` has all of them, where there is one."""
 
     exit_code = 3
+    document: Any = None
 
 
 class DoesNotFit(LoftqError):

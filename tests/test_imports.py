@@ -41,6 +41,11 @@ def test_the_help_of_a_command_imports_no_torch(command: str) -> None:
     assert imported_by(WATCH.format(argv=[command, "--help"])) & HEAVY <= {"pydantic"}
 
 
+def test_the_public_face_imports_nothing_heavy() -> None:
+    code = "import sys; from loftq_cli import quantize, verify\nprint('imported:', *sys.modules)"
+    assert not imported_by(code) & {*HEAVY, "typer"}
+
+
 def test_reading_and_rendering_documents_imports_no_tensor_library() -> None:
     code = """
 import importlib, pkgutil, sys

@@ -14,9 +14,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
-import logging
 import os
-import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import fields, is_dataclass
@@ -37,6 +35,7 @@ import typer
 from loftq_cli.commands import options
 from loftq_cli.console import Console, wants_colour, width_of
 from loftq_cli.errors import UsageError, WriteFailed
+from loftq_cli.libraries import quiet_libraries
 from loftq_cli.record import Record
 
 if TYPE_CHECKING:
@@ -150,25 +149,6 @@ def _create(directory: Path, name: str, text: str) -> Path:
         except FileExistsError:
             continue
     raise AssertionError
-
-
-def quiet_libraries() -> None:
-    """Keeps the libraries' bars, advice and warnings off stderr, here and in child processes.
-
-    To be called before they are imported; with --debug they speak.
-    """
-    for name, value in (
-        ("HF_HUB_DISABLE_PROGRESS_BARS", "1"),  # transformers' own bars follow it too
-        ("HF_HUB_VERBOSITY", "error"),
-        ("TRANSFORMERS_VERBOSITY", "error"),
-        ("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1"),
-        ("TOKENIZERS_PARALLELISM", "false"),  # else it warns at every fork
-    ):
-        os.environ.setdefault(name, value)
-    for library in ("bitsandbytes", "accelerate", "peft", "torch"):
-        logging.getLogger(library).setLevel(logging.ERROR)
-    # Appended, so that what `python -W` or a test runner asks for still comes first.
-    warnings.simplefilter("ignore", append=True)
 
 
 _SHARED = {"format": "auto", "json": False, "save": None, "quiet": False, "debug": False}

@@ -61,4 +61,4 @@ def verify(
 
     document = verify_directory(run, directory, source, sample, device, dtype, trust_remote_code)
     run.emit(document)
-    require_passed(document.results)
+    require_passed(document.results, document)

@@ -6,7 +6,7 @@ import math
 import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from loftq_cli import asked as options
 from loftq_cli.asked import QuantizeOptions
@@ -16,7 +16,6 @@ from loftq_cli.errors import UsageError
 from loftq_cli.formats import (
     ALL_LINEAR,
     DEFAULT_BLOCK_SIZE,
-    DTYPE_NAMES,
     SCALINGS,
     QuantType,
     SvdMethod,
@@ -72,8 +71,8 @@ class Settings:
     dtype: str | None = None  # None: each tensor's own
 
     def __post_init__(self) -> None:
-        if self.dtype is not None and self.dtype not in DTYPE_NAMES.values():
-            raise UsageError(f"no dtype {self.dtype!r:.40}", hint="--dtype float16")
+        if self.svd not in get_args(SvdMethod):
+            raise UsageError(f"there is no --svd {self.svd!r:.80}", hint="--svd auto")
         for name, value in (("rank", self.rank), ("iterations", self.iterations)):
             if value is not None and value < 1:
                 raise UsageError(f"{name} {value} is too small", hint=f"--{name} 1")
@@ -156,7 +155,7 @@ def settings_of(asked: QuantizeOptions) -> Settings:
         target_modules=tuple(options.items(asked.target_modules, "--target-modules")),
         calibration=_calibration(start, asked.calibration_text),
         seed=asked.seed,
-        dtype=None if asked.dtype == "auto" else asked.dtype,
+        dtype=options.dtype(asked.dtype),
     )
 
 

@@ -14,7 +14,7 @@ import pytest
 from fakes import COMMANDS
 
 from loftq_cli import cli
-from loftq_cli.commands.run import quiet_libraries
+from loftq_cli.libraries import quiet_libraries
 from loftq_cli.schema import load_document
 
 FAKES = Path(__file__).with_name("fakes.py")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+from loftq_cli import asked as options
 from loftq_cli import hardware
 from loftq_cli.checks.battery import run_checks
 from loftq_cli.checks.written.all import all_checks, count_steps
@@ -80,21 +82,28 @@ def certify(
     layers = [] if source is None else spread(claims.layers, sample)
     steps = count_steps(claims, len(layers))
     with record.timing("checks"), record.progress("verifying", steps) as progress:
-        written = Written(directory, claims, device, dtype, progress, trust_remote_code)
+        written = Written(
+            directory, claims, device, options.dtype(dtype), progress, trust_remote_code
+        )
         residuals = Residuals(written, source, layers)
         checks = all_checks(written, residuals, hardware.memory_bytes())
         outcomes = run_checks(checks, progress, trace=record.listener.trace)
     return certificate_of(directory, claims, outcomes, residuals)
 
 
-def require_passed(results: VerifyResults) -> None:
-    """Raises CheckFailed, naming what was found first, if any check failed."""
+def require_passed(results: VerifyResults, document: Document[Any]) -> None:
+    """Raises CheckFailed, naming what was found first, if any check failed.
+
+    The error has ``document``, for a caller that does not print it.
+    """
     failed = [test for test in results.tests if test.status == "failed"]
     if failed:
         first = failed[0]
         others = f" ({len(failed)} of {len(results.tests)} checks failed)"
-        raise CheckFailed(
+        error = CheckFailed(
             f"{results.directory}: {first.detail}{others if len(failed) > 1 else ''}",
             cause=first.cause,
             hint=first.hint,
         )
+        error.document = document
+        raise error

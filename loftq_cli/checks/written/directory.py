@@ -105,7 +105,7 @@ class Written:
     directory: Path
     claims: Claims
     device: str
-    dtype: str  # to load it in; "auto": its own
+    dtype: str | None  # to load it in; None: its own
     progress: Progress
     trust_remote_code: bool
 

@@ -37,7 +37,7 @@ def forward(written: Written, memory_bytes: int | None) -> Finding:
         with torch.no_grad():
             outputs = model(**given)
     except RuntimeError as error:
-        if written.dtype == "auto":
+        if written.dtype is None:
             raise
         raise CheckFailed(
             f"loaded with dtype={written.dtype} it does not run",
@@ -74,7 +74,7 @@ def _load(written: Written) -> Any:
 
     auto = getattr(transformers, written.claims.auto_class, transformers.AutoModelForCausalLM)
     options: dict[str, Any] = {"trust_remote_code": True} if written.trust_remote_code else {}
-    if written.dtype != "auto":
+    if written.dtype is not None:
         options["dtype"] = getattr(torch, written.dtype)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what they would warn about is looked at below

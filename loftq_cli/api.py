@@ -1,0 +1,189 @@
+"""What Python code can call: the commands' jobs, with their options, without their printing."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from loftq_cli.asked import QuantizeOptions, size
+from loftq_cli.errors import UsageError
+
+if TYPE_CHECKING:
+    from loftq_cli.engines.job import Job, Made
+    from loftq_cli.engines.report_file import Report
+    from loftq_cli.formats import QuantType, SvdMethod
+    from loftq_cli.record import Listener, Record
+    from loftq_cli.schema import Document, QuantizeResults, VerifyResults
+
+
+def quantize(
+    model: str = "demo",
+    *,
+    output: str | Path | None = None,
+    bits: int | str | None = None,
+    target_bits: float | None = None,
+    quant_type: QuantType = "nf4",
+    block_size: int = 64,
+    double_quant: bool = False,
+    init: str = "loftq",
+    calibration_text: str | Path | None = None,
+    rank: int = 16,
+    rank_budget: bool = False,
+    uniform_rank: bool = False,
+    iterations: int | str = "auto",
+    svd: SvdMethod = "auto",
+    lora_alpha: float | None = None,
+    rslora: bool = False,
+    target_modules: str | Sequence[str] = "all-linear",
+    device: str = "auto",
+    dtype: str = "auto",
+    max_memory: int | str | None = None,
+    seed: int = 0,
+    dry_run: bool = False,
+    resume: bool = False,
+    force: bool = False,
+    verify: bool = False,
+    trust_remote_code: bool = False,
+    listener: Listener | None = None,
+) -> Document[QuantizeResults]:
+    """Writes what `loftq quantize` writes, and gives the document that it would print.
+
+    The arguments are the command's options (`loftq quantize --help`). Nothing is printed.
+
+    Args:
+        listener: is told notes, warnings and progress (see `loftq_cli.record.Listener`).
+
+    Raises:
+        LoftqError: as the command reports it (see `loftq_cli.errors`).
+        CheckFailed: with ``verify``, a check failed; the error has the document.
+    """
+    options = {**locals()}
+    del options["listener"]
+    from loftq_cli.checks.written.certify import require_passed
+
+    for path in ("output", "calibration_text"):
+        if options[path] is not None:
+            options[path] = Path(options[path])
+    asked = QuantizeOptions(**options)
+    with _recording("quantize", shlex.split(asked.command_line()), listener) as record:
+        document, certificate = run_quantize(asked, record)
+    if certificate is not None:
+        require_passed(certificate, document)
+    return document
+
+
+def verify(
+    directory: str | Path,
+    *,
+    source: str | None = None,
+    sample: int | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+    listener: Listener | None = None,
+) -> Document[VerifyResults]:
+    """Proves what `quantize` wrote, and gives the certificate that `loftq verify` would print.
+
+    Args:
+        source: the model it was made from; None: as the report names it.
+        sample: so many layers are measured against the source; None: all.
+        dtype: to load the model in for the forward pass; "auto": as the directory's README has it.
+        listener: is told notes, warnings and progress (see `loftq_cli.record.Listener`).
+
+    Raises:
+        CheckFailed: a check failed; the error has the certificate.
+        LoftqError: there is nothing that could be checked.
+    """
+    from loftq_cli.checks.written.certify import require_passed, verify_directory
+
+    if sample is not None and sample < 1:
+        raise UsageError(f"--sample {sample} measures nothing", hint="--sample 1")
+    argv = ["loftq", "verify", str(directory)]
+    given = {"--source": source, "--sample": sample, "--device": device, "--dtype": dtype}
+    for option, value in given.items():
+        argv += [] if value in (None, "auto") else [option, str(value)]
+    argv += ["--trust-remote-code"] * trust_remote_code
+    with _recording("verify", argv, listener) as record:
+        document = verify_directory(
+            record, Path(directory), source, sample, device, dtype, trust_remote_code
+        )
+    require_passed(document.results, document)
+    return document
+
+
+def run_quantize(asked: QuantizeOptions, record: Record) -> tuple[Report, VerifyResults | None]:
+    """What the command and the function `quantize` do: the document, and with --verify what of it
+    was proved.
+
+    Raises:
+        UsageError: two options contradict each other.
+        LoftqError: whatever is wrong with the model, the settings or the disk.
+    """
+    if asked.output is None and not asked.dry_run:
+        raise UsageError("nowhere to write", hint="add --output DIR, or --dry-run")
+    if asked.force and asked.resume:
+        raise UsageError("--force replaces the output, --resume accepts it: choose one")
+    if asked.verify and asked.dry_run:
+        raise UsageError("--dry-run writes nothing that --verify could open: choose one")
+    limit = None
+    if asked.max_memory is not None:
+        limit = size(asked.max_memory, "--max-memory", plain_bytes=True)
+        if asked.device not in ("auto", "cpu"):
+            raise UsageError(
+                f"--max-memory counts memory of the CPU: not with --device {asked.device}",
+                hint="--device cpu",
+            )
+    from loftq_cli.engines.job import Job, foresee_directory, make_directory
+    from loftq_cli.engines.settings import settings_of
+
+    settings = settings_of(asked)
+    if settings.container.warning is not None:
+        record.warn(settings.container.warning)
+    if asked.dry_run:
+        return foresee_directory(asked.model, settings, limit, record, asked.output), None
+    assert asked.output is not None
+    job = Job(
+        model=asked.model,
+        output=asked.output,
+        settings=settings,
+        device=asked.device,
+        calibration_text=asked.calibration_text,
+        memory_limit=limit,
+        resume=asked.resume,
+        force=asked.force,
+        trust_remote_code=asked.trust_remote_code,
+    )
+    made = make_directory(job, record)
+    return made.document, _proved(job, made, record) if asked.verify else None
+
+
+def _proved(job: Job, made: Made, record: Record) -> VerifyResults:
+    from loftq_cli.checks.written.certify import certify
+
+    certificate = certify(
+        record,
+        job.output,
+        made.document,
+        made.source,
+        device=made.device,
+        trust_remote_code=job.trust_remote_code,
+    )
+    passed = [test.name for test in certificate.tests if test.status == "passed"]
+    record.note(f"verified: {', '.join(passed) or 'nothing'}")
+    for test in certificate.tests:
+        if test.status == "skipped":
+            record.note(f"verify: {test.name} {test.detail}")
+    return certificate
+
+
+@contextmanager
+def _recording(name: str, argv: Sequence[str], listener: Listener | None) -> Iterator[Record]:
+    """A record of one call, during which no library prints anything."""
+    from loftq_cli.libraries import quietly
+    from loftq_cli.record import Listener, Record
+
+    with quietly():
+        yield Record(name, argv, listener or Listener())

@@ -1,0 +1,136 @@
+"""`from loftq_cli import quantize, verify`: what the commands do, called from Python."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import loftq_cli
+from loftq_cli import quantize, verify
+from loftq_cli.cli import _Commands
+from loftq_cli.errors import CheckFailed, OutputExists, UsageError
+from loftq_cli.record import Listener, Progress
+from tests.conftest import Outcome
+
+README = Path(loftq_cli.__file__).parents[1] / "README.md"
+# What says how a result is shown. Python has the document, and shows it as it likes.
+SHOWING = {"format", "json", "save", "quiet", "debug", "help"}
+
+
+class Remembering(Listener):
+    """Whoever is told, and keeps it."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+        self.warnings: list[str] = []
+        self.stages: list[str] = []
+        self.pieces: list[str] = []
+        self.note = self.notes.append  # type: ignore[method-assign]
+        self.warn = self.warnings.append  # type: ignore[method-assign]
+
+    def progress(self, label: str, total: int) -> AbstractContextManager[Progress]:
+        told = Progress()
+        told.advance = self.pieces.append  # type: ignore[method-assign]
+
+        @contextmanager
+        def stage() -> Iterator[Progress]:
+            yield told
+            self.stages.append(label)
+
+        return stage()
+
+
+@pytest.mark.parametrize("function", [quantize, verify])
+def test_arguments_are_the_options_of_the_command(function: Callable[..., Any]) -> None:
+    command = _Commands()[function.__name__]
+    options = {each.name: each.default for each in command.params if each.name not in SHOWING}
+    arguments = inspect.signature(function).parameters
+    assert set(arguments) == {*options, "listener"}
+    for name, default in options.items():
+        if name != "directory":
+            assert arguments[name].default == default, name
+            assert name == "model" or arguments[name].kind is inspect.Parameter.KEYWORD_ONLY
+
+
+def test_the_lines_of_the_readme_print_nothing_of_their_own(tmp_path: Path) -> None:
+    section = README.read_text("utf-8").partition("## From Python")[2]
+    block = re.search(r"```python\n(.*?)```", section, re.DOTALL)
+    assert block is not None
+    done = subprocess.run(
+        [sys.executable, "-c", block[1]], cwd=tmp_path, capture_output=True, text=True, timeout=300
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    error, passed = done.stdout.splitlines()
+    assert 0 < float(error) < 0.1
+    assert int(passed) == 5
+
+
+def test_the_documents_are_those_of_the_commands(
+    tmp_path: Path, loftq: Callable[..., Outcome], capfd: pytest.CaptureFixture[str]
+) -> None:
+    from loftq_cli.schema import load_document
+
+    there = Remembering()
+    document = quantize(
+        output=tmp_path / "out", rank=4, iterations=1, bits="4x1,2", verify=True, listener=there
+    )
+    assert capfd.readouterr() == ("", "")
+    assert there.stages == ["quantizing", "verifying"]
+    assert there.notes[0].startswith("verified: files, container, adapter, residuals, forward")
+    assert len(there.pieces) > 16
+    command = " ".join(document.argv).replace(str(tmp_path), "")
+    expected = "loftq quantize --bits 4x1,2 --rank 4 --iterations 1 --verify --output /out"
+    assert command == expected
+    done = loftq(*document.argv[1:], "--force", "--json")
+    assert steady(load_document(done.out)) == steady(document)
+    certificate = verify(str(tmp_path / "out"), sample=2)
+    assert certificate.results.measured_layers == 2
+    done = loftq(*certificate.argv[1:], "--json")
+    assert steady(load_document(done.out)) == steady(certificate)
+
+
+def steady(document: Any) -> Any:
+    """Without what no two runs share."""
+
+    def kept(value: Any) -> Any:
+        if isinstance(value, dict):
+            volatile = ("seconds", "peak_memory", "environment", "argv", "warnings")
+            return {
+                key: kept(each)
+                for key, each in value.items()
+                if not any(word in key for word in volatile)
+            }
+        return [kept(each) for each in value] if isinstance(value, list) else value
+
+    return kept(document.model_dump())
+
+
+def test_what_is_wrong_is_raised(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(UsageError, match="nowhere to write"):
+        quantize("demo")
+    for wrong in ({"quant_type": "nf5"}, {"svd": "slow"}, {"init": "best"}, {"rank": 0}):
+        options: dict[str, Any] = wrong
+        with pytest.raises(UsageError):
+            quantize(output=tmp_path / "out", **options)
+    foreseen = quantize(output=str(tmp_path / "out"), dry_run=True, target_modules=["c_attn"])
+    assert foreseen.results.totals.weight_error_relative is None
+    assert len(foreseen.results.layers) == 4
+    assert not (tmp_path / "out").exists()
+    quantize(output=tmp_path / "out", init="qlora", rank=4)
+    with pytest.raises(OutputExists):
+        quantize(output=tmp_path / "out")
+    (tmp_path / "out" / "more.bin").write_bytes(b"")
+    with pytest.raises(CheckFailed, match="not in the report's list") as caught:
+        verify(tmp_path / "out", sample=1)
+    statuses = {each.name: each.status for each in caught.value.document.results.tests}
+    assert statuses["files"] == "failed"
+    assert statuses["forward"] == "passed"
+    assert capfd.readouterr() == ("", "")
