@@ -186,3 +186,16 @@ def test_every_room_is_in_the_table() -> None:
 def test_no_module_is_longer_than_400_lines() -> None:
     long = [path.name for path in MODULES if len(path.read_text("utf-8").splitlines()) > 400]
     assert long == []
+
+
+def test_the_readme_maps_every_room() -> None:
+    readme = (ROOT.parent / "README.md").read_text("utf-8")
+    block = readme.partition("```\nloftq_cli/\n")[2].partition("```")[0]
+    mapped = [line.split()[0] for line in block.splitlines()]
+    rooms = {
+        f"{path.name}/" if path.is_dir() else path.name
+        for path in ROOT.iterdir()
+        if path.is_dir() or path.suffix == ".py"
+    }
+    assert len(mapped) == len(set(mapped))
+    assert set(mapped) == rooms - {"__init__.py", "__main__.py", "__pycache__/"}
