@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from loftq_cli.asked import QuantizeOptions, size
 from loftq_cli.errors import UsageError
+from loftq_cli.options import QuantizeOptions, size
 
 if TYPE_CHECKING:
     from loftq_cli.engines.job import Job, Made

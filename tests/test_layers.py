@@ -1,7 +1,7 @@
 """Imports run one way.
 
 cli → commands → api → engines, checks → containers, models, checkpoint, core, report, record →
-schema, asked, starts, formats, errors
+schema, options, starts, formats, errors
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ MAY_IMPORT = {
     "__init__": "api",
     "__main__": "cli",
     "cli": "commands console errors",
-    "api": "record engines checks schema asked formats libraries errors",
+    "api": "record engines checks schema options formats libraries errors",
     "commands": (
         "api record engines checks containers models checkpoint core report hardware console "
-        "schema asked starts formats libraries errors"
+        "schema options starts formats libraries errors"
     ),
     "checks": (
         "record engines containers models checkpoint core report hardware "
-        "schema asked starts formats errors"
+        "schema options starts formats errors"
     ),
     "engines": (
         "record containers models checkpoint core report hardware "
-        "schema asked starts formats errors"
+        "schema options starts formats errors"
     ),
     "containers": "checkpoint core starts formats errors",
     "models": "checkpoint core starts formats errors",
@@ -44,9 +44,9 @@ MAY_IMPORT = {
     "hardware": "errors",
     "libraries": "errors",
     "console": "record report.escape errors",
-    "report": "schema asked starts formats errors",
+    "report": "schema options starts formats errors",
     "schema": "starts formats errors",
-    "asked": "formats errors",
+    "options": "formats errors",
     "starts": "formats errors",
     "formats": "errors",
     "errors": "",

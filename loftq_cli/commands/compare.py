@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from loftq_cli.asked import CompareOptions
-from loftq_cli.commands.options import option
 from loftq_cli.commands.run import Run, command
+from loftq_cli.commands.spellings import option
 from loftq_cli.containers import widths
+from loftq_cli.options import CompareOptions
 from loftq_cli.report.units import listed
 
 if TYPE_CHECKING:

@@ -9,13 +9,13 @@ from itertools import product
 from pathlib import Path
 
 from loftq_cli import starts
-from loftq_cli.asked import CompareOptions, QuantizeOptions, items, ranks
 from loftq_cli.containers import kind_of, widths
 from loftq_cli.engines.settings import Settings, settings_of
 from loftq_cli.errors import UsageError
 from loftq_cli.models.finetuning import LEARNING_RATE, Schedule
 from loftq_cli.models.spec import DEMO_DIRECTORY
 from loftq_cli.models.texts import is_same, require_different
+from loftq_cli.options import CompareOptions, QuantizeOptions, items, ranks
 from loftq_cli.report.units import listed
 from loftq_cli.starts import QLORA, Start
 

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loftq_cli import schema
-from loftq_cli.asked import CompareOptions, items
 from loftq_cli.commands.compare_plan import Texts
 from loftq_cli.commands.run import Run
 from loftq_cli.errors import InvalidSetting, LoftqError
+from loftq_cli.options import CompareOptions, items
 from loftq_cli.record import Listener, Progress, Record
 from loftq_cli.report.start_verdict import Key, key, relative_to_qlora, verdict
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Literal
 
 from loftq_cli.api import run_quantize
-from loftq_cli.asked import QuantizeOptions
-from loftq_cli.commands.options import option
 from loftq_cli.commands.run import Run, command
+from loftq_cli.commands.spellings import option
+from loftq_cli.options import QuantizeOptions
 
 
 @command(

@@ -32,7 +32,7 @@ from typing import (
 
 import typer
 
-from loftq_cli.commands import options
+from loftq_cli.commands import spellings
 from loftq_cli.console import Console, wants_colour, width_of
 from loftq_cli.errors import UsageError, WriteFailed
 from loftq_cli.libraries import quiet_libraries
@@ -61,7 +61,7 @@ class Run(Record):
         name: str,
         console: Console,
         argv: list[str],
-        format: options.FormatName,
+        format: spellings.FormatName,
         save: Path | None,
     ) -> None:
         super().__init__(name, argv, console)
@@ -160,12 +160,12 @@ def command(
     """Makes a body into the function that Typer calls: options in, a `Run` handed on.
 
     A parameter is the option of its name in the table, unless ``own`` has another of that name or
-    its annotation says all itself. One whose annotation is a class of options (`asked.py`) stands
+    its annotation says all itself. One whose annotation is a class of options (`options.py`) stands
     for all of them.
     """
 
     def wrap(body: Callable[Concatenate[Run, Body], None]) -> Callable[..., None]:
-        table = {**options.OPTIONS, **own}
+        table = {**spellings.OPTIONS, **own}
         _, *taken = inspect.signature(body, eval_str=True).parameters.values()
         groups: dict[str, Any] = {
             each.name: each.annotation for each in taken if is_dataclass(each.annotation)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from loftq_cli.asked import SweepOptions, items, ranks, size
-from loftq_cli.commands.options import option
 from loftq_cli.commands.run import Run, command
+from loftq_cli.commands.spellings import option
 from loftq_cli.containers import widths
 from loftq_cli.errors import DoesNotFit, UsageError
+from loftq_cli.options import SweepOptions, items, ranks, size
 
 if TYPE_CHECKING:
     from loftq_cli import schema

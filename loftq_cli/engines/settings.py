@@ -8,8 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from loftq_cli import asked as options
-from loftq_cli.asked import QuantizeOptions
+from loftq_cli import options
 from loftq_cli.containers import container_of, containers, widths
 from loftq_cli.containers.base import Container
 from loftq_cli.errors import UsageError
@@ -20,6 +19,7 @@ from loftq_cli.formats import (
     QuantType,
     SvdMethod,
 )
+from loftq_cli.options import QuantizeOptions
 from loftq_cli.report.units import listed
 from loftq_cli.starts import STARTS, Start, find
 

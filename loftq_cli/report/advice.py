@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from loftq_cli import starts
-from loftq_cli.asked import QuantizeOptions, SweepOptions
+from loftq_cli.options import QuantizeOptions, SweepOptions
 from loftq_cli.report import units
 from loftq_cli.report.formats import code_bits, error_changes
 from loftq_cli.report.remarks import figures, remark

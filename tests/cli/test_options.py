@@ -14,9 +14,9 @@ import pytest
 import typer
 
 from loftq_cli import cli
-from loftq_cli.asked import items
-from loftq_cli.commands import options
+from loftq_cli.commands import spellings
 from loftq_cli.errors import UsageError
+from loftq_cli.options import items
 
 SHARED = "--format --json --save --quiet -q --debug --help -h"
 CONTRACT = {
@@ -97,11 +97,11 @@ def test_completion_of_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     (tmp_path / "hub" / "models--org--name").mkdir(parents=True)
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.chdir(tmp_path)
-    assert set(options._complete_model("")) == {"demo", "here/", "hub/", "org/name"}
-    assert "./here/" in options._complete_model("./h")
-    assert "here/model/" in options._complete_model("here/")
-    assert f"{tmp_path}/here/" in options._complete_model(f"{tmp_path}/h")
-    assert "demo" in options._complete_model("no/such/place")
+    assert set(spellings._complete_model("")) == {"demo", "here/", "hub/", "org/name"}
+    assert "./here/" in spellings._complete_model("./h")
+    assert "here/model/" in spellings._complete_model("here/")
+    assert f"{tmp_path}/here/" in spellings._complete_model(f"{tmp_path}/h")
+    assert "demo" in spellings._complete_model("no/such/place")
 
 
 def test_completion_installs(tmp_path: Path) -> None:
@@ -131,4 +131,4 @@ def test_every_option_of_the_table_is_in_use() -> None:
     """One that no command uses would be an option nobody asked for."""
     commands = typer.main.get_command(cli.app).commands
     used = {parameter.name for name in cli.COMMANDS for parameter in commands[name].params}
-    assert set(options.OPTIONS) - used == set()
+    assert set(spellings.OPTIONS) - used == set()

@@ -13,10 +13,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from loftq_cli.asked import CompareOptions
 from loftq_cli.commands.compare_plan import DEMO_CALIBRATION, HELDOUT, methods, texts_of
 from loftq_cli.errors import UsageError
 from loftq_cli.models import evaluation
+from loftq_cli.options import CompareOptions
 from loftq_cli.report.start_verdict import difference, key, relative_to_qlora, verdict
 from loftq_cli.schema import ComparedMethod
 from tests.conftest import Outcome

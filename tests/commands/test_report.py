@@ -19,7 +19,7 @@ import typer
 from pydantic import BaseModel
 
 from loftq_cli import cli, schema
-from loftq_cli.asked import Options, QuantizeOptions, SweepOptions
+from loftq_cli.options import Options, QuantizeOptions, SweepOptions
 from loftq_cli.report.advice import recommendations
 from loftq_cli.report.findings import findings
 from loftq_cli.report.report import _ORDER

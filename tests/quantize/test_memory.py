@@ -12,13 +12,13 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from loftq_cli import hardware
-from loftq_cli.asked import size
 from loftq_cli.engines.estimates import Level, Machine, memory_bytes
 from loftq_cli.engines.memory import plan_memory
 from loftq_cli.engines.plan import Plan, make_plan
 from loftq_cli.engines.settings import Settings
 from loftq_cli.errors import DoesNotFit, UsageError
 from loftq_cli.models.layers import Inventory, LinearLayer
+from loftq_cli.options import size
 from tests.conftest import Outcome
 
 MACHINE = Machine(product_bytes=2, threads=2)

@@ -29,7 +29,7 @@ starts.STARTS["sign"] = starts.Start(
     iterates=False, svd="own",
 )
 from loftq_cli.cli import main
-from loftq_cli.asked import CompareOptions
+from loftq_cli.options import CompareOptions
 from loftq_cli.commands.compare_plan import methods, texts_of
 
 asked = CompareOptions()

@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from loftq_cli import asked as options
-from loftq_cli import hardware
+from loftq_cli import hardware, options
 from loftq_cli.checks.battery import run_checks
 from loftq_cli.checks.written.all import all_checks, count_steps
 from loftq_cli.checks.written.directory import Written
