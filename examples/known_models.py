@@ -288,7 +288,7 @@ def entry(model: PreTrainedModel, ids: Iterable[str], reasons: list[str]) -> dic
         end = start + 2 * parameter.numel()
         infos.append(TensorInfo(name, "BF16", tuple(parameter.shape), start, end))
         start = end
-    inventory = Architecture(model, type(model).__name__, None).inventory(infos)
+    inventory = Architecture(model).inventory(infos)
     layers: dict[tuple[str, int, int], list[str]] = {}
     left: dict[tuple[str, tuple[int, ...], str], list[str]] = {}
     vectors = [each for each in inventory.left if len(each.shape) < 2]

@@ -22,6 +22,8 @@ adds it on the way up with :meth:`LoftqError.within`.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 
@@ -104,3 +106,16 @@ def first_line(error: BaseException) -> str:
     """An error of some library as one line: its type and the first line of what it says."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+@contextmanager
+def told_as(kind: type[LoftqError], what: str, hint: str | None = None) -> Iterator[None]:
+    """Whatever a library raises, as an error of ours; a GPU without memory says so itself."""
+    try:
+        yield
+    except LoftqError:
+        raise
+    except Exception as error:
+        if type(error).__name__ == "OutOfMemoryError":
+            raise
+        raise kind(what, cause=first_line(error), hint=hint) from error

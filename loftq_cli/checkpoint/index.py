@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -47,9 +46,12 @@ class Checkpoint:
     """The weights of one model: ``headers`` by file name, ``tensors`` by tensor name."""
 
     directory: Path
-    files: tuple[Path, ...]
     headers: dict[str, Header]
     tensors: dict[str, tuple[Header, TensorInfo]]
+
+    @property
+    def infos(self) -> list[TensorInfo]:
+        return [info for _, info in self.tensors.values()]
 
     @property
     def total_bytes(self) -> int:
@@ -78,11 +80,17 @@ def open_checkpoint(directory: Path) -> Checkpoint:
     try:
         if not directory.is_dir():
             raise ModelNotFound(f"{directory} is not a directory")
+        weight_map = None
         if (directory / SINGLE_FILE).is_file():
-            return _with_headers(directory, [SINGLE_FILE])
-        if (directory / INDEX_FILE).is_file():
-            return _indexed(directory)
-        return _with_headers(directory, [_only_file(directory)])
+            files = [SINGLE_FILE]
+        elif (directory / INDEX_FILE).is_file():
+            weight_map = read_index(directory)
+            files = sorted(set(weight_map.values()))
+            _require_files(directory, files)
+        else:
+            files = [_only_file(directory)]
+        headers = {file: read_header(directory / file) for file in files}
+        return checkpoint_of(directory, headers, weight_map)
     except OSError as error:
         raise ModelNotFound(f"{directory} cannot be read", cause=error.strerror) from error
 
@@ -107,14 +115,10 @@ def parse_json(raw: bytes, path: Path) -> dict[str, Any]:
     return tree
 
 
-def _indexed(directory: Path) -> Checkpoint:
+def read_index(directory: Path) -> dict[str, str]:
+    """The file of each tensor, by the directory's index."""
     path = directory / INDEX_FILE
-    weight_map = weight_map_of(load_json(path, MAX_HEADER_BYTES), path)
-    files = set(weight_map.values())
-    _require_files(directory, files)
-    checkpoint = _with_headers(directory, files)
-    require_agreement(checkpoint, weight_map)
-    return checkpoint
+    return weight_map_of(load_json(path, MAX_HEADER_BYTES), path)
 
 
 def weight_map_of(index: dict[str, Any], path: Path) -> dict[str, str]:
@@ -134,8 +138,8 @@ def weight_map_of(index: dict[str, Any], path: Path) -> dict[str, str]:
     return weight_map
 
 
-def _require_files(directory: Path, names: set[str]) -> None:
-    missing = sorted(name for name in names if not (directory / name).is_file())
+def _require_files(directory: Path, names: list[str]) -> None:
+    missing = [name for name in names if not (directory / name).is_file()]
     if missing:
         raise CorruptCheckpoint(
             f"{directory / missing[0]} is missing",
@@ -144,20 +148,25 @@ def _require_files(directory: Path, names: set[str]) -> None:
         )
 
 
-def _with_headers(directory: Path, names: Iterable[str]) -> Checkpoint:
-    files = tuple(directory / name for name in sorted(names))
-    headers = {file.name: read_header(file) for file in files}
+def checkpoint_of(
+    directory: Path, headers: dict[str, Header], weight_map: dict[str, str] | None = None
+) -> Checkpoint:
+    """Puts a model's headers together, which must say the same as its index, if it has one."""
     tensors = {
         name: (header, info) for header in headers.values() for name, info in header.tensors.items()
     }
     if not tensors:
         raise corrupt(directory, "its weight files hold no tensor")
-    return Checkpoint(directory, files, headers, tensors)
+    if weight_map is not None:
+        _require_agreement(directory, headers, weight_map)
+    return Checkpoint(directory, headers, tensors)
 
 
-def require_agreement(checkpoint: Checkpoint, weight_map: dict[str, str]) -> None:
-    """Index and headers must say the same: a tensor in two files, or in none, is nobody's model."""
-    held = {(name, file) for file, header in checkpoint.headers.items() for name in header.tensors}
+def _require_agreement(
+    directory: Path, headers: dict[str, Header], weight_map: dict[str, str]
+) -> None:
+    """A tensor in two files, or in none, is nobody's model."""
+    held = {(name, file) for file, header in headers.items() for name in header.tensors}
     mapped = set(weight_map.items())
     for pairs, problem in (
         (mapped - held, "is not in the file that the index names"),
@@ -166,7 +175,7 @@ def require_agreement(checkpoint: Checkpoint, weight_map: dict[str, str]) -> Non
         if pairs:
             name, file = min(pairs)
             raise CorruptCheckpoint(
-                f"{checkpoint.directory / INDEX_FILE} and the weight files contradict each other",
+                f"{directory / INDEX_FILE} and the weight files contradict each other",
                 cause=f"tensor {shown(name)} {problem}: {file} ({len(pairs)} such tensors)",
                 hint="download the model again into an empty directory",
             )

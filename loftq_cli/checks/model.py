@@ -51,7 +51,7 @@ class Subject:
     @cached_property
     def outline(self) -> Outline:
         """From headers and config alone, as the torch-free commands see it."""
-        return outline_of((info for _, info in self.checkpoint.tensors.values()), self.config)
+        return outline_of(self.checkpoint.infos, self.config)
 
     def on_meta(self) -> Architecture:
         """The model class anew, without memory: no adapter was ever on it."""
@@ -199,7 +199,7 @@ def _chosen(subject: Subject, targets: Sequence[str]) -> tuple[Architecture, lis
     By the class and not by the files: transformers renames some checkpoints' modules.
     """
     architecture = subject.on_meta()
-    inventory = architecture.inventory(info for _, info in subject.checkpoint.tensors.values())
+    inventory = architecture.inventory(subject.checkpoint.infos)
     return architecture, sorted(match_targets(inventory, targets))
 
 

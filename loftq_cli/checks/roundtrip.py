@@ -90,8 +90,8 @@ class RoundTrip:
             dtype=subject.dtype,
             trust_remote_code=subject.trust_remote_code,
         )
-        tensors = [info for _, info in subject.checkpoint.tensors.values()]
-        originals = {each.module: each for each in subject.on_meta().inventory(tensors).layers}
+        inventory = subject.on_meta().inventory(subject.checkpoint.infos)
+        originals = {each.module: each for each in inventory.layers}
         largest = 0.0
         for layer in self.layers:
             original = originals[layer.name]

@@ -109,8 +109,7 @@ class Bench:
         from loftq_cli.checkpoint.index import open_checkpoint
         from loftq_cli.engines.plan import make_plan
 
-        tensors = [info for _, info in open_checkpoint(self.directory).tensors.values()]
-        inventory = self.architecture.inventory(tensors)
+        inventory = self.architecture.inventory(open_checkpoint(self.directory).infos)
         for settings in planned:
             try:
                 make_plan(inventory, settings)
@@ -132,7 +131,7 @@ class Bench:
                 hint="nothing can be measured against it: download the model again, or choose "
                 "another --dtype",
             )
-        tensors = [info for _, info in open_checkpoint(self.directory).tensors.values()]
+        tensors = open_checkpoint(self.directory).infos
         nbytes = sum(info.nbytes for info in tensors)
         stored_bits = 8 * nbytes / sum(info.elements for info in tensors)
         return schema.ComparedMethod(

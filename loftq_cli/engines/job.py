@@ -150,8 +150,7 @@ def foresee_directory(
     assert found.checkpoint is not None
     assert found.config is not None
     checkpoint = found.checkpoint.cast(settings.dtype)
-    tensors = [info for _, info in checkpoint.tensors.values()]
-    plan = make_plan(linear_layers(tensors, found.config), settings)
+    plan = make_plan(linear_layers(checkpoint.infos, found.config), settings)
     memory = _plan_memory(plan, memory_limit, record)
     results = quantize_results(
         plan,
@@ -181,13 +180,12 @@ def _prepare(job: Job, record: Record) -> _Prepared:
         architecture = read_architecture(
             found.directory, config, trust_remote_code=job.trust_remote_code
         )
-        tensors = [info for _, info in checkpoint.tensors.values()]
-        if unused := architecture.require_weights(tensors):
+        if unused := architecture.require_weights(checkpoint.infos):
             record.warn(
                 f"{len(unused)} tensors belong to nothing in {architecture.class_name} and are "
                 f"only copied, {unused[0]} among them"
             )
-        plan = make_plan(architecture.inventory(tensors), job.settings)
+        plan = make_plan(architecture.inventory(checkpoint.infos), job.settings)
         memory = _plan_memory(plan, job.memory_limit, record)
     return _Prepared(job, found, config, checkpoint, architecture, device, plan, memory)
 

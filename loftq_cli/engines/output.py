@@ -43,10 +43,9 @@ def join_adapter(
     base_model: str,
 ) -> None:
     """Joins the tasks' shares to one `adapter_model.safetensors`, tensor by tensor."""
-    infos = [info for _, info in checkpoint.tensors.values()]
     heads = {
         f"base_model.model.{parameter}": checkpoint.tensors[tensor]
-        for tensor, parameter in architecture.trained_heads(infos).items()
+        for tensor, parameter in architecture.trained_heads(checkpoint.tensors).items()
     }
 
     def tensors() -> Iterator[tuple[str, memoryview | bytes]]:

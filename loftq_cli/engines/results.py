@@ -38,7 +38,7 @@ def quantize_results(
     # What the layers lose decides of these, and nobody has looked yet.
     bits_open = not outcomes and settings.target_bits is not None
     ranks_open = not outcomes and settings.rank_budget
-    total_bytes = sum(info.nbytes for _, info in checkpoint.tensors.values())
+    total_bytes = sum(info.nbytes for info in checkpoint.infos)
 
     def share(tensor: str) -> tuple[int, float]:
         nbytes = checkpoint.tensors[tensor][1].nbytes
@@ -118,7 +118,7 @@ def quantize_results(
             output_bytes=plan.model_bytes,
             adapter_bytes=plan.adapter_bytes,
             peak_memory_bytes=peak_memory_bytes,
-            parameters=sum(info.elements for _, info in checkpoint.tensors.values()),
+            parameters=sum(info.elements for info in checkpoint.infos),
             trainable_parameters=plan.trainable_parameters,
             seconds=seconds,
         ),

@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from loftq_cli.checkpoint.safetensors import TensorInfo
-from loftq_cli.errors import CorruptCheckpoint, UnsafeCheckpoint, UnsupportedModel, first_line
+from loftq_cli.errors import CorruptCheckpoint, UnsafeCheckpoint, UnsupportedModel, told_as
 from loftq_cli.formats import DTYPE_NAMES
 from loftq_cli.models import layers
 from loftq_cli.models.layers import Inventory, LeftTensor, LinearLayer
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 TIED = "tied to another tensor"
 ASSEMBLED = "put together from several tensors when the model is loaded"
@@ -32,22 +33,40 @@ _TASK_TYPES = (
     ("ForSequenceClassification", "SEQ_CLS"),
     ("ForTokenClassification", "TOKEN_CLS"),
     ("ForQuestionAnswering", "QUESTION_ANS"),
+    ("ForConditionalGeneration", "CAUSAL_LM"),
 )
 # The names PEFT and transformers give to the head of a model without output embeddings.
 _HEADS = ("score", "classifier", "qa_outputs", "cls")
 
 
-@dataclass(frozen=True)
 class Architecture:
     """A model class on the meta device and what follows from it."""
 
-    model: Any
-    class_name: str
-    task_type: str | None
+    def __init__(self, model: Any) -> None:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, WeightRenaming
+
+        self.model = model
+        self.class_name = type(model).__name__
+        self.task_type = next(
+            (task for suffix, task in _TASK_TYPES if self.class_name.endswith(suffix)), None
+        )
+        if model.config.is_encoder_decoder and self.task_type == "CAUSAL_LM":
+            self.task_type = "SEQ_2_SEQ_LM"
+        self._state: dict[str, Tensor] = model.state_dict()
+        self._linear = _linear_modules(model)
+        self._heads = _head_modules(model)
+        self._tied = {*model.all_tied_weights_keys, *model.all_tied_weights_keys.values()}
+        self._kept_in_float32 = sorted(model._keep_in_fp32_modules or ())
+        rules = get_model_conversion_mapping(model)
+        self._renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+        self._converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
 
     def inventory(self, tensors: Iterable[TensorInfo]) -> Inventory:
         """Every tensor of the checkpoint, with the module that it becomes."""
-        return self._sorter.sort(tensors)
+        infos = {info.name: info for info in tensors}
+        entries = tuple(self._entry(info) for info in infos.values())
+        return self._drop_unloadable(Inventory(entries), infos)
 
     @property
     def module_names(self) -> list[str]:
@@ -65,9 +84,41 @@ class Architecture:
         Raises:
             CorruptCheckpoint: a parameter has no tensor, or one of another shape.
         """
-        return self._sorter.require_weights(list(tensors), self.class_name)
+        found: set[str] = set()
+        unused: list[str] = []
+        several = False
+        for info in tensors:
+            parameter, assembled = self._parameter(info.name)
+            several |= assembled
+            if parameter not in self._state:
+                if not _matches_any(info.name, self.model._keys_to_ignore_on_load_unexpected):
+                    unused.append(info.name)
+                continue
+            found.add(parameter)
+            shape = tuple(self._state[parameter].shape)
+            if not assembled and info.shape != shape:
+                raise CorruptCheckpoint(
+                    f"config.json and the weights contradict each other at {info.name}",
+                    cause=f"{self.class_name} has {shape} there, the file {info.shape}",
+                    hint="the config may belong to another checkpoint: download both again",
+                )
+        needed = {name for name, _ in self.model.named_parameters()} - found - self._tied
+        missing = sorted(
+            name
+            for name in needed
+            if not _matches_any(name, self.model._keys_to_ignore_on_load_missing)
+        )
+        # One tensor that becomes several parameters is known by the first of them only.
+        split = several and any(len(rule.target_patterns) > 1 for rule in self._converters)
+        if missing and not split:
+            raise CorruptCheckpoint(
+                f"no file has the weights of {missing[0]} ({len(missing)} such parameters)",
+                cause=f"config.json describes a {self.class_name} that has them",
+                hint="the config may belong to another checkpoint: download both again",
+            )
+        return unused
 
-    def trained_heads(self, tensors: Iterable[TensorInfo]) -> dict[str, str]:
+    def trained_heads(self, tensors: Iterable[str]) -> dict[str, str]:
         """Tensors that PEFT expects in the adapter too, each with its parameter's name.
 
         For these tasks PEFT trains the head beside the adapter (`modules_to_save`) and refuses
@@ -75,22 +126,20 @@ class Architecture:
         """
         if self.task_type not in ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"):
             return {}
-        sorter = self._sorter
-        named = {info.name: sorter.parameter(info.name)[0] for info in tensors}
         return {
             tensor: parameter
-            for tensor, parameter in named.items()
-            if parameter.partition(".")[0] in sorter.heads
+            for tensor, parameter in self.parameters_of(tensors).items()
+            if parameter.partition(".")[0] in self._heads
         }
 
     def parameters_of(self, tensors: Iterable[str]) -> dict[str, str]:
         """The parameter that each of these tensors of a checkpoint becomes."""
-        return {tensor: self._sorter.parameter(tensor)[0] for tensor in tensors}
+        return {tensor: self._parameter(tensor)[0] for tensor in tensors}
 
     def replaced_modules(self, skipped: Sequence[str]) -> set[str]:
         """Paths of the linear modules that transformers quantizes, given a skip list."""
-        kept = [*skipped, *(self.model._keep_in_fp32_modules or ())]
-        return {name for name in _linear_modules(self.model) if not _matches(name, kept)}
+        kept = [*skipped, *self._kept_in_float32]
+        return {name for name in self._linear if not _matches(name, kept)}
 
     def skip_modules(self, quantized: Sequence[LinearLayer]) -> list[str]:
         """Paths of all linear modules that must stay as they are, for `llm_int8_skip_modules`.
@@ -98,12 +147,79 @@ class Architecture:
         transformers takes an explicit list verbatim, so it has to be complete: a module missing
         from it would be replaced by a 4-bit layer that has no codes to load.
         """
-        stored = {layer.module for layer in quantized}
-        return sorted(set(_linear_modules(self.model)) - stored)
+        return sorted(set(self._linear) - {layer.module for layer in quantized})
 
-    @cached_property
-    def _sorter(self) -> _Sorter:
-        return _Sorter(self.model)
+    def _parameter(self, tensor: str) -> tuple[str, bool]:
+        """The parameter that ``tensor`` becomes, by transformers' own renaming rules.
+
+        Returns:
+            its name, and whether other tensors are merged into it.
+        """
+        from transformers.core_model_loading import rename_source_key
+
+        prefix = self.model.base_model_prefix
+        name, source = rename_source_key(
+            tensor, self._renamings, self._converters, prefix, self._state
+        )
+        if name not in self._state and tensor in self._state:
+            name, source = rename_source_key(tensor, [], [], prefix, self._state)
+        return name, source is not None
+
+    def _entry(self, info: TensorInfo) -> LinearLayer | LeftTensor:
+        parameter, assembled = self._parameter(info.name)
+        module = parameter.removesuffix(".weight")
+        transposed = type(self._linear.get(module)).__name__ == "Conv1D"
+        return layers.entry(
+            info, module, transposed, self._reason_to_leave(info, parameter, assembled)
+        )
+
+    def _reason_to_leave(self, info: TensorInfo, parameter: str, assembled: bool) -> str | None:
+        from torch import nn
+
+        if info.dtype not in DTYPE_NAMES:
+            return layers.NOT_FLOATING_POINT
+        if parameter not in self._state:
+            return NOT_IN_MODEL
+        if ".experts" in parameter and self._state[parameter].ndim == 3:
+            return layers.STACKED_EXPERTS
+        if assembled:
+            return ASSEMBLED
+        if len(info.shape) != 2 or 0 in info.shape:
+            return layers.NOT_A_MATRIX
+        module = parameter.removesuffix(".weight")
+        owner = self.model.get_submodule(parameter.rpartition(".")[0])
+        kind = type(owner).__name__
+        if "Embedding" in kind:
+            return layers.EMBEDDING
+        if any(f"{module}.".startswith(f"{head}.") for head in self._heads):
+            return layers.OUTPUT_HEAD
+        if parameter in self._tied:
+            return TIED
+        if module in self._linear and parameter != module:
+            fp32 = _matches(module, self._kept_in_float32)
+            return layers.KEPT_IN_FLOAT32 if fp32 else None
+        if "Router" in kind or "Gate" in kind:
+            return layers.ROUTER
+        return (
+            layers.SUBCLASSED_LINEAR if isinstance(owner, nn.Linear) else f"a parameter of {kind}"
+        )
+
+    def _drop_unloadable(self, inventory: Inventory, infos: dict[str, TensorInfo]) -> Inventory:
+        """Leaves layers that the skip list would hit by accident.
+
+        transformers skips a module if an entry is the *end* of its name: with a head called
+        `classifier` in the list, no layer called `…classifier` could be loaded.
+        """
+        skipped = self.skip_modules(inventory.layers)
+        hit = {layer for layer in inventory.layers if _matches(layer.module, skipped)}
+        if not hit:
+            return inventory
+        entries = tuple(
+            layers.leave(infos[entry.tensor], SKIPPED_BY_NAME) if entry in hit else entry
+            for entry in inventory.entries
+        )
+        # What is left now joins the skip list, and may hit others in turn.
+        return self._drop_unloadable(Inventory(entries), infos)
 
 
 def read_architecture(
@@ -118,14 +234,16 @@ def read_architecture(
     """
     import torch
     import transformers
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
-    if "auto_map" in config and not trust_remote_code and not _is_known(config):
+    known = config.get("model_type") in CONFIG_MAPPING_NAMES
+    if "auto_map" in config and not trust_remote_code and not known:
         raise UnsafeCheckpoint(
             f"model type '{config.get('model_type')}' is defined by code in the checkpoint",
             cause="that code would run on this machine",
             hint="read it, pin its revision, then add --trust-remote-code",
         )
-    try:
+    with told_as(CorruptCheckpoint, f"{directory / 'config.json'}: no model can be built from it"):
         settings = transformers.AutoConfig.from_pretrained(
             directory, trust_remote_code=trust_remote_code
         )
@@ -137,21 +255,7 @@ def read_architecture(
                 )
             else:
                 model = model_class(settings)
-    except UnsupportedModel:
-        raise
-    except Exception as error:  # any library may object to a config in any way
-        raise CorruptCheckpoint(
-            f"{directory / 'config.json'}: no model can be built from it",
-            cause=first_line(error),
-        ) from error
-    name = type(model).__name__
-    return Architecture(model, name, _task_type(name, settings))
-
-
-def _is_known(config: dict[str, Any]) -> bool:
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
-
-    return config.get("model_type") in CONFIG_MAPPING_NAMES
+        return Architecture(model)
 
 
 def _model_class(config: dict[str, Any], settings: Any) -> Any:
@@ -159,32 +263,17 @@ def _model_class(config: dict[str, Any], settings: Any) -> Any:
     import transformers
 
     named = config.get("architectures") or []
-    found = next(
-        (getattr(transformers, name, None) for name in named if isinstance(name, str)), None
-    )
-    if found is not None:
+    found = getattr(transformers, named[0], None) if named else None
+    if found is not None or "auto_map" in config:
         return found
-    if "auto_map" in config:
-        return None
-    mapping = transformers.MODEL_FOR_CAUSAL_LM_MAPPING
-    if not named and type(settings) in mapping:
-        return mapping[type(settings)]
-    if not named and type(settings) in transformers.MODEL_MAPPING:
-        return transformers.MODEL_MAPPING[type(settings)]
+    for mapping in (transformers.MODEL_FOR_CAUSAL_LM_MAPPING, transformers.MODEL_MAPPING):
+        if not named and type(settings) in mapping:
+            return mapping[type(settings)]
     raise UnsupportedModel(
         f"transformers {transformers.__version__} has no class for this model",
         cause=f"config.json names {named} for model type '{settings.model_type}'",
         hint="pip install -U transformers",
     )
-
-
-def _task_type(class_name: str, settings: Any) -> str | None:
-    for suffix, task_type in _TASK_TYPES:
-        if class_name.endswith(suffix):
-            return task_type
-    if class_name.endswith("ForConditionalGeneration"):
-        return "SEQ_2_SEQ_LM" if settings.is_encoder_decoder else "CAUSAL_LM"
-    return None
 
 
 def _linear_modules(model: Any) -> dict[str, Any]:
@@ -199,132 +288,12 @@ def _linear_modules(model: Any) -> dict[str, Any]:
     }
 
 
-class _Sorter:
-    """Sorts a checkpoint's tensors by what the model class does with them."""
-
-    def __init__(self, model: Any) -> None:
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightConverter, WeightRenaming
-
-        self.model = model
-        self.state = model.state_dict()
-        self.modules = dict(model.named_modules())
-        self.linear = _linear_modules(model)
-        self.heads = _head_modules(model)
-        tied: dict[str, str] = model.all_tied_weights_keys
-        self.tied = {*tied, *tied.values()}
-        self.fp32 = sorted(model._keep_in_fp32_modules or ())
-        rules = get_model_conversion_mapping(model)
-        self.renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
-        self.converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
-
-    def sort(self, tensors: Iterable[TensorInfo]) -> Inventory:
-        entries: list[LinearLayer | LeftTensor] = []
-        infos = {info.name: info for info in tensors}
-        for info in infos.values():
-            parameter, assembled = self.parameter(info.name)
-            reason = self.reason_to_leave(info, parameter, assembled)
-            if reason is not None:
-                entries.append(layers.leave(info, reason))
-                continue
-            module = parameter.removesuffix(".weight")
-            transposed = type(self.linear[module]).__name__ == "Conv1D"
-            entries.append(layers.layer_or_leave(info, module, transposed))
-        return self.drop_unloadable(Inventory(tuple(entries)), infos)
-
-    def require_weights(self, tensors: Sequence[TensorInfo], class_name: str) -> list[str]:
-        found: set[str] = set()
-        unused: list[str] = []
-        several = False
-        for info in tensors:
-            parameter, assembled = self.parameter(info.name)
-            several |= assembled
-            if parameter not in self.state:
-                if not _matches_any(info.name, self.model._keys_to_ignore_on_load_unexpected):
-                    unused.append(info.name)
-                continue
-            found.add(parameter)
-            shape = tuple(self.state[parameter].shape)
-            if not assembled and info.shape != shape:
-                raise CorruptCheckpoint(
-                    f"config.json and the weights contradict each other at {info.name}",
-                    cause=f"{class_name} has {shape} there, the file {info.shape}",
-                    hint="the config may belong to another checkpoint: download both again",
-                )
-        needed = {name for name, _ in self.model.named_parameters()} - found - self.tied
-        missing = sorted(
-            name
-            for name in needed
-            if not _matches_any(name, self.model._keys_to_ignore_on_load_missing)
-        )
-        # One tensor that becomes several parameters is known by the first of them only.
-        split = several and any(len(rule.target_patterns) > 1 for rule in self.converters)
-        if missing and not split:
-            raise CorruptCheckpoint(
-                f"no file has the weights of {missing[0]} ({len(missing)} such parameters)",
-                cause=f"config.json describes a {class_name} that has them",
-                hint="the config may belong to another checkpoint: download both again",
-            )
-        return unused
-
-    def parameter(self, tensor: str) -> tuple[str, bool]:
-        """The parameter that ``tensor`` becomes, by transformers' own renaming rules.
-
-        Returns:
-            its name, and whether other tensors are merged into it.
-        """
-        from transformers.core_model_loading import rename_source_key
-
-        prefix = self.model.base_model_prefix
-        name, source = rename_source_key(
-            tensor, self.renamings, self.converters, prefix, self.state
-        )
-        if name not in self.state and tensor in self.state:
-            name, source = rename_source_key(tensor, [], [], prefix, self.state)
-        return name, source is not None
-
-    def reason_to_leave(self, info: TensorInfo, parameter: str, assembled: bool) -> str | None:
-        module = parameter.removesuffix(".weight")
-        owner = self.modules.get(parameter.rpartition(".")[0])
-        if info.dtype not in DTYPE_NAMES:
-            return layers.NOT_FLOATING_POINT
-        if parameter not in self.state:
-            return NOT_IN_MODEL
-        if ".experts" in parameter and self.state[parameter].ndim == 3:
-            return layers.STACKED_EXPERTS
-        if assembled:
-            return ASSEMBLED
-        if len(info.shape) != 2 or 0 in info.shape:
-            return layers.NOT_A_MATRIX
-        kind = type(owner).__name__
-        if "Embedding" in kind:
-            return layers.EMBEDDING
-        if any(module == head or module.startswith(f"{head}.") for head in self.heads):
-            return layers.OUTPUT_HEAD
-        if parameter in self.tied:
-            return TIED
-        if module in self.linear and parameter != module:
-            return layers.KEPT_IN_FLOAT32 if _matches(module, self.fp32) else None
-        if "Router" in kind or "Gate" in kind:
-            return layers.ROUTER
-        return layers.SUBCLASSED_LINEAR if _is_linear(owner) else f"a parameter of {kind}"
-
-    def drop_unloadable(self, inventory: Inventory, infos: dict[str, TensorInfo]) -> Inventory:
-        """Leaves layers that the skip list would hit by accident.
-
-        transformers skips a module if an entry is the *end* of its name: with a head called
-        `classifier` in the list, no layer called `…classifier` could be loaded.
-        """
-        skipped = sorted(set(self.linear) - {layer.module for layer in inventory.layers})
-        hit = {layer for layer in inventory.layers if _matches(layer.module, skipped)}
-        if not hit:
-            return inventory
-        entries = tuple(
-            layers.leave(infos[entry.tensor], SKIPPED_BY_NAME) if entry in hit else entry
-            for entry in inventory.entries
-        )
-        # What is left now joins the skip list, and may hit others in turn.
-        return self.drop_unloadable(Inventory(entries), infos)
+def _head_modules(model: Any) -> set[str]:
+    """Modules that PEFT's `all-linear` leaves out: output embeddings, else the classifier."""
+    output = model.get_output_embeddings()
+    if output is not None:
+        return {name for name, module in model.named_modules() if module is output}
+    return {name for name in _HEADS if getattr(model, name, None) is not None}
 
 
 def _matches(module: str, patterns: Iterable[str]) -> bool:
@@ -335,17 +304,3 @@ def _matches(module: str, patterns: Iterable[str]) -> bool:
 
 def _matches_any(name: str, patterns: Iterable[str] | None) -> bool:
     return any(re.search(pattern, name) for pattern in patterns or ())
-
-
-def _is_linear(module: Any) -> bool:
-    from torch import nn
-
-    return isinstance(module, nn.Linear)
-
-
-def _head_modules(model: Any) -> set[str]:
-    """Modules that PEFT's `all-linear` leaves out: output embeddings, else the classifier."""
-    output = model.get_output_embeddings()
-    if output is not None:
-        return {name for name, module in model.named_modules() if module is output}
-    return {name for name in _HEADS if getattr(model, name, None) is not None}

@@ -7,10 +7,10 @@ HF_HUB_CACHE/models--org--name/refs/REVISION          holds a commit
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
-from loftq_cli.checkpoint.index import INDEX_FILE, SINGLE_FILE, load_json, weight_map_of
-from loftq_cli.checkpoint.safetensors import MAX_HEADER_BYTES
+from loftq_cli.checkpoint.index import SINGLE_FILE, read_index
 from loftq_cli.errors import LoftqError
 from loftq_cli.models.source import CONFIG_FILE
 
@@ -52,9 +52,6 @@ def _is_complete(snapshot: Path) -> bool:
         return False
     if (snapshot / SINGLE_FILE).is_file():
         return True
-    index = snapshot / INDEX_FILE
-    try:
-        weight_map = weight_map_of(load_json(index, MAX_HEADER_BYTES), index)
-    except LoftqError:
-        return False
-    return all((snapshot / name).is_file() for name in set(weight_map.values()))
+    with suppress(LoftqError):
+        return all((snapshot / name).is_file() for name in {*read_index(snapshot).values()})
+    return False

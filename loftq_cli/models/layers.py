@@ -101,18 +101,18 @@ def linear_layers(tensors: Iterable[TensorInfo], config: dict[str, Any]) -> Inve
     names = {info.name for info in tensors}
     entries: list[LinearLayer | LeftTensor] = []
     for info in tensors:
-        reason = _reason_to_leave(info, model_type, names)
-        if reason is not None:
-            entries.append(leave(info, reason))
-            continue
         module = info.name.removesuffix(".weight")
         transposed = model_type in _CONV1D_MODEL_TYPES and last_part(module) in _CONV1D_NAMES
-        entries.append(layer_or_leave(info, module, transposed))
+        entries.append(entry(info, module, transposed, _reason_to_leave(info, model_type, names)))
     return Inventory(tuple(entries))
 
 
-def layer_or_leave(info: TensorInfo, module: str, transposed: bool) -> LinearLayer | LeftTensor:
-    """A linear layer, unless its shape is one that the default block size cannot serve."""
+def entry(
+    info: TensorInfo, module: str, transposed: bool, reason: str | None
+) -> LinearLayer | LeftTensor:
+    """A linear layer, unless there is a ``reason`` or the default block size does not fit it."""
+    if reason is not None:
+        return leave(info, reason)
     rows, columns = info.shape
     out_features, in_features = (columns, rows) if transposed else (rows, columns)
     layer = LinearLayer(module, info.name, out_features, in_features, transposed, info.dtype)

@@ -71,7 +71,7 @@ def find_model(spec: str, note: Callable[[str], None], *, with_headers: bool = F
     from loftq_cli.models.remote import read_remote
 
     remote = read_remote(repository, revision)
-    outline = outline_of(remote.tensors, remote.config)
+    outline = outline_of(remote.checkpoint.infos, remote.config)
     reason = "config and headers from the hub, by range requests"
     commit = remote.commit or revision
     return FoundModel(repository, commit, "hub", reason, outline, remote.checkpoint, remote.config)
@@ -100,7 +100,7 @@ def _from_files(found: ResolvedModel, reason: str) -> FoundModel:
     config = read_config(found.directory)
     refuse_quantized(found.directory, config)
     checkpoint = open_checkpoint(found.directory)
-    outline = outline_of([info for _, info in checkpoint.tensors.values()], config)
+    outline = outline_of(checkpoint.infos, config)
     return FoundModel(found.id, found.revision, found.source, reason, outline, checkpoint, config)
 
 

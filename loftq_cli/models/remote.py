@@ -14,23 +14,21 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from loftq_cli.checkpoint.index import (
     INDEX_FILE,
     MAX_CONFIG_BYTES,
     SINGLE_FILE,
     Checkpoint,
+    checkpoint_of,
     parse_json,
-    require_agreement,
     weight_map_of,
 )
 from loftq_cli.checkpoint.safetensors import (
     MAX_HEADER_BYTES,
     Header,
-    TensorInfo,
     corrupt,
     header_length,
     parse_header,
@@ -42,17 +40,12 @@ CONNECTIONS = 8
 _CONTENT_RANGE = re.compile(r"bytes \d+-\d+/(\d+)")
 
 
-@dataclass(frozen=True)
-class RemoteModel:
+class RemoteModel(NamedTuple):
     """What a repository says about its model at one commit."""
 
     commit: str | None
     config: dict[str, Any]
     checkpoint: Checkpoint  # headers only: there is nothing behind them that could be read
-
-    @property
-    def tensors(self) -> list[TensorInfo]:
-        return [info for _, info in self.checkpoint.tensors.values()]
 
 
 def read_remote(repository: str, revision: str | None) -> RemoteModel:
@@ -71,7 +64,7 @@ def read_remote(repository: str, revision: str | None) -> RemoteModel:
     refuse_quantized(path, config)
     single = hub.header(SINGLE_FILE)
     if single is not None:
-        return RemoteModel(hub.commit, config, _checkpoint(path, {SINGLE_FILE: single}))
+        return RemoteModel(hub.commit, config, checkpoint_of(path, {SINGLE_FILE: single}))
     index = hub.get(INDEX_FILE, 0, MAX_HEADER_BYTES)
     if index is None:
         raise hub.without_safetensors()
@@ -79,22 +72,10 @@ def read_remote(repository: str, revision: str | None) -> RemoteModel:
     files = sorted(set(weight_map.values()))
     with ThreadPoolExecutor(CONNECTIONS) as pool:
         headers = dict(zip(files, pool.map(hub.required_header, files), strict=True))
-    checkpoint = _checkpoint(path, headers)
-    require_agreement(checkpoint, weight_map)
-    return RemoteModel(hub.commit, config, checkpoint)
+    return RemoteModel(hub.commit, config, checkpoint_of(path, headers, weight_map))
 
 
-def _checkpoint(path: Path, headers: dict[str, Header]) -> Checkpoint:
-    tensors = {
-        name: (header, info) for header in headers.values() for name, info in header.tensors.items()
-    }
-    if not tensors:
-        raise corrupt(path, "its weight files hold no tensor")
-    return Checkpoint(path, tuple(path / name for name in headers), headers, tensors)
-
-
-@dataclass(frozen=True)
-class _Answer:
+class _Answer(NamedTuple):
     body: bytes
     file_bytes: int | None  # of the whole file, where the answer said so
 

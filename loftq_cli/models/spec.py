@@ -8,12 +8,12 @@ org/name, name         a hub id, from the cache or the hub; ``id@revision`` pins
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from loftq_cli.checkpoint.index import INDEX_FILE, SINGLE_FILE, load_json, weight_map_of
-from loftq_cli.checkpoint.safetensors import MAX_HEADER_BYTES
+from loftq_cli.checkpoint.index import INDEX_FILE, SINGLE_FILE, read_index
 from loftq_cli.errors import ModelNotFound, UnsafeCheckpoint, UsageError, first_line
 from loftq_cli.models.source import COMPANIONS, PICKLE_SUFFIXES, no_companions
 
@@ -106,25 +106,14 @@ def _from_hub(
     repository: str, revision: str | None, with_code: bool, with_weights: bool
 ) -> ResolvedModel:
     """Downloads config, tokenizer and exactly the weight files that the index names."""
-    from huggingface_hub import errors, snapshot_download
-
-    unreachable = (
-        errors.HfHubHTTPError,
-        errors.HFValidationError,
-        errors.LocalEntryNotFoundError,
-        errors.OfflineModeIsEnabled,
-        OSError,
-    )
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
 
     def fetch(patterns: list[str], unwanted: list[str] | None = None) -> Path:
-        return Path(
-            snapshot_download(
-                repository,
-                revision=revision,
-                allow_patterns=patterns,
-                ignore_patterns=unwanted,
-            )
+        found = snapshot_download(
+            repository, revision=revision, allow_patterns=patterns, ignore_patterns=unwanted
         )
+        return Path(found)
 
     try:
         directory = fetch(
@@ -132,8 +121,12 @@ def _from_hub(
             [f"*{suffix}" for suffix in no_companions(with_code=with_code)],
         )
         if with_weights:
-            directory = fetch(_weight_files(directory))
-    except unreachable as error:
+            # Names from an index become patterns of what is downloaded, so it is checked first.
+            indexed = (directory / INDEX_FILE).exists()
+            directory = fetch(
+                sorted({*read_index(directory).values()}) if indexed else [SINGLE_FILE]
+            )
+    except (HFValidationError, OSError) as error:  # most errors of the hub are OSErrors
         spec = repository if revision is None else f"{repository}@{revision}"
         raise ModelNotFound(
             f"no model '{spec}'",
@@ -147,22 +140,12 @@ def _from_hub(
     return ResolvedModel(repository, directory.name, "hub", directory)
 
 
-def _weight_files(directory: Path) -> list[str]:
-    index = directory / INDEX_FILE
-    if not index.exists():
-        return [SINGLE_FILE]
-    # Checked, because a name in it becomes a pattern of what is downloaded.
-    return sorted(set(weight_map_of(load_json(index, MAX_HEADER_BYTES), index).values()))
-
-
 def _refuse_pickle_repository(repository: str, revision: str | None) -> None:
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
-    try:
+    names: list[str] = []
+    with suppress(OSError):  # as most errors of the hub are
         names = HfApi().list_repo_files(repository, revision=revision)
-    except (HfHubHTTPError, OfflineModeIsEnabled, OSError):
-        names = []
     pickles = [name for name in names if name.endswith(PICKLE_SUFFIXES)]
     if pickles:
         raise UnsafeCheckpoint(

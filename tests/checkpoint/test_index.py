@@ -43,7 +43,7 @@ def refused(directory: Path, kind: type[LoftqError]) -> LoftqError:
 def test_single_file(tmp_path: Path) -> None:
     (tmp_path / SINGLE_FILE).write_bytes(LEAST)
     checkpoint = open_checkpoint(tmp_path)
-    assert checkpoint.files == (tmp_path / SINGLE_FILE,)
+    assert list(checkpoint.headers) == [SINGLE_FILE]
     assert list(checkpoint.tensors) == ["a"]
     assert checkpoint.total_bytes == len(LEAST)
     assert bytes(read_tensor(*checkpoint.tensors["a"])) == b"ab"
@@ -52,7 +52,7 @@ def test_single_file(tmp_path: Path) -> None:
 def test_shards(tmp_path: Path) -> None:
     write_index(tmp_path, write_shards(tmp_path))
     checkpoint = open_checkpoint(tmp_path)
-    assert [file.name for file in checkpoint.files] == list(SHARDS)
+    assert list(checkpoint.headers) == list(SHARDS)
     assert list(checkpoint.headers) == list(SHARDS)
     assert checkpoint.tensors.keys() == {"a", "b", "c"}
     header, info = checkpoint.tensors["c"]
@@ -81,7 +81,7 @@ def test_hub_cache_of_links(tmp_path: Path) -> None:
 def test_consolidated_copies_beside_the_index_do_not_count(tmp_path: Path) -> None:
     write_index(tmp_path, write_shards(tmp_path))
     (tmp_path / "consolidated.safetensors").write_bytes(b"not even sound")
-    assert len(open_checkpoint(tmp_path).files) == 2
+    assert len(open_checkpoint(tmp_path).headers) == 2
 
 
 def test_one_file_of_another_name(tmp_path: Path) -> None:

@@ -45,7 +45,7 @@ def tensors(model: PreTrainedModel) -> list[TensorInfo]:
 def test_a_layer_that_the_skip_list_would_hit_by_accident_is_left() -> None:
     with torch.device("meta"):
         model = Awkward(BertConfig())
-    subject = Architecture(model, "Awkward", None)
+    subject = Architecture(model)
     inventory = subject.inventory(tensors(model))
     assert [layer.module for layer in inventory.layers] == ["inner.dense"]
     reasons = {left.tensor: left.reason for left in inventory.left}
@@ -64,7 +64,7 @@ def test_names_of_a_checkpoint_without_the_base_prefix_find_their_modules() -> N
         TensorInfo("h.0.attn.c_attn.weight", "F32", (64, 192), 256, 512),
         TensorInfo("wte.weight", "F32", (96, 64), 512, 1024),
     ]
-    inventory = Architecture(model, "GPT2LMHeadModel", "CAUSAL_LM").inventory(infos)
+    inventory = Architecture(model).inventory(infos)
     (layer,) = inventory.layers
     assert (layer.module, layer.tensor) == ("transformer.h.0.attn.c_attn", "h.0.attn.c_attn.weight")
     assert (layer.out_features, layer.in_features, layer.transposed) == (192, 64, True)

@@ -54,7 +54,7 @@ def saved(name: str) -> tuple[Outline, dict[str, str]]:
         found = find_model(directory, print)
         assert found.checkpoint is not None
         tensors = [info for _, info in found.checkpoint.tensors.values()]
-    inventory = Architecture(on_meta(name), "", None).inventory(tensors)
+    inventory = Architecture(on_meta(name)).inventory(tensors)
     return found.outline, {layer.tensor: layer.module for layer in inventory.layers}
 
 

@@ -127,7 +127,7 @@ def test_the_first_answer_pins_the_commit(hub: StandInHub) -> None:
 def test_a_server_that_knows_no_ranges(hub: StandInHub) -> None:
     hub.ignores_ranges = True
     hub.add_model("org/small", CONFIG, {"model.safetensors": header_of(LAYER)})
-    assert [info.name for info in read_remote("org/small", None).tensors] == list(LAYER)
+    assert [info.name for info in read_remote("org/small", None).checkpoint.infos] == list(LAYER)
 
 
 def refused(kind: type[LoftqError], repository: str, revision: str | None = None) -> LoftqError:

@@ -124,14 +124,13 @@ class Written:
     @cached_property
     def plain_layers(self) -> dict[str, LinearLayer]:
         """The linear layers whose weights are stored as they were, by module."""
-        infos = [info for _, info in self.checkpoint.tensors.values()]
-        return {layer.module: layer for layer in self.architecture.inventory(infos).layers}
+        inventory = self.architecture.inventory(self.checkpoint.infos)
+        return {layer.module: layer for layer in inventory.layers}
 
     @cached_property
     def weights(self) -> dict[str, str]:
         """The weight of each module that is stored quantized, whatever the report says."""
-        names = [info.name for _, info in self.checkpoint.tensors.values()]
-        coded = weights_in(names)
+        coded = weights_in(self.checkpoint.tensors)
         parameters = self.architecture.parameters_of(sorted(coded))
         return {parameters[tensor].removesuffix(".weight"): tensor for tensor in sorted(coded)}
 

@@ -81,9 +81,7 @@ class Residuals:
             )
         checkpoint = open_checkpoint(self.source.directory).cast(self.written.claims.dtype)
         same_files = self._has_reported_files(checkpoint)
-        inventory = self.written.architecture.inventory(
-            info for _, info in checkpoint.tensors.values()
-        )
+        inventory = self.written.architecture.inventory(checkpoint.infos)
         originals = {layer.module: layer for layer in inventory.layers}
         for layer in self.layers:
             self._require_in_source(layer, originals.get(layer.name))
