@@ -37,7 +37,7 @@ MAY_IMPORT = {
         "schema options starts formats errors"
     ),
     "containers": "checkpoint core starts formats errors",
-    "models": "checkpoint core starts formats errors",
+    "models": "checkpoint core schema starts formats errors",
     "checkpoint": "core starts formats errors",
     "core": "starts formats errors",
     "record": "hardware schema errors",

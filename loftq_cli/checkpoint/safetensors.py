@@ -185,9 +185,15 @@ def read_header(path: Path) -> Header:
     return parse_header(raw, size, path, stamp=(size, mtime))
 
 
-def read_tensor(header: Header, info: TensorInfo, into: memoryview | None = None) -> memoryview:
-    """The bytes of a tensor, read into `into` (writable, as long as the tensor) or a new buffer."""
-    return _read_span(header, info.start, info.end, into)
+def read_tensor(header: Header, info: TensorInfo) -> memoryview:
+    """The bytes of a tensor, in memory of their own that can be written to."""
+    tensor = memoryview(bytearray(info.nbytes))
+    with opened(header.path) as (fd, before):
+        # Looked at before and after: a file replaced half-way through is caught by the second.
+        _unchanged(header, before)
+        read_at(fd, tensor, info.start, header.path)
+        _unchanged(header, stamp_of(os.fstat(fd)))
+    return tensor
 
 
 def read_pieces(header: Header, info: TensorInfo) -> Iterator[memoryview]:
@@ -195,10 +201,11 @@ def read_pieces(header: Header, info: TensorInfo) -> Iterator[memoryview]:
 
     Each piece is good until the next is asked for.
     """
-    buffer = memoryview(bytearray(min(PIECE_BYTES, info.nbytes)))
-    for start in range(info.start, info.end, PIECE_BYTES):
-        end = min(start + PIECE_BYTES, info.end)
-        yield _read_span(header, start, end, buffer[: end - start])
+    with opened(header.path) as (fd, before):
+        _unchanged(header, before)
+        for piece in pieces_at(fd, info.start, info.end, header.path):
+            _unchanged(header, stamp_of(os.fstat(fd)))
+            yield piece
 
 
 def read_file(path: Path, max_bytes: int) -> bytes:
@@ -329,19 +336,6 @@ def _depth(value: object) -> int:
     return 1 + max(map(_depth, value), default=0) if isinstance(value, list) else 0
 
 
-def _read_span(header: Header, start: int, end: int, into: memoryview | None) -> memoryview:
-    if into is None:
-        into = memoryview(bytearray(end - start))
-    if into.nbytes != end - start:
-        raise ValueError(f"the buffer has {into.nbytes} bytes for {end - start}")
-    with opened(header.path) as (fd, before):
-        # Looked at before and after: a file replaced half-way through is caught by the second.
-        _unchanged(header, before)
-        read_at(fd, into, start, header.path)
-        _unchanged(header, stamp_of(os.fstat(fd)))
-    return into
-
-
 def _unchanged(header: Header, stamp: tuple[int, int]) -> None:
     if stamp != header.stamp:
         reason = "it changed after its header was read"
@@ -382,6 +376,13 @@ def read_at(fd: int, into: bytearray | memoryview, start: int, path: Path) -> me
             raise corrupt(path, f"it ends at byte {start + done}, in the middle of its data")
         done += count
     return view
+
+
+def pieces_at(fd: int, start: int, end: int, path: Path) -> Iterator[memoryview]:
+    """The bytes from `start` to `end`; each piece is good until the next is asked for."""
+    buffer = memoryview(bytearray(min(PIECE_BYTES, end - start)))
+    for position in range(start, end, PIECE_BYTES):
+        yield read_at(fd, buffer[: end - position], position, path)
 
 
 def _why(error: OSError) -> str:

@@ -27,16 +27,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from types import TracebackType
 
-from loftq_cli.checkpoint.safetensors import (
-    PIECE_BYTES,
-    corrupt,
-    opened,
-    read_at,
-    stamp_of,
-    tensor_bytes,
-)
+from loftq_cli.checkpoint.safetensors import corrupt, opened, pieces_at, stamp_of, tensor_bytes
 from loftq_cli.errors import DoesNotFit, LoftqError, WriteFailed
 from loftq_cli.formats import DTYPE_BITS
 
@@ -84,10 +76,11 @@ class NewFile:
         with disk_errors(self.path, self.size):
             self._fd = self._create()
             try:
-                self._allocate()
-            except BaseException:
-                self._discard()
-                raise
+                os.posix_fallocate(self._fd, 0, self.size)
+            except BaseException as error:
+                if not isinstance(error, OSError) or error.errno not in _NO_ALLOCATION:
+                    self._discard()
+                    raise
         return self
 
     def write(self, data: memoryview, offset: int) -> None:
@@ -101,12 +94,7 @@ class NewFile:
                 count = os.pwrite(self._fd, data, offset)
                 data, offset = data[count:], offset + count
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         if error is not None:
             self._discard()
             return
@@ -132,21 +120,10 @@ class NewFile:
             os.unlink(self._temporary)
             return os.open(self._temporary, flags, 0o666)
 
-    def _allocate(self) -> None:
-        try:
-            os.posix_fallocate(self._fd, 0, self.size)
-        except OSError as error:
-            if error.errno not in _NO_ALLOCATION:
-                raise
-
     def _digest(self) -> str:
         """The file's hash; what was not hashed in order is read again."""
-        buffer = memoryview(bytearray(min(PIECE_BYTES, self.size - self._hashed)))
-        while self._hashed < self.size:
-            part = buffer[: self.size - self._hashed]
-            read_at(self._fd, part, self._hashed, self._temporary)
-            self._hash.update(part)
-            self._hashed += len(part)
+        for piece in pieces_at(self._fd, self._hashed, self.size, self._temporary):
+            self._hash.update(piece)
         return self._hash.hexdigest()
 
     def _close(self) -> None:
@@ -200,11 +177,10 @@ def write_bytes_atomically(path: Path, data: bytes) -> WrittenFile:
 def copy_file(source: Path, path: Path) -> WrittenFile:
     """Copy a file's contents in pieces. Mode and times are the new file's own."""
     with opened(source) as (fd, stamp), NewFile(path, stamp[0]) as file:
-        buffer = memoryview(bytearray(min(PIECE_BYTES, stamp[0])))
-        for offset in range(0, stamp[0], PIECE_BYTES):
-            part = buffer[: stamp[0] - offset]
-            read_at(fd, part, offset, source)
-            file.write(part, offset)
+        offset = 0
+        for piece in pieces_at(fd, 0, stamp[0], source):
+            file.write(piece, offset)
+            offset += len(piece)
         if stamp_of(os.fstat(fd)) != stamp:
             raise corrupt(source, "it changed while it was copied", "run again")
     return file.written
@@ -214,9 +190,8 @@ def hash_file(path: Path) -> WrittenFile:
     """What is under this name now; CorruptCheckpoint if it cannot be read."""
     digest = sha256()
     with opened(path) as (fd, (size, _)):
-        buffer = memoryview(bytearray(min(PIECE_BYTES, size)))
-        for offset in range(0, size, PIECE_BYTES):
-            digest.update(read_at(fd, buffer[: size - offset], offset, path))
+        for piece in pieces_at(fd, 0, size, path):
+            digest.update(piece)
     return WrittenFile(path.name, size, digest.hexdigest())
 
 

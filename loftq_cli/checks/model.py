@@ -223,14 +223,16 @@ def _agreed_count(
 def _efficiency(outline: Outline, layers: Sequence[LinearLayer], rank: int) -> Figures:
     """One row: what the adapter is, and what fine-tuning on a 4-bit backbone takes."""
     trainable = costs.trainable_parameters(layers, rank)
-    training = costs.Training(Bitsandbytes4("nf4", 64), 4, batch_size=1, sequence_length=512)
+    held = Bitsandbytes4("nf4", 64)
     return {
         "rank": rank,
         "trainable_parameters": trainable,
         "trainable_percent": 100 * trainable / (outline.parameters + trainable),
         "reduction_factor": outline.parameters / trainable,
         "adapter_bytes": 4 * trainable,
-        "memory_bytes": costs.memory(outline, layers, rank, training).total,
+        "memory_bytes": costs.memory(
+            outline, layers, rank, held=held, bits=4, tokens=512
+        ).total_bytes,
     }
 
 

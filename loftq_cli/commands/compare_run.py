@@ -120,7 +120,7 @@ class Bench:
 
     def _measure_original(self) -> schema.ComparedMethod:
         from loftq_cli.checkpoint.index import open_checkpoint
-        from loftq_cli.models.evaluation import evaluate
+        from loftq_cli.models.evaluation import evaluate, finite
 
         with self.run.timing("evaluate"):
             evaluation = evaluate(self.original.model, self.heldout, self.reference)
@@ -141,7 +141,7 @@ class Bench:
             rank=None,
             weight_error_relative=0.0,
             kl_divergence=evaluation.kl_divergence,
-            perplexity=_finite(evaluation.perplexity),
+            perplexity=finite(evaluation.perplexity),
             backbone_bytes=nbytes,
             adapter_bytes=0,
             trainable_parameters=0,
@@ -280,6 +280,8 @@ def _method(
     evaluation: Evaluation,
     trained: Trained | None,
 ) -> schema.ComparedMethod:
+    from loftq_cli.models.evaluation import finite
+
     assert totals.stored_bits is not None
     return schema.ComparedMethod(
         init=settings.init,
@@ -287,27 +289,14 @@ def _method(
         stored_bits=totals.stored_bits,
         rank=settings.rank,
         weight_error_relative=totals.weight_error_relative,
-        kl_divergence=_finite(evaluation.kl_divergence),
-        perplexity=_finite(evaluation.perplexity),
+        kl_divergence=finite(evaluation.kl_divergence),
+        perplexity=finite(evaluation.perplexity),
         backbone_bytes=totals.output_bytes,
         adapter_bytes=totals.adapter_bytes,
         trainable_parameters=totals.trainable_parameters,
         seconds=totals.seconds or 0.0,
-        heldout_loss_before=None if trained is None else _finite(trained.before.loss),
-        heldout_loss_after=None if trained is None else _finite(trained.after.loss),
+        heldout_loss_before=None if trained is None else finite(trained.before.loss),
+        heldout_loss_after=None if trained is None else finite(trained.after.loss),
         train_seconds=None if trained is None else trained.seconds,
-        loss_curve=[]
-        if trained is None
-        else [
-            schema.LossPoint(
-                step=point.step,
-                train_loss=_finite(point.train_loss),
-                heldout_loss=_finite(point.heldout_loss),
-            )
-            for point in trained.curve
-        ],
+        loss_curve=[] if trained is None else trained.curve,
     )
-
-
-def _finite(value: float | None) -> float | None:
-    return value if value is not None and math.isfinite(value) else None

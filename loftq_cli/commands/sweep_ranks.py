@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from loftq_cli import schema
     from loftq_cli.containers.base import Container
     from loftq_cli.engines.plan import PlannedLayer
-    from loftq_cli.models.costs import Memory, Training
+    from loftq_cli.engines.settings import Settings
     from loftq_cli.models.lookup import FoundModel
 
 SEQUENCE_LENGTH = 1024
@@ -46,7 +46,6 @@ def sweep_ranks(run: Run, asked: SweepOptions) -> None:
     from loftq_cli.commands.sweep_errors import errors_at, measure_errors
     from loftq_cli.engines.plan import make_plan
     from loftq_cli.engines.settings import Settings
-    from loftq_cli.models.costs import Training
     from loftq_cli.models.lookup import fetch_model, find_model
     from loftq_cli.report.rank_verdict import verdict
     from loftq_cli.schema import ModelIdentity, SweepRanksResults, SweepSettings
@@ -73,9 +72,9 @@ def sweep_ranks(run: Run, asked: SweepOptions) -> None:
             run, found, planned, settings, wanted, asked.device, asked.calibration_text
         )
     tokens = _sequence_length(run, asked.sequence_length, found.outline.context)
-    training = Training(container, asked.bits, asked.batch_size, tokens)
+    in_step = asked.batch_size * tokens
     costs = [
-        _rank_cost(found, planned, rank, training, vram_bytes, errors_at(measured, place))
+        _rank_cost(found, planned, rank, settings, in_step, vram_bytes, errors_at(measured, place))
         for place, rank in enumerate(wanted)
     ]
     plain_error = None if measured is None else measured.weights.quantized_only
@@ -165,7 +164,8 @@ def _rank_cost(
     found: FoundModel,
     planned: list[PlannedLayer],
     rank: int,
-    training: Training,
+    settings: Settings,
+    tokens: int,
     vram_bytes: int | None,
     errors: dict[str, float],
 ) -> schema.RankCost:
@@ -175,38 +175,20 @@ def _rank_cost(
     adapted = [each.layer for each in planned if each.adapted]
     base = found.outline.parameters
     trainable = trainable_parameters(adapted, rank)
-    needed = memory(found.outline, adapted, rank, training)
+    needed = memory(
+        found.outline, adapted, rank, held=settings.container, bits=settings.bits, tokens=tokens
+    )
     return RankCost(
         rank=rank,
         trainable_parameters=trainable,
         total_parameters=base + trainable,
         trainable_percent=round(100 * trainable / (base + trainable), 4),
         reduction_factor=round(base / trainable, 2),
-        adapter_bytes=needed.adapter,
-        memory=_memory_estimate(needed),
-        fits=None if vram_bytes is None else needed.total <= vram_bytes,
+        adapter_bytes=needed.adapter_bytes,
+        memory=needed,
+        fits=None if vram_bytes is None else needed.total_bytes <= vram_bytes,
         fits_with_checkpointing=None
         if vram_bytes is None
-        else needed.total_checkpointed <= vram_bytes,
+        else needed.total_with_checkpointing_bytes <= vram_bytes,
         **errors,
-    )
-
-
-def _memory_estimate(needed: Memory) -> schema.MemoryEstimate:
-    from loftq_cli.schema import MemoryEstimate
-
-    return MemoryEstimate(
-        weights_bytes=needed.weights,
-        absmax_bytes=needed.absmax,
-        unquantized_bytes=needed.unquantized,
-        adapter_bytes=needed.adapter,
-        gradients_bytes=needed.gradients,
-        optimizer_bytes=needed.optimizer,
-        activations_bytes=needed.activations,
-        activations_with_checkpointing_bytes=needed.activations_checkpointed,
-        logits_bytes=needed.logits,
-        workspace_bytes=needed.workspace,
-        context_bytes=needed.context,
-        total_bytes=needed.total,
-        total_with_checkpointing_bytes=needed.total_checkpointed,
     )

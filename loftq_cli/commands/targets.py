@@ -8,7 +8,7 @@ from loftq_cli.commands.run import Run, command
 
 if TYPE_CHECKING:
     from loftq_cli import schema
-    from loftq_cli.models.kinds import Kind, SkippedKind
+    from loftq_cli.models.kinds import Kind
     from loftq_cli.models.presets import Preset
 
 
@@ -25,7 +25,7 @@ def targets(run: Run, model: str = "demo", rank: int = 16) -> None:
     well-known models need no files at all.
     """
     from loftq_cli.models import presets
-    from loftq_cli.models.kinds import kinds, skipped_kinds
+    from loftq_cli.models.kinds import kinds, skipped_modules
     from loftq_cli.models.lookup import find_model
     from loftq_cli.schema import ModelIdentity, TargetsResults
 
@@ -42,7 +42,7 @@ def targets(run: Run, model: str = "demo", rank: int = 16) -> None:
         presets=[
             _preset(preset, rank, outline.parameters) for preset in presets.presets(outline.layers)
         ],
-        skipped=[_skipped(kind, outline.parameters) for kind in skipped_kinds(outline)],
+        skipped=skipped_modules(outline),
         guessed=[
             kind.name
             for kind in groups
@@ -96,17 +96,4 @@ def _preset(preset: Preset, rank: int, base: int) -> schema.TargetPreset:
         trainable_parameters=trainable,
         trainable_percent=round(100 * trainable / (base + trainable), 4),
         adapter_bytes=ADAPTER_ITEM_BYTES * trainable,
-    )
-
-
-def _skipped(kind: SkippedKind, base: int) -> schema.SkippedModule:
-    from loftq_cli.schema import SkippedModule
-
-    return SkippedModule(
-        name=kind.name,
-        reason=kind.reason,
-        count=kind.count,
-        shape=None if kind.shape is None else list(kind.shape),
-        parameters=kind.parameters,
-        share_of_parameters=kind.parameters / base,
     )

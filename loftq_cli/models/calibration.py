@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loftq_cli.checkpoint.index import open_checkpoint
-from loftq_cli.errors import CorruptCheckpoint, LoftqError, UnsupportedModel, first_line
+from loftq_cli.errors import LoftqError, UnsupportedModel
 from loftq_cli.models.architecture import Architecture, read_architecture
 from loftq_cli.models.evaluation import text_windows
 from loftq_cli.models.layerwise import Blocks, watched
-from loftq_cli.models.loading import LoadedModel, load_tokenizer, stored_dtype
+from loftq_cli.models.loading import LoadedModel, load_tokenizer, read_weights, stored_dtype
 from loftq_cli.models.source import read_config
 from loftq_cli.models.texts import digest, read_text
 
@@ -219,8 +219,20 @@ def open_calibration(
     if dtype == "float16" and device == "cpu":
         dtype = "float32"  # half-precision kernels on the CPU are missing for some operations
     with tempfile.TemporaryDirectory(prefix="loftq-") as scratch:
-        model = _load(directory, architecture, dtype, device, max_memory_bytes, scratch)
-        yield Calibration(model, windows, modules, device, digest(content))
+        model = read_weights(
+            directory,
+            architecture,
+            dtype,
+            # Weights that change their form when they are loaded (experts) are written there.
+            offload_folder=scratch,
+            offload_buffers=True,
+            **_placement(device, max_memory_bytes),
+        )
+        for module in model.modules():
+            # Nothing is generated: keys and values of earlier tokens need not be kept.
+            if hasattr(module, "config") and getattr(module.config, "use_cache", None):
+                module.config.use_cache = False
+        yield Calibration(model.eval(), windows, modules, device, digest(content))
 
 
 def _windows(
@@ -261,36 +273,6 @@ def _positions(model: Any) -> int | None:
         if getattr(table, "padding_idx", None) is not None
     ]
     return min(usable, default=None)
-
-
-def _load(
-    directory: Path,
-    architecture: Architecture,
-    dtype: str,
-    device: str,
-    max_memory_bytes: int | None,
-    scratch: str,
-) -> Any:
-    import torch
-
-    try:
-        model = type(architecture.model).from_pretrained(
-            directory,
-            dtype=getattr(torch, dtype),
-            # Weights that change their form when they are loaded (experts) are written there.
-            offload_folder=scratch,
-            offload_buffers=True,
-            **_placement(device, max_memory_bytes),
-        )
-    except Exception as error:  # whatever two large libraries may object to
-        if type(error).__name__ == "OutOfMemoryError":
-            raise
-        raise CorruptCheckpoint(f"{directory} cannot be loaded", cause=first_line(error)) from error
-    for module in model.modules():
-        # Nothing is generated: keys and values of earlier tokens need not be kept.
-        if hasattr(module, "config") and getattr(module.config, "use_cache", None):
-            module.config.use_cache = False
-    return model.eval()
 
 
 def _placement(device: str, max_memory_bytes: int | None) -> dict[str, Any]:

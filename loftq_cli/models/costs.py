@@ -29,11 +29,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, fields
 from typing import Protocol
 
 from loftq_cli.models.layers import LinearLayer
 from loftq_cli.models.outline import Outline
+from loftq_cli.schema import MemoryEstimate
 
 ADAPTER_ITEM_BYTES = 4
 CONTEXT_BYTES = 600_000_000
@@ -48,61 +48,27 @@ class Held(Protocol):
     def scale_bytes(self, shape: tuple[int, int]) -> int: ...
 
 
-@dataclass(frozen=True)
-class Training:
-    """How the model is held, in codes of ``bits``, and what goes through it in one step."""
-
-    held: Held
-    bits: int
-    batch_size: int
-    sequence_length: int
-
-    @property
-    def tokens(self) -> int:
-        return self.batch_size * self.sequence_length
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Every term in bytes, as named in the module's text."""
-
-    weights: int
-    absmax: int
-    unquantized: int
-    adapter: int
-    gradients: int
-    optimizer: int
-    activations: int
-    activations_checkpointed: int
-    logits: int
-    workspace: int
-    context: int
-
-    @property
-    def total(self) -> int:
-        """With every activation kept."""
-        terms: list[int] = [getattr(self, field.name) for field in fields(self)]
-        return sum(terms) - self.activations_checkpointed
-
-    @property
-    def total_checkpointed(self) -> int:
-        """With gradient checkpointing."""
-        return self.total - self.activations + self.activations_checkpointed
-
-
 def trainable_parameters(layers: Collection[LinearLayer], rank: int) -> int:
     """Parameters of A (r × in) and B (out × r) for each of the layers."""
     return rank * sum(layer.in_features + layer.out_features for layer in layers)
 
 
 def memory(
-    outline: Outline, adapted: Sequence[LinearLayer], rank: int, training: Training
-) -> Memory:
-    """The memory of one fine-tuning step with adapters of this rank on ``adapted``."""
+    outline: Outline,
+    adapted: Sequence[LinearLayer],
+    rank: int,
+    *,
+    held: Held,
+    bits: int,
+    tokens: int,
+) -> MemoryEstimate:
+    """The memory of one fine-tuning step with adapters of this rank on ``adapted``.
+
+    The model is held in codes of ``bits``, and ``tokens`` go through it in the step.
+    """
     layers = outline.layers
     elements = sum(layer.parameters for layer in layers)
     trainable = trainable_parameters(adapted, rank)
-    held, tokens = training.held, training.tokens
     kept = {layer.module: 2 * (layer.in_features + layer.out_features) for layer in layers}
     for layer in adapted:
         kept[layer.module] += 4 * layer.in_features + 4 * rank
@@ -110,19 +76,28 @@ def memory(
     for module, size in kept.items():
         blocks[_block(module)] += size
     largest = max((layer.parameters for layer in layers), default=0)
-    return Memory(
-        weights=elements * held.code_bits(training.bits) // 8,
-        absmax=sum(held.scale_bytes((each.out_features, each.in_features)) for each in layers),
-        unquantized=2 * (outline.parameters - elements),
-        adapter=ADAPTER_ITEM_BYTES * trainable,
-        gradients=4 * trainable,
-        optimizer=8 * trainable,
-        activations=tokens * sum(kept.values()),
-        activations_checkpointed=tokens
-        * (2 * _hidden_size(layers) * len(blocks) + max(blocks.values(), default=0)),
-        logits=10 * tokens * outline.vocabulary,
-        workspace=2 * largest * held.quantizes,
-        context=CONTEXT_BYTES,
+    activations = tokens * sum(kept.values())
+    checkpointed = 2 * _hidden_size(layers) * len(blocks) + max(blocks.values(), default=0)
+    terms = {
+        "weights_bytes": elements * held.code_bits(bits) // 8,
+        "absmax_bytes": sum(
+            held.scale_bytes((each.out_features, each.in_features)) for each in layers
+        ),
+        "unquantized_bytes": 2 * (outline.parameters - elements),
+        "adapter_bytes": ADAPTER_ITEM_BYTES * trainable,
+        "gradients_bytes": 4 * trainable,
+        "optimizer_bytes": 8 * trainable,
+        "logits_bytes": 10 * tokens * outline.vocabulary,
+        "workspace_bytes": 2 * largest * held.quantizes,
+        "context_bytes": CONTEXT_BYTES,
+    }
+    others = sum(terms.values())
+    return MemoryEstimate(
+        **terms,
+        activations_bytes=activations,
+        activations_with_checkpointing_bytes=tokens * checkpointed,
+        total_bytes=others + activations,
+        total_with_checkpointing_bytes=others + tokens * checkpointed,
     )
 
 

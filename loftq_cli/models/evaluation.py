@@ -58,6 +58,11 @@ class Evaluation:
         return math.exp(self.loss) if self.loss < 700 else math.inf
 
 
+def finite(value: float | None) -> float | None:
+    """For documents, which have no NaN and no infinity."""
+    return value if value is not None and math.isfinite(value) else None
+
+
 def require_causal(architecture: Architecture) -> None:
     """Refuses models whose next token cannot be asked for.
 
@@ -95,7 +100,7 @@ def text_windows(loaded: LoadedModel, text: str, name: str, limit: int | None = 
 
     if loaded.tokenizer is None:
         raise UnsupportedModel("this model has no tokenizer", cause="there is no tokenizer.json")
-    length = min(texts.window_length(context_length(loaded.model)), LONGEST_WINDOW)
+    length = min(context_length(loaded.model) or LONGEST_WINDOW, LONGEST_WINDOW)
     beginning = _beginning(loaded.tokenizer)
     if length < 2:
         raise UnsupportedModel(

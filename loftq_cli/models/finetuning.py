@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from loftq_cli.errors import LoftqError
-from loftq_cli.models.evaluation import Evaluation, evaluate
+from loftq_cli.models.evaluation import Evaluation, evaluate, finite
+from loftq_cli.schema import LossPoint
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,15 +50,6 @@ class Schedule:
 
 
 @dataclass(frozen=True)
-class Point:
-    """Means of the training loss since the point before; held-out loss where it was measured."""
-
-    step: int
-    train_loss: float | None
-    heldout_loss: float | None
-
-
-@dataclass(frozen=True)
 class Trained:
     """The loss before the first step, along the way, and after the last one.
 
@@ -65,7 +57,7 @@ class Trained:
     once in a process would fall on the first of several models.
     """
 
-    curve: tuple[Point, ...]
+    curve: list[LossPoint]
     before: Evaluation
     after: Evaluation
     seconds: float
@@ -147,10 +139,14 @@ def finetune(
         began = time.perf_counter()
         trainer.train()
         seconds = time.perf_counter() - began
-    curve = tuple(
-        Point(step, losses.get(step), seen[step].loss if step in seen else None)
+    curve = [
+        LossPoint(
+            step=step,
+            train_loss=finite(losses.get(step)),
+            heldout_loss=finite(seen[step].loss if step in seen else None),
+        )
         for step in sorted({*losses, *seen})
-    )
+    ]
     after = seen[schedule.steps]
     if not math.isfinite(after.loss):
         raise TrainingDiverged(

@@ -14,6 +14,7 @@ from math import prod
 from loftq_cli.models import layers as words
 from loftq_cli.models.layers import LinearLayer
 from loftq_cli.models.outline import Outline
+from loftq_cli.schema import SkippedModule
 
 VECTORS = "norms and biases"
 
@@ -43,17 +44,6 @@ class Kind:
         return sum(layer.parameters for layer in self.layers)
 
 
-@dataclass(frozen=True)
-class SkippedKind:
-    """Tensors of one name that get no adapter and stay as they are, and why."""
-
-    name: str
-    reason: str
-    count: int
-    parameters: int
-    shape: tuple[int, ...] | None  # None where it is not the same for all
-
-
 def kinds(layers: Sequence[LinearLayer]) -> list[Kind]:
     """The layers by kind: the end of the name, and more of it where shapes differ."""
     named: dict[tuple[str, int, int], list[LinearLayer]] = {}
@@ -67,27 +57,34 @@ def kinds(layers: Sequence[LinearLayer]) -> list[Kind]:
     ]
 
 
-def skipped_kinds(outline: Outline) -> list[SkippedKind]:
+def skipped_modules(outline: Outline) -> list[SkippedModule]:
     """What is left as it is, largest first; vectors, of which there are many, as one."""
+
+    def skipped(
+        name: str, reason: str, count: int, parameters: int, shapes: set[tuple[int, ...]]
+    ) -> SkippedModule:
+        return SkippedModule(
+            name=name,
+            reason=reason,
+            count=count,
+            shape=list(*shapes) if len(shapes) == 1 else None,
+            parameters=parameters,
+            share_of_parameters=parameters / outline.parameters,
+        )
+
     groups: dict[tuple[str, str], list[tuple[int, ...]]] = {}
     for left in outline.inventory.left:
         parts = left.tensor.removesuffix(".weight").split(".")
         name = ".".join([part for part in parts if not part.isdigit()][-2:])
         groups.setdefault((name, left.reason), []).append(left.shape)
     found = [
-        SkippedKind(
-            name,
-            reason,
-            len(shapes),
-            sum(map(prod, shapes)),
-            shapes[0] if len(set(shapes)) == 1 else None,
-        )
+        skipped(name, reason, len(shapes), sum(map(prod, shapes)), set(shapes))
         for (name, reason), shapes in groups.items()
     ]
     found.sort(key=lambda each: -each.parameters)
     count, parameters = outline.vectors
     if count:
-        found.append(SkippedKind(VECTORS, words.NOT_A_MATRIX, count, parameters, None))
+        found.append(skipped(VECTORS, words.NOT_A_MATRIX, count, parameters, set()))
     return found
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from loftq_cli.checkpoint.index import open_checkpoint
-from loftq_cli.errors import CorruptCheckpoint, LoftqError, UnsupportedModel, first_line
+from loftq_cli.errors import CorruptCheckpoint, UnsupportedModel, told_as
 from loftq_cli.models.adapters import attach_adapter, attach_fresh, own_adapter
 from loftq_cli.models.architecture import Architecture, read_architecture
 from loftq_cli.models.source import read_config
@@ -86,7 +86,7 @@ def load_model(
         architecture = read_architecture(directory, config, trust_remote_code=trust_remote_code)
         tokenizer = load_tokenizer(directory, trust_remote_code)
     with clock("read"):
-        model = _read(directory, architecture, getattr(torch, dtype), device)
+        model = read_weights(directory, architecture, dtype, device_map={"": device})
         if "quantization_config" in config:
             _unify(model, getattr(torch, dtype))
         name = None
@@ -110,25 +110,25 @@ def load_tokenizer(directory: Path, trust_remote_code: bool = False) -> Any:
         return None
     from transformers import AutoTokenizer
 
-    try:
+    with told_as(CorruptCheckpoint, f"the tokenizer in {directory} cannot be loaded"):
         return AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
-    except Exception as error:  # a Rust library and a Python one, each with errors of its own
-        raise CorruptCheckpoint(
-            f"the tokenizer in {directory} cannot be loaded", cause=first_line(error)
-        ) from error
 
 
-def _read(directory: Path, architecture: Architecture, dtype: Any, device: str) -> Any:
-    try:
+def read_weights(directory: Path, architecture: Architecture, dtype: str, **options: Any) -> Any:
+    """The directory's model as transformers loads it; ``options`` are those of from_pretrained.
+
+    Raises:
+        CorruptCheckpoint: it cannot be loaded, or not all weights are there.
+    """
+    import torch
+
+    with told_as(CorruptCheckpoint, f"{directory} cannot be loaded"):
         model, info = type(architecture.model).from_pretrained(
-            directory, dtype=dtype, device_map={"": device}, output_loading_info=True
+            directory,
+            dtype=getattr(torch, dtype),
+            output_loading_info=True,
+            **options,
         )
-    except LoftqError:
-        raise
-    except Exception as error:  # whatever two large libraries may object to
-        if type(error).__name__ == "OutOfMemoryError":
-            raise
-        raise CorruptCheckpoint(f"{directory} cannot be loaded", cause=first_line(error)) from error
     # transformers fills in random numbers and goes on: a model that is not the one asked for.
     if missing := sorted(info["missing_keys"]):
         raise CorruptCheckpoint(

@@ -35,7 +35,12 @@ def random_model(
             meta, tokenizer = _known(name), None
         else:
             config = read_config(directory)
-            _refuse_quantized(directory, config)
+            if "quantization_config" in config:
+                raise UnsupportedModel(
+                    "a quantized model cannot have random weights",
+                    cause=f"{directory / CONFIG_FILE} has a quantization_config",
+                    hint="give the config of the model that it was made from",
+                )
             architecture = read_architecture(directory, config, trust_remote_code=trust_remote_code)
             meta, tokenizer = architecture.model, load_tokenizer(directory, trust_remote_code)
         torch.manual_seed(0)
@@ -80,12 +85,3 @@ def _is(model: Any, outline: Outline) -> bool:
         and sorted(weight.shape) == sorted((layer.out_features, layer.in_features))
         for layer in outline.layers
     )
-
-
-def _refuse_quantized(directory: Path, config: dict[str, Any]) -> None:
-    if "quantization_config" in config:
-        raise UnsupportedModel(
-            "a quantized model cannot have random weights",
-            cause=f"{directory / CONFIG_FILE} has a quantization_config",
-            hint="give the config of the model that it was made from",
-        )

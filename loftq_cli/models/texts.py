@@ -16,8 +16,6 @@ from loftq_cli.errors import InvalidSetting, LoftqError, UsageError
 if TYPE_CHECKING:
     from torch import Tensor
 
-# Longer windows cost memory with their length and tell hardly more about a model.
-LONGEST_WINDOW = 2048
 # A text is tokenized whole: this one in half a minute and a few gigabytes.
 MOST_BYTES = 32_000_000
 
@@ -89,11 +87,6 @@ def is_same(one: Path, two: Path) -> bool:
         return one.samefile(two) or read_text(one) == read_text(two)
     except (OSError, LoftqError):
         return False  # whoever reads it says so
-
-
-def window_length(context: int | None) -> int:
-    """Tokens in a window for a model that reads ``context`` tokens at once (None: any number)."""
-    return min(context or LONGEST_WINDOW, LONGEST_WINDOW)
 
 
 def windows(tokenizer: Any, text: str, length: int, name: str, limit: int | None = None) -> Tensor:

@@ -88,22 +88,6 @@ def test_metadata(header: Header) -> None:
     assert header.metadata == {"format": "pt"}
 
 
-def test_reading_into_a_buffer(header: Header) -> None:
-    info = header.tensors["W"]
-    buffer = bytearray(info.nbytes)
-    view = read_tensor(header, info, memoryview(buffer))
-    assert bytes(buffer) == bytes(view) == raw(load_file(header.path)["W"])
-    with pytest.raises(ValueError, match="buffer"):
-        read_tensor(header, info, memoryview(buffer)[1:])
-
-
-def test_a_buffer_may_have_any_item_size(header: Header) -> None:
-    """A torch tensor's memory, as read_tensor(..., into=memoryview(tensor.numpy())) has it."""
-    tensor = torch.empty(40, 25)
-    read_tensor(header, header.tensors["W"], memoryview(tensor.numpy()))
-    assert torch.equal(tensor, load_file(header.path)["W"])
-
-
 def test_pieces_of_a_large_tensor(header: Header, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(safetensors, "PIECE_BYTES", 96)
     info = header.tensors["W"]

@@ -248,14 +248,14 @@ def test_weights_left_in_their_files_give_the_same(
     name: str, saved: Callable[[str], Path], text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     placed: list[dict[str, Any]] = []
-    load = calibration._load
+    load = calibration.read_weights
 
-    def note(*args: Any) -> Any:
-        model = load(*args)
+    def note(*args: Any, **options: Any) -> Any:
+        model = load(*args, **options)
         placed.append(getattr(model, "hf_device_map", {}))
         return model
 
-    monkeypatch.setattr(calibration, "_load", note)
+    monkeypatch.setattr(calibration, "read_weights", note)
     within = collected(saved(name), text)
     outside = collected(saved(name), text, max_memory_bytes=200_000)
     assert "disk" not in placed[0].values()

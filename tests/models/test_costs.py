@@ -17,7 +17,7 @@ from loftq_cli.containers.bitsandbytes4 import Bitsandbytes4
 from loftq_cli.containers.bitsandbytes8 import Bitsandbytes8
 from loftq_cli.containers.unquantized import Unquantized
 from loftq_cli.engines.plan import PlannedLayer
-from loftq_cli.models.costs import Training, memory, trainable_parameters
+from loftq_cli.models.costs import memory, trainable_parameters
 from loftq_cli.models.known import known_model
 from loftq_cli.models.layers import Inventory, LeftTensor, LinearLayer
 from loftq_cli.models.lookup import find_model
@@ -54,35 +54,33 @@ def two_blocks() -> Outline:
 def test_every_term_by_hand() -> None:
     outline = two_blocks()
     adapted = [each for each in outline.layers if each.module.endswith("up")]
-    needed = memory(outline, adapted, 8, Training(NF4, 4, batch_size=3, sequence_length=5))
+    needed = memory(outline, adapted, 8, held=NF4, bits=4, tokens=15)
     tokens = 15
     trainable = 2 * 8 * (256 + 128)
-    assert needed.weights == 4 * 256 * 128 // 2
-    assert needed.absmax == 4 * (256 * 128 // 64) * 4
-    assert needed.unquantized == 2 * (128_000 + 10)
-    assert needed.adapter == 4 * trainable
-    assert needed.gradients == 4 * trainable
-    assert needed.optimizer == 8 * trainable
+    assert needed.weights_bytes == 4 * 256 * 128 // 2
+    assert needed.absmax_bytes == 4 * (256 * 128 // 64) * 4
+    assert needed.unquantized_bytes == 2 * (128_000 + 10)
+    assert needed.adapter_bytes == 4 * trainable
+    assert needed.gradients_bytes == 4 * trainable
+    assert needed.optimizer_bytes == 8 * trainable
     block = 2 * 2 * (256 + 128) + 4 * 128 + 4 * 8
-    assert needed.activations == tokens * 2 * block
+    assert needed.activations_bytes == tokens * 2 * block
     # The layers read 128 and 256 numbers as often; the first in the file is the residual stream.
-    assert needed.activations_checkpointed == tokens * (2 * 2 * 128 + block)
-    assert needed.logits == tokens * 1000 * 10
-    assert needed.workspace == 2 * 256 * 128
-    terms = (
-        needed.weights, needed.absmax, needed.unquantized, needed.adapter, needed.gradients,
-        needed.optimizer, needed.activations, needed.logits, needed.workspace, needed.context,
-    )  # fmt: skip
-    assert needed.total == sum(terms)
-    saved = needed.activations - needed.activations_checkpointed
-    assert needed.total_checkpointed == needed.total - saved
+    assert needed.activations_with_checkpointing_bytes == tokens * (2 * 2 * 128 + block)
+    assert needed.logits_bytes == tokens * 1000 * 10
+    assert needed.workspace_bytes == 2 * 256 * 128
+    totals = ("total_bytes", "total_with_checkpointing_bytes")
+    given = needed.model_dump(exclude={*totals, "activations_with_checkpointing_bytes"})
+    assert needed.total_bytes == sum(given.values())
+    saved = needed.activations_bytes - needed.activations_with_checkpointing_bytes
+    assert needed.total_with_checkpointing_bytes == needed.total_bytes - saved
 
 
 def test_16_bits_need_neither_absmax_nor_a_workspace() -> None:
     outline = two_blocks()
-    needed = memory(outline, outline.layers, 8, Training(Unquantized("none"), 16, 1, 1))
-    assert (needed.absmax, needed.workspace) == (0, 0)
-    assert needed.weights + needed.unquantized == 2 * outline.parameters
+    needed = memory(outline, outline.layers, 8, held=Unquantized("none"), bits=16, tokens=1)
+    assert (needed.absmax_bytes, needed.workspace_bytes) == (0, 0)
+    assert needed.weights_bytes + needed.unquantized_bytes == 2 * outline.parameters
 
 
 @pytest.mark.parametrize("block_size", [32, 64, 4096])
@@ -90,24 +88,24 @@ def test_weights_at_4_bits_are_those_of_the_container(block_size: int) -> None:
     found = known_model("gpt2")
     assert found is not None
     outline, container = found[1], Bitsandbytes4("nf4", block_size)
-    needed = memory(outline, [], 8, Training(container, 4, 1, 1))
+    needed = memory(outline, [], 8, held=container, bits=4, tokens=1)
     planned = planned_tensors(outline, container, 4)
     held = [each.nbytes for each in planned if each.name.endswith(("weight", "absmax"))]
-    assert needed.weights + needed.absmax == sum(held)
+    assert needed.weights_bytes + needed.absmax_bytes == sum(held)
 
 
 def test_weights_at_8_bits_are_those_of_the_container() -> None:
     outline, container = two_blocks(), Bitsandbytes8("int8")
-    needed = memory(outline, [], 8, Training(container, 8, 1, 1))
+    needed = memory(outline, [], 8, held=container, bits=8, tokens=1)
     planned = planned_tensors(outline, container, 8)
     held = [each.nbytes for each in planned if not each.name.endswith("weight_format")]
-    assert needed.weights + needed.absmax == sum(held)
+    assert needed.weights_bytes + needed.absmax_bytes == sum(held)
 
 
 def test_a_model_without_linear_layers() -> None:
     outline = Outline("Nothing", Inventory(()), (1, 10), 10, 0, None)
-    needed = memory(outline, [], 8, Training(NF4, 4, 1, 16))
-    assert needed.total == needed.context + 20
+    needed = memory(outline, [], 8, held=NF4, bits=4, tokens=16)
+    assert needed.total_bytes == needed.context_bytes + 20
     assert trainable_parameters([], 8) == 0
 
 
@@ -135,8 +133,8 @@ def test_activations_are_near_what_autograd_keeps(name: str, tmp_path: Path) -> 
         ),
     )
     kept = saved_for_backward(adapted.train(), vocabulary)
-    needed = memory(outline, outline.layers, 8, Training(NF4, 4, 2, 48))
-    assert 0.5 < kept / needed.activations < 1.5
+    needed = memory(outline, outline.layers, 8, held=NF4, bits=4, tokens=96)
+    assert 0.5 < kept / needed.activations_bytes < 1.5
 
 
 def saved_for_backward(model: PreTrainedModel, vocabulary: int) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from loftq_cli.engines.plan import match_targets
-from loftq_cli.models.kinds import VECTORS, kinds, shortest_names, skipped_kinds
+from loftq_cli.models.kinds import VECTORS, kinds, shortest_names, skipped_modules
 from loftq_cli.models.known import _table, known_model
 from loftq_cli.models.layers import LinearLayer
 from loftq_cli.models.outline import Outline
@@ -97,7 +97,7 @@ def test_names_choose_exactly_what_they_stand_for(name: str) -> None:
         more = {each.module for other in others for each in other.layers}
         assert chosen == own | more
     assert sum(len(kind.layers) for kind in groups) == len(found.layers)
-    skipped = skipped_kinds(found)
+    skipped = skipped_modules(found)
     left = sum(kind.parameters for kind in skipped)
     assert left + sum(each.parameters for each in found.layers) == found.parameters
     assert all(kind.reason for kind in skipped)
@@ -139,9 +139,9 @@ def test_layers_whose_shape_depends_on_the_block() -> None:
 
 
 def test_skipped_kinds_are_summed_up() -> None:
-    found = {kind.name: kind for kind in skipped_kinds(outline("mixtral"))}
+    found = {kind.name: kind for kind in skipped_modules(outline("mixtral"))}
     assert found["experts.gate_up_proj"].count == 32
-    assert found["experts.gate_up_proj"].shape == (8, 28672, 4096)
+    assert found["experts.gate_up_proj"].shape == [8, 28672, 4096]
     assert "stacked experts" in found["experts.gate_up_proj"].reason
     assert found["mlp.gate"].reason == "expert router"
     assert list(found)[-1] == VECTORS
