@@ -43,7 +43,6 @@ def check(
     from loftq_cli.commands.loaded import choose, timed
     from loftq_cli.models.source import read_config, refuse_quantized
     from loftq_cli.models.spec import resolve_model
-    from loftq_cli.schema import ModelIdentity
 
     # What cannot be checked at all is an error of its own, and comes before half a minute of work.
     with timed(run, "resolve"):
@@ -61,8 +60,7 @@ def check(
         with run.timing("checks"), run.progress("checking", len(checks)) as progress:
             outcomes = run_checks(checks, progress, trace=run.listener.trace)
     results = _results(outcomes, time.perf_counter() - began)
-    identity = ModelIdentity(id=found.id, revision=found.revision, source=found.source)
-    run.finish(results, model=identity)
+    run.finish(results, model=found.identity)
     failed = [test for test in results.tests if test.status == "failed"]
     if failed:
         names = ", ".join(test.name for test in failed)

@@ -54,9 +54,7 @@ class Bench:
         with run.timing("resolve", "finding the model"):
             found = resolve_model(asked.model, with_code=trust_remote_code)
         self.directory = found.directory
-        self.identity = schema.ModelIdentity(
-            id=found.id, revision=found.revision, source=found.source
-        )
+        self.identity = found.identity
         config = read_config(found.directory)
         refuse_quantized(found.directory, config)
         self.device, self.dtype = _choose(run, config, asked.device, asked.dtype)

@@ -11,7 +11,6 @@ from loftq_cli.commands.run import Run
 
 if TYPE_CHECKING:
     from loftq_cli.models.loading import LoadedModel
-    from loftq_cli.models.spec import ResolvedModel
     from loftq_cli.schema import ModelIdentity
 
 
@@ -75,7 +74,7 @@ def load_for_run(
         trust_remote_code=trust_remote_code,
         clock=partial(timed, run),
     )
-    return _identity(found), loaded, where
+    return found.identity, loaded, where
 
 
 def build_for_run(
@@ -103,10 +102,4 @@ def build_for_run(
     )
     if found is None:
         return ModelIdentity(id=spec, source="known"), loaded, where
-    return _identity(found), loaded, where
-
-
-def _identity(found: ResolvedModel) -> ModelIdentity:
-    from loftq_cli.schema import ModelIdentity
-
-    return ModelIdentity(id=found.id, revision=found.revision, source=found.source)
+    return found.identity, loaded, where

@@ -48,7 +48,7 @@ def sweep_ranks(run: Run, asked: SweepOptions) -> None:
     from loftq_cli.engines.settings import Settings
     from loftq_cli.models.lookup import fetch_model, find_model
     from loftq_cli.report.rank_verdict import verdict
-    from loftq_cli.schema import ModelIdentity, SweepRanksResults, SweepSettings
+    from loftq_cli.schema import SweepRanksResults, SweepSettings
 
     wanted = ranks(asked.ranks)
     vram_bytes = None if asked.vram is None else size(asked.vram, "--vram")
@@ -63,7 +63,7 @@ def sweep_ranks(run: Run, asked: SweepOptions) -> None:
     _require_meaning(asked, container)
     with run.timing("resolve"):
         found = fetch_model(asked.model) if asked.error else find_model(asked.model, run.note)
-    run.resolved("model", found.source, found.reason)
+    run.resolved("model", found.identity.source, found.reason)
     planned = make_plan(found.outline.inventory, settings).layers
     _warn_of_large_ranks(run, planned, wanted)
     measured, calibration = None, None
@@ -101,8 +101,7 @@ def sweep_ranks(run: Run, asked: SweepOptions) -> None:
         ranks=costs,
         verdict=outcome,
     )
-    identity = ModelIdentity(id=found.id, revision=found.revision, source=found.source)
-    run.finish(results, model=identity)
+    run.finish(results, model=found.identity)
     if outcome.recommended_rank is None:
         raise DoesNotFit(
             f"no rank fits in {asked.vram}",

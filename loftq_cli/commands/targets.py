@@ -27,11 +27,11 @@ def targets(run: Run, model: str = "demo", rank: int = 16) -> None:
     from loftq_cli.models import presets
     from loftq_cli.models.kinds import kinds, skipped_modules
     from loftq_cli.models.lookup import find_model
-    from loftq_cli.schema import ModelIdentity, TargetsResults
+    from loftq_cli.schema import TargetsResults
 
     with run.timing("resolve"):
         found = find_model(model, run.note)
-    run.resolved("model", found.source, found.reason)
+    run.resolved("model", found.identity.source, found.reason)
     outline = found.outline
     groups = sorted(kinds(outline.layers), key=_place)
     results = TargetsResults(
@@ -50,8 +50,7 @@ def targets(run: Run, model: str = "demo", rank: int = 16) -> None:
         ],
         without_role=[kind.name for kind in groups if not _roles(kind)],
     )
-    identity = ModelIdentity(id=found.id, revision=found.revision, source=found.source)
-    run.finish(results, model=identity)
+    run.finish(results, model=found.identity)
 
 
 def _roles(kind: Kind) -> list[str]:

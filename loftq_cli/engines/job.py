@@ -35,7 +35,7 @@ from loftq_cli.models.source import companions, read_config, refuse_quantized, t
 from loftq_cli.models.spec import ResolvedModel, resolve_model
 from loftq_cli.record import Record
 from loftq_cli.report import units
-from loftq_cli.schema import CalibratedOn, ModelIdentity
+from loftq_cli.schema import CalibratedOn
 
 if TYPE_CHECKING:
     from loftq_cli.models.architecture import Architecture
@@ -134,8 +134,7 @@ def make_directory(job: Job, record: Record) -> Made:
             seconds=time.perf_counter() - began,
             peak_memory_bytes=hardware.peak_memory_bytes(),
         )
-        identity = ModelIdentity(id=found.id, revision=found.revision, source=found.source)
-        document = record.document(results, model=identity)
+        document = record.document(results, model=found.identity)
         write_report(staging, document)
         staging.commit()
     return Made(document, found, ready.device, [name for each in done for name in each.on_cpu])
@@ -146,7 +145,7 @@ def foresee_directory(
 ) -> Report:
     """What a run would give, estimated. Reads headers and config only, and imports no torch."""
     found = find_model(spec, record.note, with_headers=True)
-    record.resolved("model", found.source, found.reason)
+    record.resolved("model", found.identity.source, found.reason)
     assert found.checkpoint is not None
     assert found.config is not None
     checkpoint = found.checkpoint.cast(settings.dtype)
@@ -162,8 +161,7 @@ def foresee_directory(
         seconds=estimates.seconds(plan),
         peak_memory_bytes=memory.peak_bytes,
     )
-    identity = ModelIdentity(id=found.id, revision=found.revision, source=found.source)
-    return record.document(results, model=identity)
+    return record.document(results, model=found.identity)
 
 
 def _prepare(job: Job, record: Record) -> _Prepared:

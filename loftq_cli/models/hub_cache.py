@@ -13,6 +13,8 @@ from pathlib import Path
 from loftq_cli.checkpoint.index import SINGLE_FILE, read_index
 from loftq_cli.errors import LoftqError
 from loftq_cli.models.source import CONFIG_FILE
+from loftq_cli.models.spec import ResolvedModel
+from loftq_cli.schema import ModelIdentity
 
 _TRUE = {"1", "ON", "YES", "TRUE"}
 
@@ -23,7 +25,7 @@ def is_offline() -> bool:
     return asked.upper() in _TRUE
 
 
-def cached_snapshot(repository: str, revision: str | None) -> Path | None:
+def cached_model(repository: str, revision: str | None) -> ResolvedModel | None:
     """The cached files of a model; None unless its config and all its weights are among them."""
     wanted = revision or "main"
     if ".." in Path(wanted).parts or Path(wanted).is_absolute():
@@ -34,7 +36,9 @@ def cached_snapshot(repository: str, revision: str | None) -> Path | None:
     except (OSError, UnicodeDecodeError):
         commit = wanted  # a commit needs no ref
     snapshot = folder / "snapshots" / commit
-    return snapshot if _is_complete(snapshot) else None
+    if not _is_complete(snapshot):
+        return None
+    return ResolvedModel(ModelIdentity(id=repository, revision=commit, source="hub"), snapshot)
 
 
 def cache_directory() -> Path:

@@ -14,15 +14,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from loftq_cli.checkpoint.index import Checkpoint, open_checkpoint
 from loftq_cli.errors import ModelNotFound
-from loftq_cli.models.hub_cache import cached_snapshot, is_offline
+from loftq_cli.models.hub_cache import cached_model, is_offline
 from loftq_cli.models.known import known_model, similar_names
 from loftq_cli.models.outline import Outline, outline_of
 from loftq_cli.models.source import read_config, refuse_quantized
 from loftq_cli.models.spec import ResolvedModel, hub_id, local_model, resolve_model
+from loftq_cli.schema import ModelIdentity
 
 
 @dataclass(frozen=True)
@@ -33,9 +34,7 @@ class FoundModel:
     Only files that are on this disk can be read behind the headers.
     """
 
-    id: str
-    revision: str | None
-    source: Literal["demo", "directory", "hub", "known"]
+    identity: ModelIdentity
     reason: str
     outline: Outline
     checkpoint: Checkpoint | None = None
@@ -54,17 +53,19 @@ def find_model(spec: str, note: Callable[[str], None], *, with_headers: bool = F
     """
     here = local_model(spec)
     if here is not None:
-        reason = "the built-in model" if here.source == "demo" else "a directory on this disk"
+        reason = (
+            "the built-in model" if here.identity.source == "demo" else "a directory on this disk"
+        )
         return _from_files(here, reason)
     repository, revision = hub_id(spec)
-    snapshot = cached_snapshot(repository, revision)
-    if snapshot is not None:
-        cached = ResolvedModel(repository, snapshot.name, "hub", snapshot)
+    cached = cached_model(repository, revision)
+    if cached is not None:
         return _from_files(cached, "the files are in the hub's cache")
     known = None if revision or with_headers else known_model(repository)
     if known is not None:
         what, outline = known
-        return FoundModel(repository, None, "known", f"{what}, from the shipped table", outline)
+        identity = ModelIdentity(id=repository, source="known")
+        return FoundModel(identity, f"{what}, from the shipped table", outline)
     if is_offline():
         raise _not_cached(spec) if with_headers else _unknown(spec)
     note(f"asking the hub about {spec}: config and headers only")
@@ -73,8 +74,8 @@ def find_model(spec: str, note: Callable[[str], None], *, with_headers: bool = F
     remote = read_remote(repository, revision)
     outline = outline_of(remote.checkpoint.infos, remote.config)
     reason = "config and headers from the hub, by range requests"
-    commit = remote.commit or revision
-    return FoundModel(repository, commit, "hub", reason, outline, remote.checkpoint, remote.config)
+    identity = ModelIdentity(id=repository, revision=remote.commit or revision, source="hub")
+    return FoundModel(identity, reason, outline, remote.checkpoint, remote.config)
 
 
 def fetch_model(spec: str) -> FoundModel:
@@ -101,7 +102,7 @@ def _from_files(found: ResolvedModel, reason: str) -> FoundModel:
     refuse_quantized(found.directory, config)
     checkpoint = open_checkpoint(found.directory)
     outline = outline_of(checkpoint.infos, config)
-    return FoundModel(found.id, found.revision, found.source, reason, outline, checkpoint, config)
+    return FoundModel(found.identity, reason, outline, checkpoint, config)
 
 
 def _not_cached(spec: str) -> ModelNotFound:

@@ -11,11 +11,11 @@ import re
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from loftq_cli.checkpoint.index import INDEX_FILE, SINGLE_FILE, read_index
 from loftq_cli.errors import ModelNotFound, UnsafeCheckpoint, UsageError, first_line
 from loftq_cli.models.source import COMPANIONS, PICKLE_SUFFIXES, no_companions
+from loftq_cli.schema import ModelIdentity
 
 DEMO_DIRECTORY = Path(__file__).parent.parent / "demo"
 
@@ -26,16 +26,12 @@ DESCRIPTION_FILES = ("*.json", "*.txt", *COMPANIONS)
 _LONGEST_NAME = 4096  # no path is longer either
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
-Source = Literal["demo", "directory", "hub"]
-
 
 @dataclass(frozen=True)
 class ResolvedModel:
     """A model whose files are on this disk."""
 
-    id: str
-    revision: str | None
-    source: Source
+    identity: ModelIdentity
     directory: Path
 
 
@@ -63,7 +59,7 @@ def local_model(spec: str) -> ResolvedModel | None:
         UsageError: the name is that of a file.
     """
     if spec == "demo":
-        return ResolvedModel("demo", None, "demo", DEMO_DIRECTORY)
+        return ResolvedModel(ModelIdentity(id="demo", source="demo"), DEMO_DIRECTORY)
     if not spec or len(spec) > _LONGEST_NAME:
         raise UsageError(
             "the model has no name" if not spec else f"no model has a name of {len(spec)} letters",
@@ -71,7 +67,7 @@ def local_model(spec: str) -> ResolvedModel | None:
         )
     directory = Path(spec).expanduser()
     if directory.is_dir():
-        return ResolvedModel(spec, None, "directory", directory)
+        return ResolvedModel(ModelIdentity(id=spec, source="directory"), directory)
     if directory.is_file():
         raise UsageError(
             f"'{spec}' is a file",
@@ -137,7 +133,8 @@ def _from_hub(
         ) from error
     if with_weights and not any(directory.glob("*.safetensors")):
         _refuse_pickle_repository(repository, revision)
-    return ResolvedModel(repository, directory.name, "hub", directory)
+    identity = ModelIdentity(id=repository, revision=directory.name, source="hub")
+    return ResolvedModel(identity, directory)
 
 
 def _refuse_pickle_repository(repository: str, revision: str | None) -> None:

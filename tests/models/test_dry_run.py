@@ -12,7 +12,7 @@ from test_remote import loftq_process
 
 from loftq_cli.errors import CorruptCheckpoint, ModelNotFound, UnsafeCheckpoint
 from loftq_cli.models import spec
-from loftq_cli.models.hub_cache import cached_snapshot
+from loftq_cli.models.hub_cache import cached_model
 from loftq_cli.models.lookup import find_model
 from loftq_cli.models.source import companions
 
@@ -171,4 +171,4 @@ def test_a_hostile_index_is_no_list_of_patterns(
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     for name in ("*", "[a-z]*.safetensors"):
         (snapshot / name).touch()
-    assert cached_snapshot("org/evil", COMMIT) is None
+    assert cached_model("org/evil", COMMIT) is None

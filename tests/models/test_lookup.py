@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from loftq_cli.errors import ModelNotFound, UsageError
-from loftq_cli.models.hub_cache import cached_snapshot, is_offline
+from loftq_cli.models.hub_cache import cached_model, is_offline
 from loftq_cli.models.lookup import fetch_model, find_model
 from loftq_cli.models.spec import DEMO_DIRECTORY
 
@@ -43,7 +43,7 @@ def put_into_cache(home: Path, repository: str) -> Path:
 def test_demo_and_directories() -> None:
     assert find_model("demo", silent).source == "demo"
     found = find_model(str(DEMO_DIRECTORY), silent)
-    assert (found.source, found.revision) == ("directory", None)
+    assert (found.identity.source, found.identity.revision) == ("directory", None)
     assert found.checkpoint is not None
     with pytest.raises(ModelNotFound):
         find_model("./nowhere", silent)
@@ -53,7 +53,8 @@ def test_demo_and_directories() -> None:
 
 def test_a_known_model_needs_neither_files_nor_network() -> None:
     found = find_model("openai-community/gpt2", silent)
-    assert (found.id, found.source, found.checkpoint) == ("openai-community/gpt2", "known", None)
+    assert (found.identity.id, found.identity.source) == ("openai-community/gpt2", "known")
+    assert found.checkpoint is None
     assert "the published sizes of gpt2" in found.reason
     assert "default llama config" in find_model("llama", silent).reason
 
@@ -61,24 +62,26 @@ def test_a_known_model_needs_neither_files_nor_network() -> None:
 def test_the_cache_comes_before_the_table(home: Path) -> None:
     put_into_cache(home, "gpt2")
     found = find_model("gpt2", silent)
-    assert (found.source, found.revision) == ("hub", COMMIT)
+    assert (found.identity.source, found.identity.revision) == ("hub", COMMIT)
     assert found.outline.parameters == find_model("demo", silent).outline.parameters
 
 
 def test_an_incomplete_snapshot_does_not_count(home: Path) -> None:
     (put_into_cache(home, "gpt2") / "model.safetensors").unlink()
-    assert cached_snapshot("gpt2", None) is None
-    assert find_model("gpt2", silent).source == "known"
+    assert cached_model("gpt2", None) is None
+    assert find_model("gpt2", silent).identity.source == "known"
 
 
 def test_revisions_in_the_cache(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     snapshot = put_into_cache(home, "org/name")
-    assert cached_snapshot("org/name", None) == snapshot
-    assert cached_snapshot("org/name", COMMIT) == snapshot
-    assert cached_snapshot("org/name", "v2") is None
-    assert cached_snapshot("org/name", "../../../../demo") is None
+    for revision in (None, COMMIT):
+        found = cached_model("org/name", revision)
+        assert found is not None
+        assert found.directory == snapshot
+    assert cached_model("org/name", "v2") is None
+    assert cached_model("org/name", "../../../../demo") is None
     monkeypatch.setenv("HF_HUB_CACHE", str(home / "elsewhere"))
-    assert cached_snapshot("org/name", None) is None
+    assert cached_model("org/name", None) is None
 
 
 def test_a_revision_is_not_answered_from_the_table() -> None:

@@ -139,7 +139,7 @@ def test_a_saved_model_has_the_parameters_of_its_class(name: str, tmp_path: Path
     found = find_model(str(tmp_path), silent)
     assert found.outline.parameters == sum(parameter.numel() for parameter in model.parameters())
     assert found.outline.architecture == BATTERY[name].model_class
-    assert found.source == "directory"
+    assert found.identity.source == "directory"
     config = json.loads((tmp_path / "config.json").read_text())
     if "ForCausalLM" in found.outline.architecture or "LMHead" in found.outline.architecture:
         assert found.outline.vocabulary == config["vocab_size"]

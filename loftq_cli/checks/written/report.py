@@ -130,7 +130,7 @@ def certificate_of(
     )
     return schema.VerifyResults(
         directory=str(directory),
-        source=None if residuals.source is None else residuals.source.id,
+        source=None if residuals.source is None else residuals.source.identity.id,
         quantized_layers=len(claims.quantized),
         measured_layers=len(residuals.measured),
         tests=tests,

@@ -165,7 +165,7 @@ class Residuals:
             raise CheckFailed(
                 f"{wrong[0].name} is not the source's weight",
                 cause="nothing is quantized here, and yet its bytes are others than those of "
-                f"{self.source.id if self.source else 'the source'}",
+                f"{self.source.identity.id if self.source else 'the source'}",
                 hint=WRITE_AGAIN,
             )
         more = f"; {len(wrong)} of {len(self.measured)} layers differ" if len(wrong) > 1 else ""
@@ -202,15 +202,15 @@ class Residuals:
             None: "",
         }[same_files]
         return Finding(
-            f"{which} measured against {self.source.id}: as reported, to {largest:.0e}{note}"
-            f"{_OUTPUTS * self.written.claims.calibrated}",
+            f"{which} measured against {self.source.identity.id}: as reported, "
+            f"to {largest:.0e}{note}{_OUTPUTS * self.written.claims.calibrated}",
             {"layers": count, "largest_difference": largest},
         )
 
     def _another_source(self, cause: str) -> CheckFailed:
         assert self.source is not None
         return CheckFailed(
-            f"{self.source.id} is not what was quantized",
+            f"{self.source.identity.id} is not what was quantized",
             cause=cause,
             hint=f"--source MODEL with what it was made from: {self.written.claims.source}",
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from loftq_cli.errors import LoftqError, ModelNotFound
-from loftq_cli.models.hub_cache import cached_snapshot
+from loftq_cli.models.hub_cache import cached_model
 from loftq_cli.models.spec import ResolvedModel, hub_id, local_model
 
 
@@ -14,7 +14,7 @@ def required_source(spec: str) -> ResolvedModel:
         ModelNotFound: it is not on this disk.
         UsageError: it is no name of a model.
     """
-    found = local_model(spec) or _cached(*hub_id(spec))
+    found = local_model(spec) or cached_model(*hub_id(spec))
     if found is None:
         raise ModelNotFound(
             f"'{spec}' is not on this disk",
@@ -28,13 +28,6 @@ def required_source(spec: str) -> ResolvedModel:
 def reported_source(spec: str, revision: str | None, *, is_hub_id: bool) -> ResolvedModel | None:
     """The model that a report names; None if it is not at hand, for whatever reason."""
     try:
-        return _cached(hub_id(spec)[0], revision) if is_hub_id else local_model(spec)
+        return cached_model(hub_id(spec)[0], revision) if is_hub_id else local_model(spec)
     except LoftqError:
         return None
-
-
-def _cached(repository: str, revision: str | None) -> ResolvedModel | None:
-    snapshot = cached_snapshot(repository, revision)
-    if snapshot is None:
-        return None
-    return ResolvedModel(repository, snapshot.name, "hub", snapshot)
