@@ -2,8 +2,8 @@
 
     G = E[x·xᵀ]    (in × in), over all tokens that reach the layer
 
-The model runs block by block (see `models.blocks`), so that the moments of one block are in memory
-and not those of all: 0.7 GB for a block of a 7B Llama where the whole model has 22 GB.
+The model runs one layer block after the other (see `models.layerwise`), so that the moments of one
+are in memory and not those of all: 0.7 GB for a block of a 7B Llama, 22 GB for all of it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from loftq_cli.checkpoint.index import open_checkpoint
 from loftq_cli.errors import LoftqError, UnsupportedModel
 from loftq_cli.models.architecture import Architecture, read_architecture
 from loftq_cli.models.evaluation import text_windows
-from loftq_cli.models.layerwise import Blocks, watched
+from loftq_cli.models.layerwise import StagedModel, watched
 from loftq_cli.models.loading import LoadedModel, load_tokenizer, read_weights, stored_dtype
 from loftq_cli.models.source import read_config
 from loftq_cli.models.texts import digest, read_text
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 # Taken evenly from the text. Five times as many took 5 % off the KL of a small model.
 MOST_TOKENS = 65_536
-# As many keep a processor busy, and a block's activations in hundreds of megabytes.
+# As many keep a processor busy, and a layer block's activations in hundreds of megabytes.
 _BATCH_TOKENS = 4096
 # G is symmetric: of its rows, so many at once, only what lies right of the diagonal is summed up.
 _PANEL = 1024
@@ -42,12 +42,11 @@ class Calibration:
     """Second moments of the inputs of some modules, in the order in which a model computes them.
 
     Attributes:
-        order: the modules, those of one block together, block after block as they run. Asked for
-            in this order, every block runs once.
+        order: the modules, stage after stage as they run. Asked for in this order, every stage
+            runs once.
         text_sha256: what the text is known by.
         windows: windows of the text that are run, and their ``window_length`` in tokens.
-        blockwise: whether the moments of one block at a time are held, or those of all modules.
-        unseen: modules, of blocks that had their turn, which no token reached (experts that were
+        unseen: modules, of stages that have run, which no token reached (experts that were
             never chosen): their moments are zero.
     """
 
@@ -65,13 +64,9 @@ class Calibration:
         batches = windows.split(max(1, _BATCH_TOKENS // self.window_length))
         self._model = model
         self._device = device
-        self._blocks = Blocks(model, batches, list(dict.fromkeys(modules)), device)
-        self._stage_of = {
-            module: number for number, stage in enumerate(self._blocks.stages) for module in stage
-        }
+        self._staged = StagedModel(model, batches, list(dict.fromkeys(modules)), device)
         self._sums: dict[str, _Sum] = {}
-        self.order = [module for stage in self._blocks.stages for module in stage]
-        self.blockwise = len(self._blocks.stages) > 1
+        self.order = [module for stage in self._staged.stages for module in stage]
         self.unseen: set[str] = set()
 
     @property
@@ -83,33 +78,32 @@ class Calibration:
         """E[x·xᵀ] of the inputs of ``module``: float32 (in × in), on the device, to be read only.
 
         Modules that are given the same tensor (q, k and v) get the same object. The model runs up
-        to the module's block, from its beginning if it is behind that already; the moments of other
-        blocks are freed.
+        to the module's stage, from its beginning if it is past that already; the moments of other
+        stages are freed.
 
         Raises:
             LoftqError: the module's inputs are NaN or infinite, or overflow when squared.
             UnsupportedModel: what a module is given changed in the course of the text.
         """
-        stage = self._stage_of[module]
-        if stage < self._blocks.done - 1:
-            self._blocks.restart()
-        while self._blocks.done <= stage:
+        stage = self._staged.stage_of[module]
+        if stage < self._staged.done - 1:
+            self._staged.restart()
+        while self._staged.done <= stage:
             self._sums = {}
-            self._run(self._blocks.stages[stage] if self._blocks.done == stage else [])
-        found = self._sums[self._blocks.groups[module]]
+            self._run(self._staged.stages[stage] if self._staged.done == stage else [])
+        found = self._sums[self._staged.groups[module]]
         if found.broken:
             dtype = str(self._model.dtype).removeprefix("torch.")
             raise LoftqError(
                 f"the inputs of {module} are NaN, infinite or too large to be squared on the "
-                "calibration text: "
-                f"{found.broken} of {found.tokens} tokens",
+                f"calibration text: {int(found.broken)} of {found.tokens} tokens",
                 cause=f"a weight before it is broken, or activations overflow {dtype}",
                 hint=f"look at the model's own output on this text, or {_NO_CALIBRATION}",
             )
         return found.mean
 
     def _run(self, modules: list[str]) -> None:
-        groups = {module: self._blocks.groups[module] for module in modules}
+        groups = {module: self._staged.groups[module] for module in modules}
         sums = {name: _Sum(self._width(name), self._device) for name in set(groups.values())}
         shared = {leader for module, leader in groups.items() if module != leader}
         given: dict[str, list[tuple[Tensor, int]]] = {}
@@ -122,9 +116,9 @@ class Calibration:
                 given.setdefault(module, []).append((x, x._version))
 
         with watched(self._model, modules, see):
-            for _ in self._blocks.run():
+            for _ in self._staged.run():
                 for module, leader in groups.items():
-                    if leader in shared and not _identical(given.get(module), given.get(leader)):
+                    if leader in shared and not _identical(given, module, leader):
                         raise UnsupportedModel(
                             f"{module} and {leader} are given the same inputs at times only",
                             cause="their moments were taken for one and the same",
@@ -150,17 +144,13 @@ class _Sum:
 
         self.mean = torch.zeros(width, width, dtype=torch.float32, device=device)
         self.tokens = 0
-        self._broken = torch.zeros((), dtype=torch.long, device=device)
-
-    @property
-    def broken(self) -> int:
-        """How many x were NaN, infinite, or too large for squares in float32."""
-        return int(self._broken)
+        # How many x were NaN, infinite, or too large for squares in float32.
+        self.broken = torch.zeros((), dtype=torch.long, device=device)
 
     def add(self, x: Tensor) -> None:
         rows = x.detach().reshape(-1, x.shape[-1]).to(self.mean.device, self.mean.dtype)
         self.tokens += len(rows)
-        self._broken += rows.norm(dim=1).isfinite().logical_not().sum()
+        self.broken += rows.norm(dim=1).isfinite().logical_not().sum()
         for panel in self._panels():
             part = self.mean[panel, panel.start :]
             part.addmm_(rows[:, panel].T, rows[:, panel.start :])
@@ -178,10 +168,8 @@ class _Sum:
             yield slice(start, min(start + _PANEL, len(self.mean)))
 
 
-def _identical(
-    one: list[tuple[Tensor, int]] | None, other: list[tuple[Tensor, int]] | None
-) -> bool:
-    one, other = one or [], other or []
+def _identical(given: dict[str, list[tuple[Tensor, int]]], module: str, leader: str) -> bool:
+    one, other = given.get(module, []), given.get(leader, [])
     return len(one) == len(other) and all(
         x is y and version == now for (x, version), (y, now) in zip(one, other, strict=True)
     )

@@ -1,16 +1,16 @@
-"""A model run one block after the other: each block on all batches before the next one begins.
+"""A model run one layer block after the other, each on all batches before the next one begins.
 
-So whatever is gathered in a block need not be held for all the others too. Between blocks stays
-what the last one put out (one hidden state for each token). It is always the model's own forward
-that runs; blocks that had their turn hand on what was kept instead of computing, and an exception
-ends the pass behind the block whose turn it is. Masks, positions and whatever else a block is given
-are therefore the model's own.
+So whatever is gathered in a layer block need not be held for all the others too. Between two of
+them only the output of the first is kept (one hidden state for each token). It is always the
+model's own forward that runs; layer blocks that had their turn return what was kept instead of
+computing, and an exception ends the pass after the one whose turn it is. Masks, positions and
+whatever else a layer block is given are therefore the model's own.
 
-    stack      a ModuleList with the modules of interest in it; an encoder-decoder has two
-    block      an entry of a stack
-    stage      one block's turn; in the last stage runs what lies outside of all blocks
+    stack          a ModuleList with the modules of interest in it; an encoder-decoder has two
+    layer block    an entry of a stack
+    stage          the turn of one layer block; in the last stage runs what lies outside of all
 
-Not every model can be run like this: some use a block twice (ALBERT), some let blocks exchange
+Not every model can be run like this: some use a layer block twice (ALBERT), some let them exchange
 more than their output. So a short text is run first in one piece and then in stages. Where that
 does not give the same, there is one stage only, and all of the model runs in it.
 """
@@ -18,17 +18,18 @@ does not give the same, there is one stage only, and all of the model runs in it
 from __future__ import annotations
 
 import functools
+import inspect
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from loftq_cli.errors import UnsupportedModel, first_line
+from loftq_cli.errors import UnsupportedModel, told_as
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-# What stands in for the forward of a block: its name, the true forward, and the call's arguments.
+# What replaces the forward of a layer block: given its name, its own forward, and the arguments.
 _Forward: TypeAlias = Callable[[str, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 
 _PROBE_TOKENS = 16
@@ -40,11 +41,12 @@ class _Stop(Exception):
     """Ends a pass where the rest of the model is of no interest."""
 
 
-class Blocks:
-    """A model that reads token ids, in stages.
+class StagedModel:
+    """A model that reads token ids, run in stages.
 
     Attributes:
         stages: for each stage the modules of interest that run in it.
+        stage_of: module to the number of its stage.
         groups: module to the first of those in its stage that are always given the same tensor.
         done: stages that have run on all batches.
     """
@@ -60,22 +62,22 @@ class Blocks:
         self._model = model
         self._batches = batches
         self._device = device
-        self._stacks = _stacks(model, modules)  # block to stack
+        self._stacks = _stacks(model, modules)  # layer block to stack
         head = model.get_output_embeddings()
         if head is not None:
             # Logits are of no use here, and the largest of all tensors.
-            head.register_forward_pre_hook(_stop)
+            head.register_forward_pre_hook(_stop_here)
         probe = batches[0][:1, :_PROBE_TOKENS]
         self._order, inputs = self._trace(probe, modules)
         self._turns = {name: stage for stage, name in enumerate(self._order)}
-        stage_of = {module: self._stage_of(module) for module in modules}
+        self.stage_of = {module: self._find_stage(module) for module in modules}
         self.stages: list[list[str]] = [[] for _ in range(len(self._order) + 1)]
         for module in modules:
-            self.stages[stage_of[module]].append(module)
+            self.stages[self.stage_of[module]].append(module)
         first_with: dict[Any, str] = {}
         self.groups = {
             # A module that saw nothing, such as an expert, says nothing about what it shares.
-            module: first_with.setdefault((stage_of[module], inputs[module] or module), module)
+            module: first_with.setdefault((self.stage_of[module], inputs[module] or module), module)
             for module in modules
         }
         self.restart()
@@ -83,7 +85,7 @@ class Blocks:
     def restart(self) -> None:
         """Goes back to the first stage."""
         self.done = 0
-        # For each batch what the last block of each stack has put out.
+        # For each batch the output of the last layer block that ran in each stack.
         self._kept: list[dict[str, Any]] = [{} for _ in self._batches]
 
     def run(self) -> Iterator[None]:
@@ -93,14 +95,14 @@ class Blocks:
             yield
         self.done += 1
 
-    def _stage_of(self, module: str) -> int:
+    def _find_stage(self, module: str) -> int:
         owner = next((name for name in self._stacks if module.startswith(f"{name}.")), None)
         return len(self._order) if owner is None else self._turns.get(owner, len(self._order))
 
     def _trace(
         self, ids: Tensor, modules: Sequence[str]
     ) -> tuple[list[str], dict[str, tuple[Any, ...]]]:
-        """The blocks that can have a turn of their own, in order, and who shares which inputs.
+        """The layer blocks that can have their own turn, in order, and who shares which inputs.
 
         The inputs of a module are the identities of the tensors that it is called with.
         """
@@ -118,17 +120,15 @@ class Blocks:
             alive.append(x)
             inputs[module].append((id(x), x._version))
 
-        with watched(self._model, modules, see):
-            try:
-                self._call(ids, note)
-            except Exception as error:
-                if type(error).__name__ == "OutOfMemoryError":
-                    raise
-                raise UnsupportedModel(
-                    f"{type(self._model).__name__} cannot be run on text",
-                    cause=first_line(error),
-                    hint="use a start that needs no calibration text",
-                ) from error
+        with (
+            watched(self._model, modules, see),
+            told_as(
+                UnsupportedModel,
+                f"{type(self._model).__name__} cannot be run on text",
+                "use a start that needs no calibration text",
+            ),
+        ):
+            self._call(ids, note)
         seen = {module: tuple(found) for module, found in inputs.items()}
         order = list(outputs)
         if any(count > 1 for count in calls.values()) or not self._agrees(ids, order, outputs):
@@ -136,7 +136,7 @@ class Blocks:
         return order, seen
 
     def _agrees(self, ids: Tensor, order: list[str], outputs: dict[str, Any]) -> bool:
-        """Whether the blocks put out the same when each has its own turn."""
+        """Whether the outputs are the same when each layer block has its own turn."""
         self._turns = {name: stage for stage, name in enumerate(order)}
         kept: dict[str, Any] = {}
         try:
@@ -144,14 +144,17 @@ class Blocks:
                 self._pass(stage, ids, kept, like=kept)
                 if not _same(kept[self._stacks[name]], outputs[name]):
                     return False
-        except Exception as error:  # whatever a model misses when blocks before do not run
+        except Exception as error:  # whatever a model needs from layer blocks that do not run
             if type(error).__name__ == "OutOfMemoryError":
                 raise
             return False
         return True
 
     def _pass(self, stage: int, ids: Tensor, kept: dict[str, Any], like: dict[str, Any]) -> None:
-        """Runs one batch up to the end of ``stage``, and keeps what that puts out."""
+        """Runs one batch up to the end of ``stage``, and keeps the output."""
+        from torch import Tensor
+        from torch.utils._pytree import tree_map_only
+
         moved: dict[str, Any] = {}
 
         def step(name: str, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -163,19 +166,21 @@ class Blocks:
                 raise _Stop
             if turn > stage:
                 raise RuntimeError(f"{name} runs before its turn")
-            # What earlier blocks hand on does not matter: only the last one's reaches a block.
+            # What earlier ones return does not matter: only that of the last is read.
             if stack not in moved:
-                moved[stack] = _map(lambda tensor: tensor.to(self._device), kept[stack])
+                moved[stack] = tree_map_only(
+                    Tensor, lambda each: each.to(self._device), kept[stack]
+                )
             return moved[stack]
 
         self._call(ids, step)
 
     def _call(self, ids: Tensor, forward: _Forward) -> None:
-        """The model's forward, with that of its blocks replaced."""
+        """The model's forward, with that of its layer blocks replaced."""
         import torch
 
         ids = ids.to(self._device)
-        accepted = _parameters(self._model)
+        accepted = inspect.signature(self._model.forward).parameters
         inputs = {"input_ids": ids}
         if "attention_mask" in accepted:
             inputs["attention_mask"] = torch.ones_like(ids)
@@ -226,7 +231,7 @@ def watched(
             handle.remove()
 
 
-def _stop(module: Any, args: tuple[Any, ...]) -> None:
+def _stop_here(module: Any, args: tuple[Any, ...]) -> None:
     raise _Stop
 
 
@@ -239,7 +244,7 @@ def _replacement(forward: _Forward, name: str, original: Callable[..., Any]) -> 
 
 
 def _stacks(model: Any, modules: Sequence[str]) -> dict[str, str]:
-    """Every block with its stack: the outermost ModuleLists that hold one of ``modules``."""
+    """Every layer block with its stack: the outermost ModuleLists that hold one of ``modules``."""
     from torch.nn import ModuleList
 
     found: dict[str, Any] = {}
@@ -260,16 +265,10 @@ def _stacks(model: Any, modules: Sequence[str]) -> dict[str, str]:
     }
 
 
-def _parameters(model: Any) -> set[str]:
-    import inspect
-
-    return set(inspect.signature(model.forward).parameters)
-
-
 def _kept(output: Any, like: Any) -> Any:
-    """A block's output on the CPU. Tensors that are those of ``like``, another batch's, are shared.
+    """An output on the CPU. Tensors that are those of ``like``, another batch's, are shared.
 
-    T5's blocks put out the position bias too (heads × length²), the same for every batch.
+    In T5 the position bias is part of it (heads × length²), the same for every batch.
     """
     import torch
     from torch.utils import _pytree
@@ -284,13 +283,6 @@ def _kept(output: Any, like: Any) -> Any:
         if isinstance(other, torch.Tensor) and torch.equal(leaves[number], other):
             leaves[number] = other
     return _pytree.tree_unflatten(leaves, structure)
-
-
-def _map(change: Callable[[Tensor], Tensor], value: Any) -> Any:
-    import torch
-    from torch.utils import _pytree
-
-    return _pytree.tree_map_only(torch.Tensor, change, value)
 
 
 def _same(one: Any, other: Any) -> bool:

@@ -41,7 +41,7 @@ def put_into_cache(home: Path, repository: str) -> Path:
 
 
 def test_demo_and_directories() -> None:
-    assert find_model("demo", silent).source == "demo"
+    assert find_model("demo", silent).identity.source == "demo"
     found = find_model(str(DEMO_DIRECTORY), silent)
     assert (found.identity.source, found.identity.revision) == ("directory", None)
     assert found.checkpoint is not None
