@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from loftq_cli.checkpoint.safetensors import Header, TensorInfo, read_pieces, read_tensor, shown
+from loftq_cli.checkpoint.safetensors import Header, TensorInfo, read_pieces, shown
 from loftq_cli.errors import InvalidSetting
 from loftq_cli.formats import DTYPE_NAMES
 
@@ -23,17 +23,12 @@ def load_tensor(header: Header, info: TensorInfo) -> torch.Tensor:
     """
     import torch
 
-    if 0 in info.shape:
-        return torch.empty(info.shape, dtype=torch_dtype(info.dtype))
-    if info.stored is None:
-        raw = read_tensor(header, info)
-        return torch.frombuffer(raw, dtype=torch_dtype(info.dtype)).view(info.shape)
-    tensor = torch.empty(info.elements, dtype=torch_dtype(info.dtype))
-    filled = 0
-    for piece in _cast(header, info):
-        tensor[filled : filled + len(piece)] = piece
+    tensor = torch.empty(info.shape, dtype=torch_dtype(info.dtype))
+    memory, filled = tensor_memory(tensor), 0
+    for piece in load_pieces(header, info):
+        memory[filled : filled + len(piece)] = piece
         filled += len(piece)
-    return tensor.view(info.shape)
+    return tensor
 
 
 def load_pieces(header: Header, info: TensorInfo) -> Iterator[memoryview]:

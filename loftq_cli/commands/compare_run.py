@@ -44,10 +44,10 @@ class Bench:
             InvalidSetting: a text is too short.
         """
         from loftq_cli.models.architecture import read_architecture
-        from loftq_cli.models.evaluation import MOST_TOKENS, Reference, require_causal, text_windows
+        from loftq_cli.models.evaluation import MOST_TOKENS, Reference, require_causal
         from loftq_cli.models.source import read_config, refuse_quantized
         from loftq_cli.models.spec import resolve_model
-        from loftq_cli.models.texts import read_text
+        from loftq_cli.models.texts import read_text, text_windows
 
         self.run, self.texts, self.asked = run, texts, asked
         self.trust_remote_code = trust_remote_code = asked.trust_remote_code

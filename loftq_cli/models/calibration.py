@@ -17,11 +17,10 @@ from typing import TYPE_CHECKING, Any
 from loftq_cli.checkpoint.index import open_checkpoint
 from loftq_cli.errors import LoftqError, UnsupportedModel
 from loftq_cli.models.architecture import Architecture, read_architecture
-from loftq_cli.models.evaluation import text_windows
 from loftq_cli.models.layerwise import StagedModel, watched
 from loftq_cli.models.loading import LoadedModel, load_tokenizer, read_weights, stored_dtype
 from loftq_cli.models.source import read_config
-from loftq_cli.models.texts import digest, read_text
+from loftq_cli.models.texts import digest, read_text, text_windows
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -1,6 +1,6 @@
 """How far a model is from its original: KL divergence and perplexity over windows of text.
 
-Both are over the tokens that are predicted, which is all of a window but its first:
+Both are over the tokens that are predicted, which are all of a window but its first:
 
     KL = mean of Σ_v p(v)·(log p(v) − log q(v))      p the original's probabilities, q the model's
     perplexity = exp(mean of −log q(the token that comes))
@@ -15,18 +15,13 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from loftq_cli.errors import CorruptCheckpoint, UnsupportedModel
-from loftq_cli.models import texts
-from loftq_cli.models.generation import context_length
+from loftq_cli.errors import UnsupportedModel
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from loftq_cli.models.architecture import Architecture
-    from loftq_cli.models.loading import LoadedModel
 
-# Longer windows tell hardly more here, and their logits are what takes memory.
-LONGEST_WINDOW = 1024
 # More tokens hardly change the figures; fewer leave them to chance.
 MOST_TOKENS = 32_768
 # Logits of one batch, and those taken into float32 at once: 256 and 64 MiB.
@@ -45,7 +40,6 @@ class Evaluation:
 
     window_losses: tuple[float, ...]
     kl_divergence: float | None
-    predicted_tokens: int
 
     @property
     def loss(self) -> float:
@@ -83,46 +77,6 @@ def require_causal(architecture: Architecture) -> None:
             cause="without a language-model head there are no KL and no perplexity",
             hint=hint,
         )
-
-
-def text_windows(loaded: LoadedModel, text: str, name: str, limit: int | None = None) -> Tensor:
-    """Token ids (windows × length) to evaluate or to train on; ``name`` is for errors.
-
-    Where the tokenizer begins texts with a token of its own, every window begins with it: some
-    models (Gemma) predict nothing sensible without.
-
-    Raises:
-        UnsupportedModel: there is no tokenizer.
-        InvalidSetting: the text does not fill one window.
-        CorruptCheckpoint: the tokenizer is another model's.
-    """
-    import torch
-
-    if loaded.tokenizer is None:
-        raise UnsupportedModel("this model has no tokenizer", cause="there is no tokenizer.json")
-    length = min(context_length(loaded.model) or LONGEST_WINDOW, LONGEST_WINDOW)
-    beginning = _beginning(loaded.tokenizer)
-    if length < 2:
-        raise UnsupportedModel(
-            "this model reads one token at a time", cause="so nothing of a text is predicted"
-        )
-    found = texts.windows(loaded.tokenizer, text, length - len(beginning), name, limit)
-    first = torch.tensor(beginning, dtype=found.dtype).expand(len(found), len(beginning))
-    windows = torch.cat([first, found], dim=1)
-    rows = loaded.model.get_input_embeddings().weight.shape[0]
-    if (largest := int(windows.max())) >= rows:
-        raise CorruptCheckpoint(
-            "the tokenizer is not this model's",
-            cause=f"it has a token {largest}, and the model's embedding {rows} rows",
-            hint="download the model's own tokenizer files",
-        )
-    return windows
-
-
-def _beginning(tokenizer: Any) -> list[int]:
-    """The token that this tokenizer puts before every text, if it does."""
-    ids = tokenizer("")["input_ids"][:1]
-    return ids if ids == [tokenizer.bos_token_id] else []
 
 
 class Reference:
@@ -171,11 +125,9 @@ def evaluate(model: Any, windows: Tensor, reference: Reference | None = None) ->
             losses.append(each.view(len(batch), -1).mean(1))
             divergence += diverged
             first += len(batch)
-    predicted = windows.shape[0] * (windows.shape[1] - 1)
     return Evaluation(
         window_losses=tuple(torch.cat(losses).tolist()),
-        kl_divergence=None if reference is None else divergence / predicted,
-        predicted_tokens=predicted,
+        kl_divergence=None if reference is None else divergence / windows[:, 1:].numel(),
     )
 
 

@@ -42,9 +42,9 @@ def known_model(name: str) -> tuple[str, Outline] | None:
     Case does not matter, as on the hub.
     """
     table = _table()
-    canonical = _names().get(name.casefold())
-    if canonical is None:
+    if name.casefold() not in _names():
         return None
+    _, canonical = _names()[name.casefold()]
     entry = table["models"][canonical]
     if entry["ids"]:
         return f"the published sizes of {canonical}", _outline(entry, table["reasons"])
@@ -54,7 +54,7 @@ def known_model(name: str) -> tuple[str, Outline] | None:
 
 def similar_names(name: str) -> list[str]:
     """Known names that a mistyped one may have meant, the nearest first."""
-    spelled = {each.casefold(): each for each in (*_names().values(), *_ids())}
+    spelled = {lower: each for lower, (each, _) in _names().items()}
     near = difflib.get_close_matches(name.casefold(), spelled, n=3, cutoff=0.8)
     if not near:
         last = name.casefold().rpartition("/")[2]
@@ -76,15 +76,13 @@ def _table() -> dict[str, Any]:
 
 
 @cache
-def _names() -> dict[str, str]:
-    """From every name, in lower case, to the name of its entry."""
-    models = _table()["models"]
-    names = {name.casefold(): name for name in models}
-    return names | {each.casefold(): name for name in models for each in models[name]["ids"]}
-
-
-def _ids() -> list[str]:
-    return [each for entry in _table()["models"].values() for each in entry["ids"]]
+def _names() -> dict[str, tuple[str, str]]:
+    """From every name in lower case to its own spelling and the name of its entry."""
+    return {
+        each.casefold(): (each, name)
+        for name, entry in _table()["models"].items()
+        for each in (name, *entry["ids"])
+    }
 
 
 def _outline(entry: dict[str, Any], reasons: list[str]) -> Outline:
@@ -101,13 +99,9 @@ def _outline(entry: dict[str, Any], reasons: list[str]) -> Outline:
         for tensor in expand(pattern, indices)
     )
     tensors, parameters = entry["vectors"]
-    return make_outline(
-        entry["architecture"],
-        matrices,
-        (tensors, parameters),
-        entry["parameters"],
-        entry["context"],
-    )
+    vectors = (tensors, parameters)
+    architecture, context = entry["architecture"], entry["context"]
+    return make_outline(architecture, matrices, vectors, entry["parameters"], context)
 
 
 def _numbers(text: str) -> list[int]:

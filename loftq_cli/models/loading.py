@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -14,7 +14,7 @@ from loftq_cli.models.adapters import attach_adapter, attach_fresh, own_adapter
 from loftq_cli.models.architecture import Architecture, read_architecture
 from loftq_cli.models.source import read_config
 
-Clock: TypeAlias = Callable[[str], AbstractContextManager[None]]
+Clock: TypeAlias = Callable[[str], AbstractContextManager[object]]
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 
@@ -39,12 +39,6 @@ def stored_dtype(config: dict[str, Any]) -> str | None:
     return value if isinstance(value, str) else None
 
 
-@contextmanager
-def untimed(step: str) -> Iterator[None]:
-    """A clock for callers who do not measure."""
-    yield
-
-
 def load_model(
     directory: Path,
     *,
@@ -53,7 +47,7 @@ def load_model(
     adapter: Path | None = None,
     fresh_rank: int | None = None,
     trust_remote_code: bool = False,
-    clock: Clock = untimed,
+    clock: Clock = nullcontext,
 ) -> LoadedModel:
     """Loads the directory's model and tokenizer, and puts an adapter on top.
 

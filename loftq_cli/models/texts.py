@@ -11,11 +11,22 @@ import stat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loftq_cli.errors import InvalidSetting, LoftqError, UsageError
+from loftq_cli.errors import (
+    CorruptCheckpoint,
+    InvalidSetting,
+    LoftqError,
+    UnsupportedModel,
+    UsageError,
+)
+from loftq_cli.models.generation import context_length
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from loftq_cli.models.loading import LoadedModel
+
+# Longer windows tell hardly more about a model, and their logits are what takes memory.
+LONGEST_WINDOW = 1024
 # A text is tokenized whole: this one in half a minute and a few gigabytes.
 MOST_BYTES = 32_000_000
 
@@ -89,26 +100,55 @@ def is_same(one: Path, two: Path) -> bool:
         return False  # whoever reads it says so
 
 
-def windows(tokenizer: Any, text: str, length: int, name: str, limit: int | None = None) -> Tensor:
+def text_windows(loaded: LoadedModel, text: str, name: str, limit: int | None = None) -> Tensor:
     """Token ids (windows × length), one window after the other; a rest that fills none is dropped.
 
-    ``limit`` tokens at most are taken, evenly from all of the text. ``name`` is for the error.
+    ``limit`` tokens at most are taken, evenly from all of the text. ``name`` is for the errors.
+    Where the tokenizer begins texts with a token of its own, every window begins with it: some
+    models (Gemma) predict nothing sensible without.
 
     Raises:
+        UnsupportedModel: there is no tokenizer.
         InvalidSetting: the text does not fill one window.
+        CorruptCheckpoint: the tokenizer is another model's.
     """
     import torch
 
+    tokenizer = loaded.tokenizer
+    if tokenizer is None:
+        raise UnsupportedModel("this model has no tokenizer", cause="there is no tokenizer.json")
+    length = min(context_length(loaded.model) or LONGEST_WINDOW, LONGEST_WINDOW)
+    if length < 2:
+        raise UnsupportedModel(
+            "this model reads one token at a time", cause="so nothing of a text is predicted"
+        )
+    beginning = _beginning(tokenizer)
+    fresh = length - len(beginning)
     ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-    count = len(ids) // length
+    count = len(ids) // fresh
     if count == 0:
         raise InvalidSetting(
             f"{name} is too short",
-            cause=f"it has {len(ids)} tokens, and this model's windows have {length}",
+            cause=f"it has {len(ids)} tokens, and this model's windows have {fresh}",
             hint="give it more text",
         )
-    whole = ids[: count * length].view(count, length).long()
-    wanted = count if limit is None else max(limit // length, 1)
-    if wanted >= count:
-        return whole
-    return whole[torch.linspace(0, count - 1, wanted).round().long()]
+    whole = ids[: count * fresh].view(count, fresh).long()
+    wanted = count if limit is None else max(limit // fresh, 1)
+    if wanted < count:
+        whole = whole[torch.linspace(0, count - 1, wanted).round().long()]
+    first = torch.tensor(beginning, dtype=whole.dtype).expand(len(whole), len(beginning))
+    windows = torch.cat([first, whole], dim=1)
+    rows = loaded.model.get_input_embeddings().weight.shape[0]
+    if (largest := int(windows.max())) >= rows:
+        raise CorruptCheckpoint(
+            "the tokenizer is not this model's",
+            cause=f"it has a token {largest}, and the model's embedding {rows} rows",
+            hint="download the model's own tokenizer files",
+        )
+    return windows
+
+
+def _beginning(tokenizer: Any) -> list[int]:
+    """The token that this tokenizer puts before every text, if it does."""
+    ids = tokenizer("")["input_ids"][:1]
+    return ids if ids == [tokenizer.bos_token_id] else []

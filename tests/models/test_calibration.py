@@ -19,12 +19,12 @@ from transformers.pytorch_utils import Conv1D
 
 import loftq_cli
 from loftq_cli.errors import CorruptCheckpoint, InvalidSetting, LoftqError, UnsupportedModel
-from loftq_cli.models import calibration, evaluation, layerwise
+from loftq_cli.models import calibration, layerwise, texts
 from loftq_cli.models.architecture import read_architecture
 from loftq_cli.models.calibration import Calibration, open_calibration
-from loftq_cli.models.evaluation import text_windows
 from loftq_cli.models.loading import LoadedModel
 from loftq_cli.models.source import read_config
+from loftq_cli.models.texts import text_windows
 from tests.battery import BATTERY, Entry
 
 DEMO = Path(loftq_cli.__file__).parent / "demo"
@@ -62,7 +62,7 @@ def is_staged(found: Calibration) -> bool:
 
 @pytest.fixture(autouse=True)
 def short_windows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(evaluation, "LONGEST_WINDOW", WINDOW)
+    monkeypatch.setattr(texts, "LONGEST_WINDOW", WINDOW)
 
 
 @pytest.fixture(scope="session")
