@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
 from loftq_cli.errors import LoftqError, first_line
 from loftq_cli.record import Progress
+from loftq_cli.schema import CheckSummary, CheckTest
 
 Figures: TypeAlias = dict[str, Any]
 
@@ -36,69 +39,65 @@ class Check:
     needs: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """How one check went."""
-
-    check: Check
-    status: Literal["passed", "failed", "skipped"]
-    seconds: float
-    finding: Finding
-    cause: str | None = None
-    hint: str | None = None
-
-
 class NothingToCheck(Exception):
     """This model has nothing that the check is about; the message says why."""
 
 
 def run_checks(
     checks: Iterable[Check], progress: Progress, trace: Callable[[], None]
-) -> list[Outcome]:
-    """Every check's outcome, in order.
+) -> list[CheckTest]:
+    """How every check went, in order.
 
     Args:
         trace: called while an unexpected error is being handled, for whoever wants to see it.
     """
-    outcomes: list[Outcome] = []
+    tests: list[CheckTest] = []
     for check in checks:
         progress.start(check.name)
-        outcomes.append(_run(check, outcomes, trace))
+        tests.append(_run(check, tests, trace))
         progress.advance(check.name)
-    return outcomes
+    return tests
 
 
-def _run(check: Check, earlier: Sequence[Outcome], trace: Callable[[], None]) -> Outcome:
-    missing = [
-        outcome
-        for outcome in earlier
-        if outcome.check.name in check.needs and outcome.status != "passed"
-    ]
-    if missing:
-        blocker = missing[0]
-        reason = f"'{blocker.check.name}' {blocker.status}"
-        return Outcome(check, "skipped", 0.0, Finding(f"not run: {reason}"), reason)
+def summary(tests: Sequence[CheckTest]) -> CheckSummary:
+    """How many there are of each status, and the seconds of all."""
+    count = Counter(test.status for test in tests)
+    return CheckSummary(
+        total=len(tests),
+        passed=count["passed"],
+        failed=count["failed"],
+        skipped=count["skipped"],
+        seconds=math.fsum(test.seconds for test in tests),
+    )
+
+
+def _run(check: Check, earlier: Sequence[CheckTest], trace: Callable[[], None]) -> CheckTest:
+    missing = [each for each in earlier if each.name in check.needs and each.status != "passed"]
+    status: Literal["passed", "failed", "skipped"] = "passed"
+    cause = hint = None
     began = time.perf_counter()
-
-    def ended(
-        status: Literal["passed", "failed", "skipped"],
-        finding: Finding,
-        cause: str | None = None,
-        hint: str | None = None,
-    ) -> Outcome:
-        return Outcome(check, status, time.perf_counter() - began, finding, cause, hint)
-
     try:
-        return ended("passed", check.run())
+        if missing:
+            raise NothingToCheck(f"'{missing[0].name}' {missing[0].status}")
+        finding = check.run()
     except NothingToCheck as reason:
-        return ended("skipped", Finding(f"not run: {reason}"), str(reason))
+        status, finding, cause = "skipped", Finding(f"not run: {reason}"), str(reason)
     except LoftqError as error:
-        return ended("failed", Finding(error.what), error.cause or error.what, error.hint)
+        status, finding = "failed", Finding(error.what)
+        cause, hint = error.cause or error.what, error.hint
     except Exception as error:  # a broken box breaks libraries in ways of its own
         trace()
-        return ended(
-            "failed",
-            Finding(f"unexpected {type(error).__name__}"),
-            first_line(error),
-            "run it again with --debug to see where it happened",
-        )
+        status, finding = "failed", Finding(f"unexpected {type(error).__name__}")
+        cause, hint = first_line(error), "run it again with --debug to see where it happened"
+    return CheckTest(
+        name=check.name,
+        group=check.group,
+        status=status,
+        seconds=0.0 if missing else time.perf_counter() - began,
+        verified=check.verifies,
+        detail=finding.detail,
+        figures=finding.figures,
+        rows=list(finding.rows),
+        cause=cause,
+        hint=hint,
+    )

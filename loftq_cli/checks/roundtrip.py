@@ -95,7 +95,9 @@ class RoundTrip:
         largest = 0.0
         for layer in self.layers:
             original = originals[layer.name]
-            found, plain = loaded_residual(loaded.model, subject.checkpoint, original)
+            found, plain = loaded_residual(
+                loaded.model, SETTINGS.container, subject.checkpoint, original
+            )
             reported = layer.weight_error_relative or 0.0
             gap = abs(found - reported)
             largest = max(largest, gap)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from loftq_cli import schema
 from loftq_cli.commands.compare_plan import Texts
+from loftq_cli.commands.loaded import choose
 from loftq_cli.commands.run import Run
 from loftq_cli.errors import InvalidSetting, LoftqError
 from loftq_cli.options import CompareOptions, items
@@ -57,7 +58,8 @@ class Bench:
         self.identity = found.identity
         config = read_config(found.directory)
         refuse_quantized(found.directory, config)
-        self.device, self.dtype = _choose(run, config, asked.device, asked.dtype)
+        where = choose(run, config, asked.device, asked.dtype, to_measure=True)
+        self.device, self.dtype = where.device, where.dtype
         with run.timing("read", "reading the model"):
             self.architecture = read_architecture(
                 found.directory, config, trust_remote_code=trust_remote_code
@@ -251,25 +253,6 @@ class _Warnings(Listener):
 
     def warn(self, text: str) -> None:
         self._run.warn(text)
-
-
-def _choose(run: Run, config: dict[str, object], device: str, dtype: str) -> tuple[str, str]:
-    """Where and in what to compute. On a CPU that is float32, whatever the checkpoint has.
-
-    Rounding to bfloat16 there costs as much time and adds to every KL: 0.00025 to 0.009 for the
-    built-in model.
-    """
-    from loftq_cli import hardware
-    from loftq_cli.models.loading import stored_dtype
-
-    chosen = hardware.resolve_device(device)
-    if chosen.value == "cpu" and dtype == "auto":
-        kind = hardware.Choice("float32", "auto: on a CPU, rounding less measures better")
-    else:
-        kind = hardware.resolve_dtype(dtype, chosen.value, stored_dtype(config))
-    run.resolved("device", *chosen)
-    run.resolved("dtype", *kind)
-    return chosen.value, kind.value
 
 
 def _method(

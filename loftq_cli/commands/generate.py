@@ -91,7 +91,7 @@ def generate(
     from loftq_cli.models.loading import require_text_model
     from loftq_cli.schema import GenerateResults
 
-    resolved, loaded, where = load_for_run(
+    identity, loaded, where = load_for_run(
         run,
         model,
         device,
@@ -122,7 +122,7 @@ def generate(
             top_p=None if sampling is None else sampling.top_p,
             seed=None if sampling is None else sampling.seed,
         ),
-        model=resolved,
+        model=identity,
     )
 
 

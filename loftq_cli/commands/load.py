@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
@@ -14,7 +15,7 @@ from loftq_cli.errors import CheckFailed
 if TYPE_CHECKING:
     from loftq_cli.commands.loaded import Where
     from loftq_cli.models.loading import LoadedModel
-    from loftq_cli.schema import LoadResults
+    from loftq_cli.schema import LoadResults, ModelIdentity
 
 # What `load_seconds` is the sum of. Importing the libraries is told apart from it: that is the
 # same for every model.
@@ -51,9 +52,9 @@ def load(
     Loads the weights and the tokenizer for real, with the adapter if one lies beside them, and
     says what that took: parameters, bytes, seconds, memory, and why on this device.
     """
-    from loftq_cli.commands.loaded import build_for_run, load_for_run
+    from loftq_cli.commands.loaded import load_for_run
 
-    begin = build_for_run if random_weights else load_for_run
+    begin = _build if random_weights else load_for_run
     identity, loaded, where = begin(run, model, device, dtype, trust_remote_code=trust_remote_code)
     run.finish(_results(loaded, where, run.seconds(*_STEPS), random_weights), model=identity)
     if expect is not None and where.device.partition(":")[0] != expect:
@@ -61,6 +62,37 @@ def load(
             f"expected {expect}, and the model is on {where.device}",
             cause=where.reason,
         )
+
+
+def _build(
+    run: Run, spec: str, device: str, dtype: str, *, trust_remote_code: bool
+) -> tuple[ModelIdentity, LoadedModel, Where]:
+    """The model of a config, or of the shipped table, with random weights."""
+    from loftq_cli.commands.loaded import choose, timed
+    from loftq_cli.models.known import known_model
+    from loftq_cli.models.random_weights import random_model
+    from loftq_cli.models.source import read_config
+    from loftq_cli.models.spec import local_model, resolve_model
+    from loftq_cli.schema import ModelIdentity
+
+    with timed(run, "resolve"):
+        found = local_model(spec)
+        # The table comes before the hub: this is for boxes without a network.
+        if found is None and known_model(spec) is None:
+            found = resolve_model(spec, with_code=trust_remote_code, with_weights=False)
+    directory = None if found is None else found.directory
+    with timed(run, "import"):
+        where = choose(run, {} if directory is None else read_config(directory), device, dtype)
+    loaded = random_model(
+        directory,
+        spec,
+        device=where.device,
+        dtype=where.dtype,
+        trust_remote_code=trust_remote_code,
+        clock=partial(timed, run),
+    )
+    identity = ModelIdentity(id=spec, source="known") if found is None else found.identity
+    return identity, loaded, where
 
 
 def _results(

@@ -201,3 +201,11 @@ class Container(ABC):
         It must be what the quantizer makes of :meth:`quantized`, to the bit.
         """
         raise NotImplementedError
+
+    def held(self, layer: Any) -> Tensor:
+        """Q (out × in) as a loaded layer of ``layer_class`` holds it.
+
+        To be asked before the layer's first forward pass, after which codes may be in another
+        order.
+        """
+        raise NotImplementedError

@@ -200,6 +200,12 @@ class Bitsandbytes4(Container):
             Q: Tensor = dequantize_4bit(stored.codes, state)
         return Q
 
+    def held(self, layer: Any) -> Tensor:
+        from bitsandbytes.functional import dequantize_4bit
+
+        Q: Tensor = dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+        return Q
+
     @property
     def _size(self) -> int:
         assert self.block_size is not None

@@ -79,6 +79,12 @@ class Bitsandbytes8(Container):
         Q: Tensor = int8_vectorwise_dequant(stored.codes, self._row_scales(stored))
         return Q
 
+    def held(self, layer: Any) -> Tensor:
+        from bitsandbytes.functional import int8_vectorwise_dequant
+
+        Q: Tensor = int8_vectorwise_dequant(layer.weight.data, layer.weight.SCB)
+        return Q
+
     def _row_scales(self, stored: StoredWeight) -> Tensor:
         return stored.parts[f"{stored.weight.name.removesuffix('.weight')}.SCB"]
 

@@ -18,10 +18,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from loftq_cli.checks import all as all_checks
 from loftq_cli.checks import kernels, layers, model, rates, roundtrip, specimens
 from loftq_cli.checks.battery import Check, Finding, NothingToCheck, run_checks
-from loftq_cli.commands import check as command
-from loftq_cli.core import lowrank, quantizers
+from loftq_cli.core import compiled_step, lowrank
 from loftq_cli.core.blockwise import BlockwiseFormat
 from loftq_cli.core.codebooks import codebook
 from loftq_cli.engines import job
@@ -61,7 +61,7 @@ def few_formats(monkeypatch: Monkey) -> None:
 
 @pytest.fixture
 def no_hardware(monkeypatch: Monkey) -> None:
-    monkeypatch.setattr(command, "_hardware", lambda device: [])
+    monkeypatch.setattr(all_checks, "hardware_checks", lambda device: [])
 
 
 def subject(directory: Path = DEMO_DIRECTORY) -> model.Subject:
@@ -210,15 +210,14 @@ def test_a_kernel_that_reads_something_else(monkeypatch: Monkey) -> None:
 
 @pytest.mark.usefixtures("few_formats")
 def test_compiled_loops_that_went_wrong(monkeypatch: Monkey) -> None:
-    honest = quantizers.Blockwise.step
+    honest = compiled_step.CompiledSteps.quantize
 
-    def step(self: quantizers.Blockwise, *arguments: Any, **options: Any) -> Any:
-        stored, left = honest(self, *arguments, **options)
-        if not self.readable:
-            stored.absmax[7] += 1e-6
+    def quantize(*arguments: Any, **options: Any) -> Any:
+        stored, left = honest(*arguments, **options)
+        stored.absmax[7] += 1e-6
         return stored, left
 
-    monkeypatch.setattr(quantizers.Blockwise, "step", step)
+    monkeypatch.setattr(compiled_step.CompiledSteps, "quantize", quantize)
     assert "scale 7 of nf4" in str(failure(kernels.compiled, "cpu").cause)
 
 
@@ -474,7 +473,7 @@ def test_the_battery_goes_on_after_anything_but_a_signal() -> None:
         "passed",
     ]
     told, strange, memory, nothing, needs, _ = outcomes
-    assert (told.finding.detail, told.cause, told.hint) == ("what", "what", "do")
+    assert (told.detail, told.cause, told.hint) == ("what", "what", "do")
     assert strange.cause == "ZeroDivisionError: division by zero"
     assert (memory.cause, nothing.cause, needs.cause) == (
         "MemoryError",

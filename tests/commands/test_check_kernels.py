@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from loftq_cli.checks import all as all_checks
 from loftq_cli.checks import kernels
 from loftq_cli.checks.battery import Check
-from loftq_cli.commands import check as command
 from loftq_cli.core.blockwise import BlockwiseFormat
 from tests.commands.test_check import by_name
 from tests.conftest import Outcome
@@ -37,9 +37,9 @@ def check_with(loftq: Loftq, monkeypatch: pytest.MonkeyPatch) -> Callable[[Chang
     ]
     check = Check("4-bit quantization", "g", "v", partial(kernels.quantization, "cpu"))
     monkeypatch.setattr(kernels, "formats", lambda: iter(some))
-    monkeypatch.setattr(command, "_hardware", lambda device: [check])
-    monkeypatch.setattr(command, "_model", lambda subject: [])
-    monkeypatch.setattr(command, "_round", lambda trip: [])
+    monkeypatch.setattr(all_checks, "hardware_checks", lambda device: [check])
+    monkeypatch.setattr(all_checks, "model_checks", lambda subject: [])
+    monkeypatch.setattr(all_checks, "main_job_checks", lambda trip: [])
     honest = bnb.functional.quantize_4bit
 
     def run(change: Change) -> Outcome:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from loftq_cli import hardware
-from loftq_cli.checks.written.directory import ClaimedLayer
+from loftq_cli.checks.written.claims import ClaimedLayer
 from loftq_cli.checks.written.residuals import spread
 from loftq_cli.engines import plan as plan_module
 from tests.battery import BATTERY

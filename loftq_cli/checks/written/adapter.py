@@ -10,6 +10,7 @@ import math
 import warnings
 from typing import Any
 
+from loftq_cli import starts
 from loftq_cli.checkpoint.adapter import (
     ADAPTER_CONFIG,
     ADAPTER_DIRECTORY,
@@ -56,10 +57,10 @@ def _require_config(written: Written) -> None:
     found = load_json(written.directory / ADAPTER_DIRECTORY / ADAPTER_CONFIG)
     expected = adapter_config(
         base_model="",
-        task_type=claims.task_type,
+        task_type=claims.results.task_type,
         rank=claims.config_rank,
         lora_alpha=claims.config_alpha,
-        use_rslora=claims.use_rslora,
+        use_rslora=claims.settings.rslora,
         target_modules=[],
         rank_pattern={},
         alpha_pattern={},
@@ -159,8 +160,9 @@ def _require_finite(header: Header) -> None:
 
 def _require_zeros(written: Written, header: Header) -> None:
     """B is zero where it corrects nothing: in starts that never do, and in padding."""
+    corrects = starts.of_report(written.claims.settings.init).corrects
     for layer in written.claims.adapted:
-        first = layer.rank if written.claims.corrects else 0
+        first = layer.rank if corrects else 0
         if first == layer.stored_rank:
             continue
         name = lora_names(layer.name)[1]

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from loftq_cli import hardware, options
-from loftq_cli.checks.battery import run_checks
-from loftq_cli.checks.written.all import all_checks, count_steps
+from loftq_cli.checks.battery import Check, run_checks, summary
+from loftq_cli.checks.written.adapter import adapter
+from loftq_cli.checks.written.claims import claims_of
+from loftq_cli.checks.written.container import container
 from loftq_cli.checks.written.directory import Written
-from loftq_cli.checks.written.report import certificate_of, claims_of
+from loftq_cli.checks.written.files import files
+from loftq_cli.checks.written.forward import forward
 from loftq_cli.checks.written.residuals import Residuals, spread
-from loftq_cli.checks.written.source import reported_source, required_source
 from loftq_cli.engines.report_file import Report, read_report
-from loftq_cli.errors import CheckFailed
-from loftq_cli.models.spec import ResolvedModel
+from loftq_cli.errors import CheckFailed, LoftqError, ModelNotFound
+from loftq_cli.models.hub_cache import cached_model
+from loftq_cli.models.spec import ResolvedModel, hub_id, local_model
 from loftq_cli.record import Record
-from loftq_cli.schema import Document, VerifyResults
+from loftq_cli.schema import Document, ModelIdentity, VerifiedLayer, VerifyResults
 
 
 def verify_directory(
@@ -42,18 +47,11 @@ def verify_directory(
     report = read_report(directory)
     chosen = hardware.resolve_device(device)
     record.resolved("device", *chosen)
-    model = None
-    if source is not None:
-        model = required_source(source)
-    elif report.model is not None:
-        model = reported_source(
-            report.model.id, report.model.revision, is_hub_id=report.model.source == "hub"
-        )
     results = certify(
         record,
         directory,
         report,
-        model,
+        _reported_source(report.model) if source is None else _required_source(source),
         sample=sample,
         device=chosen.value,
         dtype=dtype,
@@ -79,15 +77,32 @@ def certify(
         import bitsandbytes  # noqa: F401
         import peft  # noqa: F401
     layers = [] if source is None else spread(claims.layers, sample)
-    steps = count_steps(claims, len(layers))
+    # Every file, every layer in the container and again against the source, and the checks' ends.
+    steps = len(claims.results.files) + len(claims.layers) + len(layers) + 5
     with record.timing("checks"), record.progress("verifying", steps) as progress:
         written = Written(
             directory, claims, device, options.dtype(dtype), progress, trust_remote_code
         )
         residuals = Residuals(written, source, layers)
-        checks = all_checks(written, residuals, hardware.memory_bytes())
-        outcomes = run_checks(checks, progress, trace=record.listener.trace)
-    return certificate_of(directory, claims, outcomes, residuals)
+        tests = run_checks(_checks(written, residuals), progress, trace=record.listener.trace)
+    return VerifyResults(
+        directory=str(directory),
+        source=None if source is None else source.identity.id,
+        quantized_layers=len(claims.quantized),
+        measured_layers=len(residuals.measured),
+        tests=tests,
+        layers=[
+            VerifiedLayer(
+                name=each.name,
+                shape=each.shape,
+                weight_error_relative=each.error if math.isfinite(each.error) else None,
+                reported_weight_error_relative=each.reported,
+                agrees=each.agrees,
+            )
+            for each in residuals.measured
+        ],
+        summary=summary(tests),
+    )
 
 
 def require_passed(results: VerifyResults, document: Document[Any]) -> None:
@@ -106,3 +121,77 @@ def require_passed(results: VerifyResults, document: Document[Any]) -> None:
         )
         error.document = document
         raise error
+
+
+def _checks(written: Written, residuals: Residuals) -> list[Check]:
+    """In the order in which a reader would lose trust.
+
+    Wrong files do not keep the others from running: they say what is wrong with them.
+    """
+    form = written.claims.container
+    opened = (
+        f"{form.name} opens every quantized layer and dequantizes it as the reference does, with "
+        "no more codes than its bits; the config names its format and every layer that is left out"
+        if form.quantizes
+        else "nothing is quantized, and every layer of the report is there with finite weights"
+    )
+    group, needs = "directory", ("container", "adapter")
+    return [
+        Check(
+            "files",
+            group,
+            "every file is there with the size and hash of the report, and no other is",
+            partial(files, written),
+        ),
+        Check("container", group, opened, partial(container, written)),
+        Check(
+            "adapter",
+            group,
+            "PEFT puts it on the reported layers in rank, shape and scaling, and it is finite",
+            partial(adapter, written),
+        ),
+        Check(
+            "residuals",
+            group,
+            "weight, backbone and adapter leave what the report says, measured again in float64",
+            residuals.check,
+            needs,
+        ),
+        Check(
+            "forward",
+            group,
+            "transformers and PEFT load it as its README says, and its outputs are finite",
+            partial(forward, written),
+            needs,
+        ),
+    ]
+
+
+def _required_source(spec: str) -> ResolvedModel:
+    """The model that the user named: built in, a directory, or in the hub's cache.
+
+    Raises:
+        ModelNotFound: it is not on this disk.
+        UsageError: it is no name of a model.
+    """
+    found = local_model(spec) or cached_model(*hub_id(spec))
+    if found is None:
+        raise ModelNotFound(
+            f"'{spec}' is not on this disk",
+            cause="it is no directory, and the hub's cache does not have all of it; verify "
+            "downloads nothing",
+            hint=f"hf download {spec.replace('@', ' --revision ')}",
+        )
+    return found
+
+
+def _reported_source(model: ModelIdentity | None) -> ResolvedModel | None:
+    """The model that a report names; None if it is not at hand, for whatever reason."""
+    if model is None:
+        return None
+    try:
+        if model.source == "hub":
+            return cached_model(hub_id(model.id)[0], model.revision)
+        return local_model(model.id)
+    except LoftqError:
+        return None

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from loftq_cli.checkpoint.safetensors import shown
+from loftq_cli.checkpoint.tensors import load_tensor
 from loftq_cli.checks.battery import Finding
-from loftq_cli.checks.written.directory import WRITE_AGAIN, ClaimedLayer, Written
-from loftq_cli.checks.written.stored import damage_told, stored_weight
-from loftq_cli.checks.written.unquantized import unquantized
+from loftq_cli.checks.written.claims import ClaimedLayer
+from loftq_cli.checks.written.directory import WRITE_AGAIN, Written, not_as_reported
 from loftq_cli.errors import CheckFailed
 from loftq_cli.models.source import CONFIG_FILE
 
@@ -24,15 +25,11 @@ def container(written: Written) -> Finding:
     """Config, skip list, and every quantized layer of the report."""
     claims = written.claims
     if not claims.container.quantizes:
-        return unquantized(written)
+        return _unquantized(written)
     skipped = _quantization_config(written)
     _require_same_layers(written)
     _require_skipped(written, skipped)
-    values = 0
-    for layer in claims.layers:
-        written.progress.start(layer.name)
-        values += _layer(written, layer)
-        written.progress.advance(layer.name)
+    values = _each_layer(written, _quantized)
     return Finding(
         f"{len(claims.layers)} layers in {_form(written)}: {claims.container.name} and the "
         f"reference dequantize {values:,} weights to the same bits",
@@ -42,6 +39,33 @@ def container(written: Written) -> Finding:
             "modules_in_skip_list": len(skipped),
         },
     )
+
+
+def _unquantized(written: Written) -> Finding:
+    """No sign of a quantization, and every layer of the report with finite numbers."""
+    if written.config.get("quantization_config") is not None:
+        raise _wrong_config("it has a quantization_config, and by the report nothing is quantized")
+    for module, tensor in written.weights.items():
+        raise CheckFailed(
+            f"{module} is stored quantized, and by the report it is not",
+            cause=f"there are scales for {shown(tensor)}",
+            hint=WRITE_AGAIN,
+        )
+    count, values = len(written.claims.layers), _each_layer(written, _plain)
+    return Finding(
+        f"{count} layers are stored as they were, {values:,} finite weights; "
+        "nothing is quantized, and the config says nothing else",
+        {"layers": count, "values": values},
+    )
+
+
+def _each_layer(written: Written, look: Callable[[Written, ClaimedLayer], None]) -> int:
+    """Looks at every layer of the report; gives the number of their weights."""
+    for layer in written.claims.layers:
+        written.progress.start(layer.name)
+        look(written, layer)
+        written.progress.advance(layer.name)
+    return sum(layer.shape[0] * layer.shape[1] for layer in written.claims.layers)
 
 
 def _form(written: Written) -> str:
@@ -100,12 +124,23 @@ def _require_same_layers(written: Written) -> None:
         )
 
 
-def _layer(written: Written, layer: ClaimedLayer) -> int:
-    """Compares one layer; gives the number of its weights."""
+def _plain(written: Written, layer: ClaimedLayer) -> None:
+    found = written.plain_layers.get(layer.name)
+    if found is None:
+        raise not_as_reported(layer, "no weight file has a weight of it")
+    shape = (found.out_features, found.in_features)
+    if shape != layer.shape:
+        raise not_as_reported(
+            layer, f"{shown(found.tensor)} is {list(shape)}, not {list(layer.shape)}"
+        )
+    if not bool(load_tensor(*written.checkpoint.tensors[found.tensor]).isfinite().all()):
+        raise not_as_reported(layer, f"{shown(found.tensor)} has NaN or infinity")
+
+
+def _quantized(written: Written, layer: ClaimedLayer) -> None:
+    """What the library makes of the layer against what the reference does."""
     container = written.claims.container
-    stored = stored_weight(written, layer)
-    with damage_told(layer):
-        container.require_codes(stored)
+    stored = written.stored(layer, every_code=True)
     expected = container.quantizer(layer.bits).dequantize(container.quantized(stored))
     if not bool(expected.isfinite().all()):
         raise CheckFailed(
@@ -129,7 +164,6 @@ def _layer(written: Written, layer: ClaimedLayer) -> int:
             f"reference {float(expected[row, column]):.9g}",
             hint="`loftq check` tests the kernels of this box",
         )
-    return layer.shape[0] * layer.shape[1]
 
 
 def _first_difference(found: Tensor, expected: Tensor) -> int | None:

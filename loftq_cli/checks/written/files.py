@@ -9,9 +9,10 @@ from pathlib import Path, PurePosixPath
 from loftq_cli.checkpoint.safetensors import shown
 from loftq_cli.checkpoint.writer import hash_file
 from loftq_cli.checks.battery import Finding
-from loftq_cli.checks.written.directory import WRITE_AGAIN, ClaimedFile, Written
+from loftq_cli.checks.written.directory import WRITE_AGAIN, Written
 from loftq_cli.errors import CheckFailed
 from loftq_cli.models.source import REPORT_FILE
+from loftq_cli.schema import WrittenFile
 
 # The report cannot hold its own hash; the README is for people, who may well write into it.
 _UNLISTED = {REPORT_FILE, "README.md"}
@@ -21,7 +22,7 @@ _OTHER_TOOLS = {".git", ".gitattributes", ".cache"}
 
 def files(written: Written) -> Finding:
     """Every listed file is there and is the same, and nothing else is."""
-    claimed = written.claims.files
+    claimed = written.claims.results.files
     for each in claimed:
         _require_plain(each.name)
     if not claimed:
@@ -64,7 +65,7 @@ def _require_plain(name: str) -> None:
         )
 
 
-def _require_size(directory: Path, claimed: ClaimedFile) -> None:
+def _require_size(directory: Path, claimed: WrittenFile) -> None:
     path = directory / claimed.name
     if not path.is_file():
         raise CheckFailed(
@@ -75,7 +76,7 @@ def _require_size(directory: Path, claimed: ClaimedFile) -> None:
         raise _changed(claimed, f"it has {size:,} bytes, and {claimed.bytes:,} were written")
 
 
-def _changed(claimed: ClaimedFile, cause: str) -> CheckFailed:
+def _changed(claimed: WrittenFile, cause: str) -> CheckFailed:
     return CheckFailed(
         f"{shown(claimed.name)} is not the file that was written", cause=cause, hint=WRITE_AGAIN
     )

@@ -6,12 +6,14 @@ import warnings
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from loftq_cli import hardware
 from loftq_cli.checkpoint.adapter import ADAPTER_DIRECTORY, ADAPTER_NAME
 from loftq_cli.checkpoint.safetensors import read_header
 from loftq_cli.checks.battery import Finding, NothingToCheck
 from loftq_cli.checks.written.directory import WRITE_AGAIN, Written
 from loftq_cli.containers import layer_classes
 from loftq_cli.errors import CheckFailed, first_line
+from loftq_cli.report.quantize import auto_class
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,12 +23,12 @@ _TOKENS = 8
 _ROOM = 1.25
 
 
-def forward(written: Written, memory_bytes: int | None) -> Finding:
+def forward(written: Written) -> Finding:
     """Loads backbone and adapter, looks at their layers, and runs a few inputs through them."""
     import torch
 
-    inputs = _inputs(written.architecture.model, written.claims.task_type)
-    _require_room(written, memory_bytes)
+    inputs = _inputs(written.architecture.model, written.claims.results.task_type)
+    _require_room(written)
     model = _load(written)
     dtype = model.get_base_model().dtype
     given = {
@@ -58,10 +60,11 @@ def forward(written: Written, memory_bytes: int | None) -> Finding:
     shapes = ", ".join(
         f"{name} {list(each.shape)}" for name, each in inputs.items() if name != "attention_mask"
     )
-    kind = written.claims.container.layer_class or "layers as they were"
+    claims = written.claims
+    kind = claims.container.layer_class or "layers as they were"
     return Finding(
-        f"{written.claims.auto_class} and PEFT load it: {len(written.claims.layers)} {kind}, "
-        f"{len(written.claims.adapted)} with an adapter; {shapes} give {values:,} finite values",
+        f"{auto_class(claims.results)} and PEFT load it: {len(claims.layers)} {kind}, "
+        f"{len(claims.adapted)} with an adapter; {shapes} give {values:,} finite values",
         {"output_values": values},
     )
 
@@ -72,7 +75,8 @@ def _load(written: Written) -> Any:
     import transformers
     from peft import PeftModel
 
-    auto = getattr(transformers, written.claims.auto_class, transformers.AutoModelForCausalLM)
+    auto = auto_class(written.claims.results)
+    auto = getattr(transformers, auto, transformers.AutoModelForCausalLM)
     options: dict[str, Any] = {"trust_remote_code": True} if written.trust_remote_code else {}
     if written.dtype is not None:
         options["dtype"] = getattr(torch, written.dtype)
@@ -124,10 +128,10 @@ def _require_layers(written: Written, how: str, found: set[str]) -> None:
         )
 
 
-def _require_room(written: Written, memory_bytes: int | None) -> None:
+def _require_room(written: Written) -> None:
     adapter = read_header(written.directory / ADAPTER_NAME).file_bytes
     needed = int(_ROOM * (written.checkpoint.total_bytes + adapter))
-    room, place = memory_bytes, "this box"
+    room, place = hardware.memory_bytes(), "this box"
     if written.device.startswith("cuda"):
         import torch
 

@@ -18,8 +18,9 @@ from loftq_cli.checkpoint.index import Checkpoint, open_checkpoint
 from loftq_cli.checkpoint.safetensors import Header, read_header
 from loftq_cli.checkpoint.tensors import load_tensor
 from loftq_cli.checks.battery import Finding, NothingToCheck
-from loftq_cli.checks.written.directory import WRITE_AGAIN, ClaimedLayer, Written
-from loftq_cli.checks.written.stored import stored_weight
+from loftq_cli.checks.written.claims import ClaimedLayer
+from loftq_cli.checks.written.directory import WRITE_AGAIN, Written
+from loftq_cli.containers.base import Container
 from loftq_cli.engines.placement import read_weight
 from loftq_cli.errors import CheckFailed
 from loftq_cli.models.layers import LinearLayer
@@ -79,7 +80,7 @@ class Residuals:
                 f"the source, {self.written.claims.source}, is not on this disk, and nothing is "
                 "downloaded for this; name a directory or a cached model with --source MODEL"
             )
-        checkpoint = open_checkpoint(self.source.directory).cast(self.written.claims.dtype)
+        checkpoint = open_checkpoint(self.source.directory).cast(self.written.claims.settings.dtype)
         same_files = self._has_reported_files(checkpoint)
         inventory = self.written.architecture.inventory(checkpoint.infos)
         originals = {layer.module: layer for layer in inventory.layers}
@@ -103,7 +104,8 @@ class Residuals:
 
     def _has_reported_files(self, checkpoint: Checkpoint) -> bool | None:
         """Whether these are the weight files that were quantized; None if nobody noted which."""
-        reported = self.written.claims.source_files
+        files = self.written.claims.results.source_files
+        reported = {(each.name, each.bytes, each.header_sha256) for each in files}
         headers = checkpoint.headers.items()
         found = {(name, header.file_bytes, header.sha256) for name, header in headers}
         return found == reported if reported else None
@@ -126,13 +128,13 @@ class Residuals:
         copied = True
         container = self.written.claims.container
         if container.quantizes:
-            Q = container.runtime(stored_weight(self.written, layer))
+            Q = container.runtime(self.written.stored(layer))
         else:
             found = self.written.plain_layers[layer.name]
             Q = read_weight(self.written.checkpoint, found, device)
             copied = Q.dtype == W.dtype and _same_bytes(W, Q)
         correction = None
-        if layer.adapted:
+        if layer.stored_rank:
             A, B = (
                 load_tensor(adapter, adapter.tensors[name]).to(W.device).double()
                 for name in lora_names(layer.name)
@@ -178,7 +180,7 @@ class Residuals:
 
     def _require_total(self) -> None:
         """All layers as one long vector, where all were measured."""
-        reported = self.written.claims.weight_error
+        reported = self.written.claims.results.totals.weight_error_relative
         if reported is None or len(self.measured) < len(self.written.claims.layers):
             return
         whole = math.hypot(*(each.norm for each in self.measured)) or 1.0
@@ -203,7 +205,7 @@ class Residuals:
         }[same_files]
         return Finding(
             f"{which} measured against {self.source.identity.id}: as reported, "
-            f"to {largest:.0e}{note}{_OUTPUTS * self.written.claims.calibrated}",
+            f"to {largest:.0e}{note}{_OUTPUTS if self.written.claims.settings.calibration else ''}",
             {"layers": count, "largest_difference": largest},
         )
 
@@ -251,25 +253,25 @@ def _residual(
     return math.sqrt(left) / (math.sqrt(norm) or 1.0), math.sqrt(norm)
 
 
-def loaded_residual(model: Any, checkpoint: Checkpoint, layer: LinearLayer) -> tuple[float, float]:
-    """‖W − Q − s·B·A‖ / ‖W‖ and ‖W − Q‖ / ‖W‖ of a layer of a 4-bit PEFT model in memory.
+def loaded_residual(
+    model: Any, container: Container, checkpoint: Checkpoint, layer: LinearLayer
+) -> tuple[float, float]:
+    """‖W − Q − s·B·A‖ / ‖W‖ and ‖W − Q‖ / ‖W‖ of a layer of a quantized PEFT model in memory.
 
     The second is more than plain quantization leaves: this Q was chosen to go with its adapter. To
-    be called before the model's first forward pass: on some CPUs bitsandbytes then packs the codes
-    in another order.
+    be called before the model's first forward pass (see `Container.held`).
 
     Raises:
         CheckFailed: the layer was not loaded as a quantized one with an adapter.
     """
     import torch
-    from bitsandbytes import functional as bnb
 
     module = model.get_base_model().get_submodule(layer.module)
     base = getattr(module, "base_layer", module)
-    if (kind := type(base).__name__) != "Linear4bit":
+    if (kind := type(base).__name__) != container.layer_class:
         raise CheckFailed(f"{layer.module} was loaded as {kind}, not as a quantized layer")
     with torch.no_grad():
-        Q = bnb.dequantize_4bit(base.weight.data, base.weight.quant_state)
+        Q = container.held(base)
         W = read_weight(checkpoint, layer, str(Q.device))
         (adapter,) = module.active_adapters
         A, B = module.lora_A[adapter].weight.double(), module.lora_B[adapter].weight.double()
