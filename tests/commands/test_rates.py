@@ -131,7 +131,7 @@ def test_training(clock: Clock, monkeypatch: Monkey) -> None:
     )
     adapted = attach_fresh(GPT2LMHeadModel(config), 2, "CAUSAL_LM")
     windows = torch.arange(32).remainder(9).view(4, 8)
-    trained = finetuning.finetune(adapted, windows, windows, finetuning.Training(2, 1e-3, 0))
+    trained = finetuning.finetune(adapted, windows, windows, finetuning.Schedule(2, 1e-3, 0))
     assert trained.seconds == 2.0
 
 
