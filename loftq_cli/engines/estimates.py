@@ -14,7 +14,10 @@ and the adapters of one output file. In bytes a weight of that layer:
 and besides, for every direction of a sketch, ten vectors as long as a column and a row.
 Without the reading ahead one dtype less is held.
 
-Measured on two cores (VmHWM, MB) against what is told here, in the order of the levels:
+With `--max-memory` reading ahead is given up where it does not fit; the files are the same, and the
+run takes longer.
+
+Measured on two cores (VmHWM, MB) against what is told here, with the reading ahead and without:
 
     the demo, rank 16                               513  608     513  608
     GPT-2 (124M, Conv1D, bfloat16), rank 16         577  659     601  654
@@ -28,12 +31,13 @@ own factor.
 
 from __future__ import annotations
 
-from enum import IntEnum
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from loftq_cli.core.sketches import PIECE, sketch_width, takes_exact
 from loftq_cli.engines.plan import Plan, PlannedLayer
 from loftq_cli.engines.settings import Settings
+from loftq_cli.errors import DoesNotFit
 from loftq_cli.formats import DTYPE_BITS, MOST_RANKS
 
 # Python, torch, transformers and the compiled kernels, resident after a run on a tiny model:
@@ -65,13 +69,6 @@ _CALIBRATED, _MOMENTS = 8, 8
 _MEASURING = 9
 
 
-class Level(IntEnum):
-    """How little of a layer is held at once. The files are the same bytes at every level."""
-
-    AHEAD = 1  # the next layer is read while one is worked on
-    ALONE = 2  # one layer at a time
-
-
 class Machine(NamedTuple):
     """What of the machine decides about memory."""
 
@@ -79,17 +76,69 @@ class Machine(NamedTuple):
     threads: int = 2
 
 
-def memory_bytes(plan: Plan, level: Level, machine: Machine) -> int:
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Whether the next layer is read while one is worked on, the peak in bytes, and why."""
+
+    ahead: bool
+    peak_bytes: int
+    reason: str
+
+    @property
+    def name(self) -> str:
+        return "read-ahead" if self.ahead else "one-layer"
+
+
+def plan_memory(plan: Plan, limit: int | None, machine: Machine) -> MemoryPlan:
+    """Reading ahead, unless only doing without is within ``limit`` bytes (None: no limit).
+
+    Raises:
+        DoesNotFit: neither is.
+    """
+    model = _calibration_bytes(plan, limit)
+    peak = 0
+    for ahead, does in (
+        (True, "the next layer is read while one is worked on"),
+        (False, "one layer is held at a time"),
+    ):
+        peak = model + memory_bytes(plan, machine, ahead=ahead)
+        if limit is None:
+            return MemoryPlan(ahead, peak, f"{does}; no --max-memory")
+        if peak <= limit:
+            needs = f"about {_megabytes(peak)} of the {_megabytes(limit)} of --max-memory"
+            return MemoryPlan(ahead, peak, f"{does}: {needs}")
+    assert limit is not None
+    needed, largest = max(
+        ((_layer_bytes(plan, each, machine, ahead=False), each) for each in plan.layers),
+        key=lambda found: found[0],
+    )
+    out_features, in_features = largest.shape
+    raise DoesNotFit(
+        f"--max-memory {_megabytes(limit)} is too little for this model",
+        cause=f"the largest layer, {largest.layer.module} ({out_features}×{in_features}), takes "
+        f"{_megabytes(needed)} at the least, beside {_megabytes(peak - needed)} "
+        "for libraries and adapters",
+        hint=f"--max-memory {_megabytes(peak)} is the least that works",
+    )
+
+
+def _megabytes(count: int) -> str:
+    """As --max-memory takes it, rounded up."""
+    return f"{-(-count // 10**6)}MB"
+
+
+def memory_bytes(plan: Plan, machine: Machine, *, ahead: bool) -> int:
     """Peak resident memory of a run on the CPU."""
-    largest = largest_layer(plan, level, machine)
-    layer = 0 if largest is None else layer_bytes(plan, largest, level, machine)
+    layer = max(
+        (_layer_bytes(plan, planned, machine, ahead=ahead) for planned in plan.layers), default=0
+    )
     adapters = max(
         sum(tensor.nbytes for tensor in plan.adapter_tensors(task.layers)) for task in plan.tasks
     )
     return LIBRARY_BYTES + _COPYING_BYTES + layer + adapters
 
 
-def calibration_bytes(plan: Plan, limit: int | None) -> int:
+def _calibration_bytes(plan: Plan, limit: int | None) -> int:
     """What of the model is held while it runs on a calibration text; the rest stays on the disk."""
     if plan.settings.calibration is None:
         return 0
@@ -98,23 +147,15 @@ def calibration_bytes(plan: Plan, limit: int | None) -> int:
     return weights if limit is None else min(weights, limit // 2)
 
 
-def largest_layer(plan: Plan, level: Level, machine: Machine) -> PlannedLayer | None:
-    """The layer that takes the most memory."""
-    return max(
-        plan.layers,
-        key=lambda planned: layer_bytes(plan, planned, level, machine),
-        default=None,
-    )
-
-
-def layer_bytes(plan: Plan, planned: PlannedLayer, level: Level, machine: Machine) -> int:
+def _layer_bytes(plan: Plan, planned: PlannedLayer, machine: Machine, *, ahead: bool) -> int:
     """Memory that working on this layer takes, or measuring it before where that takes more."""
     return max(
-        _working_bytes(plan, planned, level, machine), _measuring_bytes(planned, plan.settings)
+        _working_bytes(plan.settings, planned, machine, ahead=ahead),
+        _measuring_bytes(plan.settings, planned),
     )
 
 
-def _measuring_bytes(planned: PlannedLayer, settings: Settings) -> int:
+def _measuring_bytes(settings: Settings, planned: PlannedLayer) -> int:
     """Memory of looking at what the layer loses (`core.rank_errors`)."""
     if not settings.is_measured:
         return 0
@@ -135,27 +176,27 @@ def _most_rank(planned: PlannedLayer, settings: Settings) -> int:
     return min(MOST_RANKS * planned.rank, *planned.shape)
 
 
-def _working_bytes(plan: Plan, planned: PlannedLayer, level: Level, machine: Machine) -> int:
-    settings, layer = plan.settings, planned.layer
-    weights, (out_features, in_features) = layer.parameters, planned.shape
+def _working_bytes(
+    settings: Settings, planned: PlannedLayer, machine: Machine, *, ahead: bool
+) -> int:
+    layer, weights, in_features = planned.layer, planned.layer.parameters, planned.shape[1]
     stored = DTYPE_BITS[layer.dtype] // 8
     if not settings.container.quantizes:
         return 0  # copied
-    exact = _takes_exact(planned, settings)
-    rank = _most_rank(planned, settings)
-    vectors = _VECTORS * 4 * sketch_width(rank) if _alternates(planned, settings) else 0
-    working = vectors * (out_features + in_features)
+    working = 0
+    if _alternates(planned, settings):
+        working = _VECTORS * 4 * sketch_width(_most_rank(planned, settings)) * sum(planned.shape)
     # A piece as it is stored, in float32, its part of the low rank and of the residual.
     piece = min(max(PIECE, 16 * in_features), weights) * (stored + 4 + 2 * machine.product_bytes)
     working += min(machine.threads, -(-weights // PIECE)) * piece
     codes = 3 * sum(tensor.nbytes for tensor in settings.container.planned(planned.weight))
-    product_bytes = settings.container.whole_bytes or machine.product_bytes
     if settings.start.needs_moments:
         return _CALIBRATED * 4 * weights + _MOMENTS * 4 * in_features**2 + codes + working
-    held = (1 if level == Level.ALONE else 2) + layer.transposed
-    if exact:
+    held = 1 + ahead + layer.transposed
+    if _takes_exact(planned, settings):
         return weights * (held * stored + 32) + working
-    return weights * (held * stored + product_bytes) + codes + working
+    residual = settings.container.whole_bytes or machine.product_bytes
+    return weights * (held * stored + residual) + codes + working
 
 
 def seconds(plan: Plan) -> float:

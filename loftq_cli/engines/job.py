@@ -16,7 +16,6 @@ from loftq_cli.checkpoint.writer import require_free_space
 from loftq_cli.engines import estimates, output
 from loftq_cli.engines.allocation import allocate
 from loftq_cli.engines.local import run_tasks
-from loftq_cli.engines.memory import MemoryPlan, plan_memory
 from loftq_cli.engines.plan import Plan, make_plan
 from loftq_cli.engines.report_file import (
     Report,
@@ -80,7 +79,7 @@ class _Prepared:
     architecture: Architecture
     device: str
     plan: Plan
-    memory: MemoryPlan
+    memory: estimates.MemoryPlan
 
     def fingerprint(self) -> dict[str, Any]:
         """What decides the bytes of the result (see `output.fingerprint`)."""
@@ -197,10 +196,10 @@ def _choose_device(job: Job, record: Record) -> str:
     return chosen.value
 
 
-def _plan_memory(plan: Plan, limit: int | None, record: Record) -> MemoryPlan:
+def _plan_memory(plan: Plan, limit: int | None, record: Record) -> estimates.MemoryPlan:
     """How much is held at once, by the same rule for a run and for a dry run."""
     machine = estimates.Machine(hardware.product_bytes(), hardware.threads())
-    memory = plan_memory(plan, limit, machine)
+    memory = estimates.plan_memory(plan, limit, machine)
     record.resolved("memory_plan", memory.name, memory.reason)
     return memory
 
@@ -231,7 +230,7 @@ def _run_tasks(
     kept = sum(entry.bytes for entry in staging.finished.values())
     needed = int(1.02 * (plan.model_bytes + 2 * plan.adapter_bytes)) - kept
     require_free_space(ready.job.output, needed)
-    spec = TaskSpec(settings, ready.checkpoint, staging.directory, ready.device, ready.memory.level)
+    spec = TaskSpec(settings, ready.checkpoint, staging.directory, ready.device, ready.memory.ahead)
     with (
         _calibration(ready, record) as inputs,
         record.timing("tasks"),

@@ -50,18 +50,11 @@ def read_ahead(
         finally:
             timings.add("read", began)
 
-    if not ahead:
-        for item in items:
-            found = timed(item)
-            yield item, found
-            del found
-        return
     with ThreadPoolExecutor(1, thread_name_prefix="loftq-read") as pool:
-        coming: Future[Read] | None = pool.submit(timed, items[0]) if items else None
+        coming: Future[Read] | None = None
         for position, item in enumerate(items):
-            assert coming is not None
-            found = coming.result()
-            later = items[position + 1 : position + 2]
+            found = timed(item) if coming is None else coming.result()
+            later = items[position + 1 : position + 2] if ahead else ()
             coming = pool.submit(timed, later[0]) if later else None
             yield item, found
             del found  # or the next item's memory would be added to this one's

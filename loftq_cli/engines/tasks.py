@@ -1,7 +1,7 @@
 """Runs one task: reads its tensors one by one and quantizes what is to be quantized.
 
 A task holds two weights at a time, the one that is worked on and the next, or less
-(`estimates.Level`); what it keeps to its end are the adapters, which are small.
+(`estimates.py`); what it keeps to its end are the adapters, which are small.
 
 What goes into a task and what comes out of it is plain data that can be pickled, so a task may run
 in any process that sees the checkpoint's files and the output directory.
@@ -21,7 +21,6 @@ from loftq_cli.checkpoint import adapter
 from loftq_cli.checkpoint.index import Checkpoint
 from loftq_cli.checkpoint.tensors import load_pieces, tensor_memory
 from loftq_cli.checkpoint.writer import WrittenFile, disk_errors, write_safetensors
-from loftq_cli.engines.estimates import Level
 from loftq_cli.engines.pipeline import Chunk, Timings, read_ahead, write_behind
 from loftq_cli.engines.placement import read_weight, with_fallback
 from loftq_cli.engines.plan import Plan, PlannedLayer, Task
@@ -69,7 +68,7 @@ class TaskSpec:
     checkpoint: Checkpoint
     output: Path
     device: str
-    level: Level = Level.AHEAD
+    ahead: bool = True  # the next layer is read while one is worked on
 
 
 @dataclass(frozen=True)
@@ -120,27 +119,26 @@ def run_task(
     )
 
 
+@dataclass
 class _RunningTask:
     """One task under way: iterate :meth:`chunks` to their end, then take the rest."""
 
-    def __init__(
-        self, task: Task, spec: TaskSpec, moments: Moments | None, progress: Progress
-    ) -> None:
-        self.task = task
-        self.settings = spec.settings
-        self.checkpoint = spec.checkpoint
-        self.device = spec.device
-        self.level = spec.level
-        self.moments = moments
-        self.progress = progress
-        self.timings = Timings()
-        self.outcomes: list[LayerOutcome] = []
-        self.adapters: list[Chunk] = []
-        self.on_cpu: list[str] = []
+    task: Task
+    spec: TaskSpec
+    moments: Moments | None
+    progress: Progress
+    timings: Timings = field(default_factory=Timings)
+    outcomes: list[LayerOutcome] = field(default_factory=list)
+    adapters: list[Chunk] = field(default_factory=list)
+    on_cpu: list[str] = field(default_factory=list)
+
+    @property
+    def settings(self) -> Settings:
+        return self.spec.settings
 
     def chunks(self) -> Iterator[Chunk]:
         """Name and bytes of the output file's tensors; copied ones come in pieces."""
-        ahead = self.level == Level.AHEAD
+        ahead = self.spec.ahead
         for entry, W in read_ahead(self.task.entries, self._weight, self.timings, ahead=ahead):
             if isinstance(entry, LeftTensor):
                 yield from self._copied(entry.tensor)
@@ -155,14 +153,14 @@ class _RunningTask:
             del W
 
     def _copied(self, tensor: str) -> Iterator[Chunk]:
-        for piece in load_pieces(*self.checkpoint.tensors[tensor]):
+        for piece in load_pieces(*self.spec.checkpoint.tensors[tensor]):
             yield tensor, bytes(piece)  # the piece's buffer is used again
 
     def _weight(self, entry: PlannedLayer | LeftTensor) -> torch.Tensor | None:
         """A layer's weight. Tensors to copy are read when it is their turn, piece by piece."""
         if isinstance(entry, LeftTensor) or not self.settings.container.quantizes:
             return None
-        return read_weight(self.checkpoint, entry.layer, self.device)
+        return read_weight(self.spec.checkpoint, entry.layer, self.spec.device)
 
     def _quantized(self, planned: PlannedLayer, W: torch.Tensor) -> Iterator[Chunk]:
         from loftq_cli.core.residual import sum_of_squares
@@ -176,7 +174,9 @@ class _RunningTask:
             return initialize(W, planned, self.settings, seen)
 
         try:
-            result = with_fallback(work, W, self.device, lambda: self.on_cpu.append(layer.tensor))
+            result = with_fallback(
+                work, W, self.spec.device, lambda: self.on_cpu.append(layer.tensor)
+            )
         except LoftqError as error:
             raise error.within(layer.tensor) from error
         self.outcomes.append(

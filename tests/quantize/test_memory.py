@@ -12,8 +12,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from loftq_cli import hardware
-from loftq_cli.engines.estimates import Level, Machine, memory_bytes
-from loftq_cli.engines.memory import plan_memory
+from loftq_cli.engines.estimates import Machine, memory_bytes, plan_memory
 from loftq_cli.engines.plan import Plan, make_plan
 from loftq_cli.engines.settings import Settings
 from loftq_cli.errors import DoesNotFit, UsageError
@@ -22,6 +21,8 @@ from loftq_cli.options import size
 from tests.conftest import Outcome
 
 MACHINE = Machine(product_bytes=2, threads=2)
+# Whether the next layer is read ahead.
+LEVELS = (True, False)
 LOFTQ = Callable[..., Outcome]
 
 
@@ -37,25 +38,25 @@ def plan(
 
 def test_the_lightest_level_that_fits() -> None:
     large = plan((4096, 4096), (11008, 4096))
-    peaks = [memory_bytes(large, level, MACHINE) for level in Level]
+    peaks = [memory_bytes(large, MACHINE, ahead=ahead) for ahead in LEVELS]
     assert peaks == sorted(peaks, reverse=True)
     assert peaks[0] - peaks[1] == 11008 * 4096 * 2, "one weight in bfloat16"
-    for level, peak in zip(Level, peaks, strict=True):
-        assert plan_memory(large, peak, MACHINE).level == level
+    for ahead, peak in zip(LEVELS, peaks, strict=True):
+        assert plan_memory(large, peak, MACHINE).ahead == ahead
         assert plan_memory(large, peak, MACHINE).peak_bytes == peak
-    assert plan_memory(large, 10**15, MACHINE).level == Level.AHEAD
-    assert plan_memory(large, None, MACHINE).level == Level.AHEAD
+    assert plan_memory(large, 10**15, MACHINE).ahead
+    assert plan_memory(large, None, MACHINE).ahead
 
 
 def test_too_little_names_the_layer_and_the_least_that_works() -> None:
     large = plan((4096, 4096), (11008, 4096))
-    least = memory_bytes(large, Level.ALONE, MACHINE)
+    least = memory_bytes(large, MACHINE, ahead=False)
     with pytest.raises(DoesNotFit, match="too little") as caught:
         plan_memory(large, least - 1, MACHINE)
     assert "h.1.up (11008×4096)" in str(caught.value.cause)
     hint = str(caught.value.hint)
     works = size(hint.split()[1], "--max-memory")
-    assert plan_memory(large, works, MACHINE).level == Level.ALONE
+    assert not plan_memory(large, works, MACHINE).ahead
     assert works - least < 10**6
 
 
@@ -67,15 +68,15 @@ def test_looking_at_the_losses_first_is_counted(options: dict[str, Any]) -> None
         for each in ({}, options)
     )
     weights = 2048 * 5504
-    for level in Level:
-        assert memory_bytes(measured, level, MACHINE) >= memory_bytes(fixed, level, MACHINE)
-    alone = memory_bytes(measured, Level.ALONE, MACHINE)
-    assert alone - memory_bytes(fixed, Level.ALONE, MACHINE) > weights
+    for ahead in LEVELS:
+        more, less = (memory_bytes(each, MACHINE, ahead=ahead) for each in (measured, fixed))
+        assert more >= less
+    assert more - less > weights
 
 
 def test_more_threads_hold_more_pieces() -> None:
     large = plan((8192, 8192))
-    few, many = (memory_bytes(large, Level.ALONE, Machine(2, n)) for n in (2, 16))
+    few, many = (memory_bytes(large, Machine(2, n), ahead=False) for n in (2, 16))
     assert 100e6 < many - few < 200e6
 
 
@@ -136,7 +137,7 @@ def quantize(source: Path, loftq: LOFTQ) -> LOFTQ:
 def limits(quantize: LOFTQ) -> list[int]:
     """The estimates of the two levels, in bytes."""
     found: list[int] = []
-    for _ in Level:
+    for _ in LEVELS:
         limit = ["--max-memory", found[-1] - 1] if found else []
         document = json.loads(quantize("--dry-run", *limit).out)
         found.append(document["results"]["totals"]["peak_memory_bytes"])
