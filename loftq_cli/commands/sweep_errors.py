@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from loftq_cli import schema
 from loftq_cli.report.units import removed
 
 if TYPE_CHECKING:
+    import torch
+
     from loftq_cli.commands.run import Run
+    from loftq_cli.core.rank_errors import RankErrors
     from loftq_cli.engines.plan import PlannedLayer
-    from loftq_cli.engines.rank_errors import ErrorCurves
     from loftq_cli.engines.settings import Settings
     from loftq_cli.models.lookup import FoundModel
 
@@ -24,50 +27,58 @@ def measure_errors(
     ranks: list[int],
     device: str,
     text: Path | None,
-) -> tuple[ErrorCurves, schema.CalibratedOn | None]:
-    """The curves, and what the report says of the calibration text where there is one."""
+) -> tuple[RankErrors, schema.CalibratedOn | None]:
+    """The errors of all layers taken as one long vector, relative to it, and what the report says
+    of the calibration text where there is one. Layers without an adapter are quantized and no more.
+    """
     from loftq_cli import hardware
-    from loftq_cli.engines.rank_errors import measure
+    from loftq_cli.core.rank_errors import Curve, RankErrors, rank_errors
+    from loftq_cli.engines.placement import measure
+    from loftq_cli.engines.results import calibrated_on
 
     assert found.checkpoint is not None
-    chosen = hardware.resolve_device(device)
-    run.resolved("device", *chosen)
-    if text is None:
-        with run.timing("measure"), run.progress("measuring", len(planned)) as progress:
-            measured = measure(
-                planned, found.checkpoint, settings, ranks, device=chosen.value, progress=progress
-            )
-        return measured, None
-    from loftq_cli.models.calibration import open_calibration
-
+    device, why = hardware.resolve_device(device)
+    run.resolved("device", device, why)
     layers = {each.layer.module: each for each in planned}
-    with (
-        open_calibration(
+
+    def work(planned: PlannedLayer, seen: torch.Tensor | None, W: torch.Tensor) -> RankErrors:
+        wanted = ranks if planned.adapted else []
+        errors: RankErrors = rank_errors(W, settings.quantizer(planned.bits), wanted, seen)
+        return errors
+
+    inputs: Any = nullcontext()
+    if text is not None:
+        from loftq_cli.models.calibration import open_calibration
+
+        inputs = open_calibration(
             found.checkpoint.directory,
             text,
             list(layers),
-            device=chosen.value,
+            device=device,
             max_memory_bytes=hardware.memory_bytes(),
-        ) as inputs,
+        )
+    with (
+        inputs as seen,
         run.timing("measure"),
         run.progress("measuring", len(planned)) as progress,
     ):
-        measured = measure(
-            [layers[module] for module in inputs.order],
+        errors = measure(
+            work,
+            planned if seen is None else [layers[module] for module in seen.order],
             found.checkpoint,
-            settings,
-            ranks,
-            device=chosen.value,
+            device=device,
             progress=progress,
-            moments=inputs.moments,
+            moments=None if seen is None else seen.moments,
         )
-        tokens = schema.CalibratedOn(
-            sha256=inputs.text_sha256, windows=inputs.windows, tokens=inputs.tokens
+        weights = Curve.together([each.weights for each in errors], len(ranks))
+        outputs = [each.outputs for each in errors if each.outputs is not None]
+        return (
+            RankErrors(weights, Curve.together(outputs, len(ranks)) if outputs else None),
+            None if seen is None else calibrated_on(seen),
         )
-    return measured, tokens
 
 
-def errors_at(measured: ErrorCurves | None, place: int) -> dict[str, float]:
+def errors_at(measured: RankErrors | None, place: int) -> dict[str, float]:
     """The fields of the errors at one of the ranks."""
     found: dict[str, float] = {}
     if measured is None:

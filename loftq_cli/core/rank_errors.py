@@ -45,6 +45,16 @@ class Curve:
     uncorrected: float  # of what Q leaves, which is searched for where the quantizer does that
     by_rank: list[float]  # of what is left of that, in the order the ranks were given
 
+    @classmethod
+    def together(cls, curves: Sequence["Curve"], ranks: int) -> "Curve":
+        """That of all layers taken as one long vector, relative to it; some may have no ranks."""
+        whole = math.hypot(*(each.whole for each in curves)) or 1.0  # zeros have no error
+        quantized_only = math.hypot(*(each.quantized_only for each in curves))
+        uncorrected = math.hypot(*(each.uncorrected for each in curves))
+        every = [each.by_rank or [each.uncorrected] * ranks for each in curves]
+        by_rank = [math.hypot(*left) / whole for left in zip(*every, strict=True)]
+        return cls(1.0, quantized_only / whole, uncorrected / whole, by_rank)
+
 
 @dataclass(frozen=True)
 class RankErrors:
@@ -66,6 +76,7 @@ def rank_errors(
     check_finite(W)
     if moments is not None:
         check_moments(moments, W.shape[1])
+        moments = moments.to(W.device)
     residual = quantizer.steps(W).quantize()[1]
     plain = quantizer.plain().steps(W).quantize()[1] if quantizer.searches else residual
     weights = Curve(
@@ -99,18 +110,22 @@ def error_shares(
     quantizers: Sequence[Quantizer],
     rank: int,
     *,
-    inputs: DampedMoments | None = None,
+    moments: Tensor | None = None,
     seed: int = 0,
 ) -> list[ErrorShares]:
     """What the weight ``W`` (out × in) loses with each quantizer, and at every rank gets back.
 
         quantized_only = ‖R·S‖² / ‖W·S‖²    captured[i] = σᵢ(R·S)² / ‖W·S‖²    R = W − Q, i ≤ rank
 
-    S is the root of the ``inputs``' moments; without them inputs count as independent and all
-    alike, S = 1. No rank, no decomposition.
+    S is the root of the inputs' damped ``moments``; without them inputs count as independent and
+    all alike, S = 1. No rank, no decomposition.
     """
     check_weight(W)
     check_finite(W)
+    inputs = None
+    if moments is not None:
+        check_moments(moments, W.shape[1])
+        inputs = DampedMoments.of(moments.to(W.device))
     norm = sum_of_squares(W if inputs is None else rows_times(W.float(), inputs.root)) or 1.0
     found = []
     for quantizer in quantizers:

@@ -26,16 +26,15 @@ and with the ranks spread over the layers, at 4 and at 2 bits:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from loftq_cli.checkpoint.index import Checkpoint
-from loftq_cli.engines.placement import read_weight, with_fallback
+from loftq_cli.engines.placement import Moments, measure
 from loftq_cli.engines.plan import Plan, PlannedLayer, block_number
 from loftq_cli.engines.settings import Settings
 from loftq_cli.engines.tasks import layer_seed
-from loftq_cli.errors import LoftqError
 from loftq_cli.formats import MOST_RANKS
 from loftq_cli.record import Progress
 
@@ -51,7 +50,7 @@ def allocate(
     *,
     device: str,
     progress: Progress,
-    moments: Callable[[str], torch.Tensor] | None = None,
+    moments: Moments | None = None,
     order: Sequence[str] = (),
 ) -> Plan:
     """The plan with the bits and ranks that ``plan.settings`` want measured.
@@ -62,18 +61,27 @@ def allocate(
     Raises:
         NonFiniteWeight: a weight holds NaN or infinity.
     """
+    from loftq_cli.core.rank_errors import error_shares
+
     settings = plan.settings
+
+    def work(
+        planned: PlannedLayer, seen: torch.Tensor | None, W: torch.Tensor
+    ) -> list[ErrorShares]:
+        shares: list[ErrorShares] = error_shares(
+            W,
+            [settings.quantizer(bits) for bits in _choices(planned, settings)],
+            MOST_RANKS * settings.rank if settings.rank_budget and planned.adapted else 0,
+            moments=seen,
+            seed=layer_seed(settings.seed, planned.layer.module),
+        )
+        count = planned.layer.parameters if seen is None else 1
+        return [each.times(count) for each in shares]
+
     places = {module: place for place, module in enumerate(order)}
-    found: dict[str, list[ErrorShares]] = {}
-    for planned in sorted(plan.layers, key=lambda each: places.get(each.layer.module, 0)):
-        module = planned.layer.module
-        progress.start(module)
-        count = planned.layer.parameters if moments is None else 1
-        found[module] = [
-            each.times(count)
-            for each in _error_shares(planned, checkpoint, settings, device, moments)
-        ]
-        progress.advance(module)
+    layers = sorted(plan.layers, key=lambda planned: places.get(planned.layer.module, 0))
+    shares = measure(work, layers, checkpoint, device=device, progress=progress, moments=moments)
+    found = {each.layer.module: share for each, share in zip(layers, shares, strict=True)}
     layers = _as_they_run(plan.layers)
     if settings.target_bits is not None:
         layers = _with_bits(layers, found, settings.container.widths, settings.target_bits)
@@ -103,41 +111,6 @@ def _as_they_run(layers: Sequence[PlannedLayer]) -> list[PlannedLayer]:
 def _choices(planned: PlannedLayer, settings: Settings) -> tuple[int, ...]:
     """The bits that the layer may get."""
     return (planned.bits,) if settings.target_bits is None else settings.container.widths
-
-
-def _error_shares(
-    planned: PlannedLayer,
-    checkpoint: Checkpoint,
-    settings: Settings,
-    device: str,
-    moments: Callable[[str], torch.Tensor] | None,
-) -> list[ErrorShares]:
-    """What one layer loses, for each number of bits that it may get."""
-    from loftq_cli.core.input_moments import DampedMoments, check_moments
-    from loftq_cli.core.rank_errors import error_shares
-
-    layer = planned.layer
-    seen = None if moments is None else moments(layer.module)
-
-    def work(W: torch.Tensor) -> list[ErrorShares]:
-        inputs = None
-        if seen is not None:
-            check_moments(seen, layer.in_features)
-            inputs = DampedMoments.of(seen.to(W.device))
-        found: list[ErrorShares] = error_shares(
-            W,
-            [settings.quantizer(bits) for bits in _choices(planned, settings)],
-            MOST_RANKS * settings.rank if settings.rank_budget and planned.adapted else 0,
-            inputs=inputs,
-            seed=layer_seed(settings.seed, layer.module),
-        )
-        return found
-
-    try:
-        W = read_weight(checkpoint, layer, device)
-        return with_fallback(work, W, device, lambda: None)  # the run itself tells of it
-    except LoftqError as error:
-        raise error.within(layer.tensor) from error
 
 
 def _with_bits(

@@ -24,7 +24,7 @@ from loftq_cli.engines.report_file import (
     refuse_to_replace_foreign,
     write_report,
 )
-from loftq_cli.engines.results import calibration_of, quantize_results
+from loftq_cli.engines.results import calibrated_on, quantize_results
 from loftq_cli.engines.settings import Settings
 from loftq_cli.engines.tasks import TaskResult, TaskSpec
 from loftq_cli.errors import LoftqError
@@ -156,7 +156,6 @@ def foresee_directory(
         output="" if output is None else str(output),
         architecture=found.outline.architecture,
         task_type=None,
-        calibration=calibration_of(settings),
         seconds=estimates.seconds(plan),
         peak_memory_bytes=memory.peak_bytes,
     )
@@ -249,7 +248,7 @@ def _run_tasks(
                     f"{staging.partial}; run the same line again to go on"
                 )
             raise
-    return plan, done, calibration_of(settings, inputs)
+    return plan, done, None if inputs is None else calibrated_on(inputs)
 
 
 def _write_other_files(ready: _Prepared, plan: Plan, staging: Staging) -> None:

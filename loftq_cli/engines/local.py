@@ -6,8 +6,9 @@ from dataclasses import asdict
 
 from loftq_cli.checkpoint.adapter import ADAPTER_NAME, adapter_part
 from loftq_cli.checkpoint.staging import Staging
+from loftq_cli.engines.placement import Moments
 from loftq_cli.engines.plan import Plan
-from loftq_cli.engines.tasks import LayerOutcome, Moments, TaskResult, TaskSpec, run_task
+from loftq_cli.engines.tasks import LayerOutcome, TaskResult, TaskSpec, run_task
 from loftq_cli.record import Progress, Record
 
 

@@ -5,17 +5,23 @@ A layer that does not fit there is computed on the CPU instead, and that is said
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, TypeVar
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
 from loftq_cli.checkpoint.index import Checkpoint
 from loftq_cli.checkpoint.tensors import load_tensor
+from loftq_cli.engines.plan import PlannedLayer
+from loftq_cli.errors import LoftqError
 from loftq_cli.models.layers import LinearLayer
+from loftq_cli.record import Progress
 
 if TYPE_CHECKING:
     import torch
 
 Result = TypeVar("Result")
+# The second moments E[x·xᵀ] (in × in) of a module's inputs.
+Moments: TypeAlias = "Callable[[str], torch.Tensor]"
 
 
 def read_weight(checkpoint: Checkpoint, layer: LinearLayer, device: str) -> torch.Tensor:
@@ -48,7 +54,7 @@ def with_fallback(
     work: Callable[[torch.Tensor], Result],
     W: torch.Tensor,
     device: str,
-    fall_back: Callable[[], None],
+    fall_back: Callable[[], None] = lambda: None,
 ) -> Result:
     """``work(W)``, on the CPU if the device has no room; ``fall_back`` is told of that first."""
     import torch
@@ -65,3 +71,31 @@ def with_fallback(
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     return work(W)
+
+
+def measure(
+    work: Callable[[PlannedLayer, torch.Tensor | None, torch.Tensor], Result],
+    layers: Sequence[PlannedLayer],
+    checkpoint: Checkpoint,
+    *,
+    device: str,
+    progress: Progress,
+    moments: Moments | None = None,
+) -> list[Result]:
+    """What ``work(planned, moments of its inputs, W)`` finds in every layer, one after the other.
+
+    Raises:
+        NonFiniteWeight: a weight holds NaN or infinity.
+    """
+    found = []
+    for planned in layers:
+        layer = planned.layer
+        progress.start(layer.module)
+        seen = None if moments is None else moments(layer.module)
+        try:
+            W = read_weight(checkpoint, layer, device)
+            found.append(with_fallback(partial(work, planned, seen), W, device))
+        except LoftqError as error:
+            raise error.within(layer.tensor) from error
+        progress.advance(layer.module)
+    return found

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
 
 from loftq_cli import schema
-from loftq_cli.engines.plan import Plan, PlannedLayer, stored
+from loftq_cli.engines.plan import Plan, stored
 from loftq_cli.engines.settings import Settings
 from loftq_cli.models.layers import last_part
 
@@ -16,6 +17,15 @@ if TYPE_CHECKING:
     from loftq_cli.checkpoint.writer import WrittenFile
     from loftq_cli.engines.tasks import LayerOutcome
     from loftq_cli.models.calibration import Calibration
+
+# Relative errors by their name in the document: what an outcome calls them, and the norm that they
+# are relative to.
+_ERRORS = {
+    "weight_error_relative": ("error", "norm"),
+    "quantized_only_error_relative": ("quantized_only_error", "norm"),
+    "output_error_relative": ("output_error", "output_norm"),
+    "quantized_only_output_error_relative": ("quantized_only_output_error", "output_norm"),
+}
 
 
 def quantize_results(
@@ -33,51 +43,10 @@ def quantize_results(
     peak_memory_bytes: int | None = None,
 ) -> schema.QuantizeResults:
     """The results; without outcomes those of a dry run, whose measured fields are null."""
-    measured = {outcome.name: outcome for outcome in outcomes}
     settings = plan.settings
-    # What the layers lose decides of these, and nobody has looked yet.
-    bits_open = not outcomes and settings.target_bits is not None
-    ranks_open = not outcomes and settings.rank_budget
-    total_bytes = sum(info.nbytes for info in checkpoint.infos)
-
-    def share(tensor: str) -> tuple[int, float]:
-        nbytes = checkpoint.tensors[tensor][1].nbytes
-        return nbytes, nbytes / total_bytes
-
-    def adapted(planned: PlannedLayer) -> schema.AdaptedLayer:
-        outcome = measured.get(planned.layer.module)
-        nbytes, share_of_bytes = share(planned.layer.tensor)
-        return schema.AdaptedLayer(
-            name=planned.layer.module,
-            shape=planned.shape,
-            bits=None if bits_open else planned.bits,
-            rank=None if ranks_open else planned.rank,
-            stored_rank=planned.stored_rank if planned.padding else None,
-            **_errors(outcome),
-            iterations=len(outcome.error_curve) if outcome else settings.iterations or 0,
-            best_iteration=outcome.best_iteration if outcome else None,
-            error_curve=outcome.error_curve if outcome else [],
-            seconds=outcome.seconds if outcome else None,
-            bytes=nbytes,
-            share_of_bytes=share_of_bytes,
-        )
-
-    def plain(planned: PlannedLayer) -> schema.PlainLayer:
-        nbytes, share_of_bytes = share(planned.layer.tensor)
-        return schema.PlainLayer(
-            name=planned.layer.module,
-            shape=planned.shape,
-            bits=None if bits_open else planned.bits,
-            reason="not among --target-modules",
-            **_errors(measured.get(planned.layer.module)),
-            bytes=nbytes,
-            share_of_bytes=share_of_bytes,
-        )
-
-    stored_bits, information_bits = _bits_a_weight(plan)
-    if bits_open and settings.target_bits is not None:
-        code_bits = settings.container.code_bits(settings.bits)
-        information_bits = stored_bits - (code_bits - settings.target_bits)
+    sizes = {name: info.nbytes for name, (_, info) in checkpoint.tensors.items()}
+    total_bytes = sum(sizes.values())
+    layers = _layers(plan, outcomes, sizes)
     return schema.QuantizeResults(
         output=output,
         dry_run=not outcomes,
@@ -88,8 +57,8 @@ def quantize_results(
         ),
         fingerprint=fingerprint,
         settings=_settings(settings, calibration),
-        layers=[adapted(planned) for planned in plan.layers if planned.adapted],
-        without_adapter=[plain(planned) for planned in plan.layers if not planned.adapted],
+        layers=[each for each in layers if isinstance(each, schema.AdaptedLayer)],
+        without_adapter=[each for each in layers if isinstance(each, schema.PlainLayer)],
         untouched=[
             schema.UntouchedTensor(
                 name=left.tensor,
@@ -106,14 +75,8 @@ def quantize_results(
             for name, header in sorted(checkpoint.headers.items())
         ],
         totals=schema.QuantizeTotals(
-            weight_error_relative=_overall(outcomes, "error", "norm"),
-            quantized_only_error_relative=_overall(outcomes, "quantized_only_error", "norm"),
-            output_error_relative=_overall(outcomes, "output_error", "output_norm"),
-            quantized_only_output_error_relative=_overall(
-                outcomes, "quantized_only_output_error", "output_norm"
-            ),
-            stored_bits=stored_bits,
-            information_bits=information_bits,
+            **{field: _overall(outcomes, *names) for field, names in _ERRORS.items()},
+            **_bits_a_weight(plan, measured=bool(outcomes)),
             input_bytes=total_bytes,
             output_bytes=plan.model_bytes,
             adapter_bytes=plan.adapter_bytes,
@@ -125,67 +88,73 @@ def quantize_results(
     )
 
 
-def _errors(outcome: LayerOutcome | None) -> dict[str, float | None]:
-    if outcome is None:
-        return {}
-    return {
-        "weight_error_relative": outcome.error,
-        "quantized_only_error_relative": outcome.quantized_only_error,
-        "output_error_relative": outcome.output_error,
-        "quantized_only_output_error_relative": outcome.quantized_only_output_error,
-    }
+def _layers(
+    plan: Plan, outcomes: Sequence[LayerOutcome], sizes: Mapping[str, int]
+) -> list[schema.AdaptedLayer | schema.PlainLayer]:
+    """What is told of each layer; ``sizes`` are the bytes of the source's tensors."""
+    settings, total_bytes = plan.settings, sum(sizes.values())
+    measured = {outcome.name: outcome for outcome in outcomes}
+    # Without outcomes, nobody has looked yet at what decides of these.
+    bits_open = not outcomes and settings.target_bits is not None
+    ranks_open = not outcomes and settings.rank_budget
+    found: list[schema.AdaptedLayer | schema.PlainLayer] = []
+    for planned in plan.layers:
+        outcome, nbytes = measured.get(planned.layer.module), sizes[planned.layer.tensor]
+        fields: dict[str, Any] = {
+            "name": planned.layer.module,
+            "shape": planned.shape,
+            "bits": None if bits_open else planned.bits,
+            **{field: getattr(outcome, name, None) for field, (name, _) in _ERRORS.items()},
+            "bytes": nbytes,
+            "share_of_bytes": nbytes / total_bytes,
+        }
+        if not planned.adapted:
+            found.append(schema.PlainLayer(reason="not among --target-modules", **fields))
+            continue
+        found.append(
+            schema.AdaptedLayer(
+                rank=None if ranks_open else planned.rank,
+                stored_rank=planned.stored_rank if planned.padding else None,
+                iterations=len(outcome.error_curve) if outcome else settings.iterations or 0,
+                best_iteration=outcome.best_iteration if outcome else None,
+                error_curve=outcome.error_curve if outcome else [],
+                seconds=outcome.seconds if outcome else None,
+                **fields,
+            )
+        )
+    return found
 
 
 def _settings(
     settings: Settings, calibration: schema.CalibratedOn | None
 ) -> schema.QuantizeSettings:
-    container = settings.container
-    return schema.QuantizeSettings(
-        bits=settings.bits,
-        leading=settings.leading,
-        target_bits=settings.target_bits,
-        quant_type=container.quant_type,
-        block_size=container.block_size,
-        double_quant=container.double_quant,
-        rank=settings.rank,
-        rank_budget=settings.rank_budget,
-        uniform_rank=settings.uniform_rank,
-        lora_alpha=settings.lora_alpha,
-        rslora=settings.use_rslora,
-        iterations=settings.iterations,
-        init=settings.init,
-        calibration=calibration,
-        svd=settings.svd,
-        target_modules=list(settings.target_modules),
-        seed=settings.seed,
-        dtype=settings.dtype,
-    )
+    fields = {**asdict(settings), **asdict(settings.container)}
+    fields["rslora"] = fields.pop("use_rslora")
+    if calibration is None and settings.calibration is not None:  # of which no token was seen yet
+        calibration = schema.CalibratedOn(sha256=settings.calibration.sha256)
+    return schema.QuantizeSettings(**{**fields, "calibration": calibration})
 
 
-def calibration_of(
-    settings: Settings, calibration: Calibration | None = None
-) -> schema.CalibratedOn | None:
-    """What the report says of the calibration text; ``calibration`` once it was looked at."""
-    if settings.calibration is None:
-        return None
+def calibrated_on(calibration: Calibration) -> schema.CalibratedOn:
+    """What a report says of the calibration text."""
     return schema.CalibratedOn(
-        sha256=settings.calibration.sha256,
-        windows=None if calibration is None else calibration.windows,
-        tokens=None if calibration is None else calibration.tokens,
+        sha256=calibration.text_sha256, windows=calibration.windows, tokens=calibration.tokens
     )
 
 
-def _bits_a_weight(plan: Plan) -> tuple[float, float]:
-    """(what a weight takes in the file, what its code and scale tell), over the planned layers."""
-    in_file = 8 * sum(
-        tensor.nbytes for each in plan.layers for tensor in stored(each, plan.settings)
-    )
+def _bits_a_weight(plan: Plan, *, measured: bool) -> dict[str, float]:
+    """Over the planned layers; those that are still to be ``measured`` get what was asked for."""
+    settings, code_bits = plan.settings, plan.settings.container.code_bits
+    in_file = 8 * sum(tensor.nbytes for each in plan.layers for tensor in stored(each, settings))
     weights = sum(planned.layer.parameters for planned in plan.layers)
     spared = sum(
-        (plan.settings.container.code_bits(planned.bits) - planned.bits) * planned.layer.parameters
+        (code_bits(planned.bits) - planned.bits) * planned.layer.parameters
         for planned in plan.layers
     )
-    return in_file / weights, (in_file - spared) / weights
+    told = (in_file - spared) / weights
+    if not measured and settings.target_bits is not None:
+        told = in_file / weights - (code_bits(settings.bits) - settings.target_bits)
+    return {"stored_bits": in_file / weights, "information_bits": told}
 
 
 def _overall(outcomes: Sequence[LayerOutcome], field: str, norm: str) -> float | None:

@@ -12,17 +12,17 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 from loftq_cli.checkpoint import adapter
 from loftq_cli.checkpoint.index import Checkpoint
 from loftq_cli.checkpoint.tensors import load_pieces, tensor_memory
 from loftq_cli.checkpoint.writer import WrittenFile, disk_errors, write_safetensors
 from loftq_cli.engines.pipeline import Chunk, Timings, read_ahead, write_behind
-from loftq_cli.engines.placement import read_weight, with_fallback
+from loftq_cli.engines.placement import Moments, read_weight, with_fallback
 from loftq_cli.engines.plan import Plan, PlannedLayer, Task
 from loftq_cli.engines.settings import Settings
 from loftq_cli.errors import LoftqError
@@ -54,10 +54,6 @@ class LayerOutcome:
     output_error: float | None = None
     quantized_only_output_error: float | None = None
     output_norm: float | None = None
-
-
-# The second moments E[x·xᵀ] (in × in) of a module's inputs.
-Moments: TypeAlias = "Callable[[str], torch.Tensor]"
 
 
 @dataclass(frozen=True)

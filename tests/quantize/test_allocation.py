@@ -20,7 +20,7 @@ from peft import LoraConfig, get_peft_model
 from loftq_cli.checkpoint.index import Checkpoint, open_checkpoint
 from loftq_cli.core.blockwise import BlockwiseFormat
 from loftq_cli.core.budgets import spread_bits, spread_ranks
-from loftq_cli.core.input_moments import DAMPING, DampedMoments
+from loftq_cli.core.input_moments import DAMPING
 from loftq_cli.core.quantizers import Blockwise
 from loftq_cli.core.rank_errors import error_shares
 from loftq_cli.engines import allocation, placement
@@ -152,7 +152,7 @@ def test_error_shares_against_float64(calibrated: bool) -> None:
         damped = G.double() + DAMPING * G.double().diagonal().mean() * S
         S = torch.linalg.cholesky(damped)
     norm = (W.double() @ S).square().sum()
-    found = error_shares(W, quantizers, 40, inputs=DampedMoments.of(G) if calibrated else None)
+    found = error_shares(W, quantizers, 40, moments=G if calibrated else None)
     for share, quantizer in zip(found, quantizers, strict=True):
         R = W.double() - quantizer.dequantize(quantizer.steps(W).quantize()[0]).double()
         assert share.quantized_only == pytest.approx(float((R @ S).square().sum() / norm), rel=1e-4)
