@@ -209,12 +209,17 @@ def _whole_blocks(values: Tensor, size: int) -> Tensor:
     return torch.nn.functional.pad(values, (0, -values.numel() % size)).view(-1, size)
 
 
+def pack(codes: Tensor) -> Tensor:
+    """Codes (n,) as they are stored, (ceil(n / 2),): two a byte, beside an odd last one a 0."""
+    codes = torch.nn.functional.pad(codes, (0, codes.numel() % 2))
+    return codes[0::2] << 4 | codes[1::2]
+
+
 def _pack(scaled: Tensor, book: Codebook) -> Tensor:
-    """The codes of the levels nearest to the values, two a byte."""
+    """The codes of the levels nearest to the values, an odd last one beside that of a zero."""
     scaled = torch.nn.functional.pad(scaled, (0, scaled.numel() % 2))
     nearest = torch.bucketize(scaled, book.midpoints(scaled.device), out_int32=True)
-    codes = book.order_tensor(scaled.device)[nearest]
-    return codes[0::2] << 4 | codes[1::2]
+    return pack(book.order_tensor(scaled.device)[nearest])
 
 
 def _quantize_dynamic(values: Tensor) -> tuple[Tensor, Tensor]:

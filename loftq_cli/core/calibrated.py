@@ -30,6 +30,7 @@ from loftq_cli.core.blockwise import (
     check_finite,
     check_weight,
     double_quantize,
+    pack,
     quantize_blockwise,
     restore_absmax,
 )
@@ -78,28 +79,6 @@ def initialize_calibrated(
     relative output errors of every iteration. Everything happens on ``W``'s device,
     and the same arguments give the same bits on the same machine with as many threads.
     """
-    _check(W, moments, quantizer, rank, method, scaling, iterations)
-    generator = torch.Generator().manual_seed(seed)
-    moments = moments.to(W.device, torch.float32)
-    problem = _Problem.of(W.detach().contiguous(), moments, quantizer, rank, generator)
-    with one_thread_each():
-        if method == "calibrated":
-            found, errors = _alternate(problem, iterations)
-        else:
-            found = _low_rank_only(problem, diagonal=method == "qera-diagonal")
-            errors = [found.error]
-        return _result(problem, found, errors, scaling)
-
-
-def _check(
-    W: Tensor,
-    moments: Tensor,
-    quantizer: Blockwise,
-    rank: int,
-    method: str,
-    scaling: float,
-    iterations: int | None,
-) -> None:
     if method not in get_args(Method):
         raise InvalidSetting(f"method {method!r} is not one of {', '.join(get_args(Method))}")
     if not isinstance(quantizer, Blockwise):
@@ -113,44 +92,45 @@ def _check(
         raise InvalidSetting(f"a LoRA scaling of {scaling} is not possible: it must be above 0")
     check_finite(W)
     check_moments(moments, W.shape[1])
+    generator = torch.Generator().manual_seed(seed)
+    moments = moments.to(W.device, torch.float32)
+    problem = _Problem(W.detach().contiguous(), moments, quantizer, rank, generator)
+    with one_thread_each():
+        if method == "calibrated":
+            found, errors = _alternate(problem, iterations)
+        else:
+            found = _low_rank_only(problem, diagonal=method == "qera-diagonal")
+            errors = [found.error]
+        return _result(problem, found, errors, scaling)
 
 
-@dataclass(frozen=True)
 class _Problem:
     """A weight in units near its largest value, so that no square overflows."""
 
-    source: Tensor  # W as it was given
-    W: Tensor  # float32, in those units
-    unit: float  # a power of two: W = source · unit
-    moments: Tensor  # as they were given; the identity where they are zero
-    quantizer: Blockwise
-    grid: Grid
-    rank: int
-    generator: torch.Generator
-    norm: float  # ‖W·G^½‖, which errors are relative to; 1 if that is zero
-    output_norm: float  # √E‖W·x‖², in the units of the source
-
-    @classmethod
-    def of(
-        cls,
-        source: Tensor,
+    def __init__(
+        self,
+        source: Tensor,  # W as it was given
         moments: Tensor,
         quantizer: Blockwise,
         rank: int,
         generator: torch.Generator,
-    ) -> "_Problem":
+    ) -> None:
+        self.source, self.quantizer, self.rank, self.generator = source, quantizer, rank, generator
         peak = float(source.abs().max())
-        unit = 2.0 ** -max(min(round(math.log2(peak)), 126), -126) if peak else 1.0
-        W = source.float() * unit
-        output_norm = math.sqrt(output_energy(W, moments)) / unit
-        if not moments.any():
-            moments = torch.eye(W.shape[1], device=W.device)
-        fmt, dtype = quantizer.format, quantizer.dtype or source.dtype
-        book = codebook(fmt.quant_type, fmt.bits)
-        largest = min(torch.finfo(dtype).max * unit, torch.finfo(torch.float32).max)
-        grid = Grid.of(book, fmt, W, largest)
-        norm = math.sqrt(output_energy(W, moments)) or 1.0
-        return cls(source, W, unit, moments, quantizer, grid, rank, generator, norm, output_norm)
+        # A power of two: W = source · unit, in float32.
+        self.unit = 2.0 ** -max(min(round(math.log2(peak)), 126), -126) if peak else 1.0
+        self.W = W = source.float() * self.unit
+        # √E‖W·x‖², in the units of the source.
+        self.output_norm = math.sqrt(output_energy(W, moments)) / self.unit
+        # As they were given; the identity where they are zero.
+        self.moments = moments if moments.any() else torch.eye(W.shape[1], device=W.device)
+        # ‖W·G^½‖, which errors are relative to; 1 if that is zero.
+        self.norm = math.sqrt(output_energy(W, self.moments)) or 1.0
+        self.dtype = quantizer.dtype or source.dtype
+        fmt = quantizer.format
+        self.book = codebook(fmt.quant_type, fmt.bits)
+        largest = min(torch.finfo(self.dtype).max * self.unit, torch.finfo(torch.float32).max)
+        self.grid = Grid.of(self.book, fmt, W, largest)
 
     def residual(self, quantized: QuantizedBlockwise) -> Tensor:
         """W − Q (out × in), in the units of this problem."""
@@ -162,18 +142,13 @@ class _Problem:
 
     def stored(self, rounding: Rounding, like: QuantizedBlockwise | None) -> QuantizedBlockwise:
         """What is written to the file; with the absmax of ``like``, if that is given."""
-        fmt = self.quantizer.format
-        order = codebook(fmt.quant_type, fmt.bits).order_tensor(self.W.device)
-        codes = order[rounding.indices.view(-1).int()]
-        codes = torch.nn.functional.pad(codes, (0, codes.numel() % 2))
-        packed = (codes[0::2] << 4 | codes[1::2]).view(-1, 1)
+        codes = self.book.order_tensor(self.W.device)[rounding.indices.view(-1).int()]
+        packed = pack(codes).view(-1, 1)
         if like is not None:
             return replace(like, packed=packed)
+        fmt, shape = self.quantizer.format, (self.W.shape[0], self.W.shape[1])
         absmax = double_quantize(rounding.absmax / self.unit, fmt)
-        shape = self.W.shape[0], self.W.shape[1]
-        return QuantizedBlockwise(
-            packed, *absmax, shape, fmt, self.quantizer.dtype or self.source.dtype
-        )
+        return QuantizedBlockwise(packed, *absmax, shape, fmt, self.dtype)
 
 
 @dataclass(frozen=True)

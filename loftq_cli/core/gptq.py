@@ -64,7 +64,7 @@ class Grid:
         """Whether every block lies within one row."""
         return self.shape[1] % self.block_size == 0
 
-    def scales(self, absmax: Tensor, rows: range, columns: range) -> Tensor:
+    def scales(self, absmax: Tensor, rows: slice, columns: slice) -> Tensor:
         """The absmax of these values (columns × rows), none of them zero."""
         row = torch.arange(rows.start, rows.stop, device=absmax.device)
         column = torch.arange(columns.start, columns.stop, device=absmax.device)
@@ -100,9 +100,8 @@ def gptq(T: Tensor, U: Tensor, grid: Grid, absmax: Tensor | None = None) -> Roun
     indices = torch.empty(T.shape, dtype=torch.uint8, device=T.device)
     weights = U.diagonal().square().reciprocal()
 
-    def work(rows: range) -> None:
-        part = slice(rows.start, rows.stop)
-        target = T[part].t().clone(memory_format=torch.contiguous_format)
+    def work(rows: slice) -> None:
+        target = T[rows].t().clone(memory_format=torch.contiguous_format)
         chosen = torch.empty(target.shape, dtype=torch.uint8, device=T.device)
         # No further than a block: the next one's absmax is searched in what this one passes on.
         for columns in _chunks(T.shape[1], min(_COLUMNS, grid.block_size)):
@@ -110,12 +109,11 @@ def gptq(T: Tensor, U: Tensor, grid: Grid, absmax: Tensor | None = None) -> Roun
                 block = slice(columns.start, columns.start + grid.block_size)
                 found = _search(target[block], weights[block], grid)
                 first = columns.start // grid.block_size
-                absmax.view(T.shape[0], -1)[part, first] = found
+                absmax.view(T.shape[0], -1)[rows, first] = found
             scales = grid.scales(absmax, rows, columns)
-            within = slice(columns.start, columns.stop)
-            errors = _pass_on(target[within], scales, U[within, within], grid, chosen[within])
-            target[columns.stop :].addmm_(U[within, columns.stop :].t(), errors, alpha=-1)
-        indices[part] = chosen.t()
+            errors = _pass_on(target[columns], scales, U[columns, columns], grid, chosen[columns])
+            target[columns.stop :].addmm_(U[columns, columns.stop :].t(), errors, alpha=-1)
+        indices[rows] = chosen.t()
 
     _for_rows(work, T)
     return Rounding(indices, absmax)
@@ -164,25 +162,22 @@ def descend(
     free = free and grid.aligned
     indices, absmax = torch.empty_like(start.indices), start.absmax.clone()
 
-    def work(rows: range) -> None:
-        part = slice(rows.start, rows.stop)
-        chosen = start.indices[part].t().contiguous()
-        rest = T[part].t().clone(memory_format=torch.contiguous_format)
+    def work(rows: slice) -> None:
+        chosen = start.indices[rows].t().contiguous()
+        rest = T[rows].t().clone(memory_format=torch.contiguous_format)
         for columns in _chunks(T.shape[1]):
-            within = slice(columns.start, columns.stop)
             scales = grid.scales(absmax, rows, columns)
-            rest[within] -= grid.levels[chosen[within].int()] * scales
+            rest[columns] -= grid.levels[chosen[columns].int()] * scales
         for _ in range(sweeps):
             for columns in _chunks(T.shape[1], grid.block_size if free else _COLUMNS):
                 scales = grid.scales(absmax, rows, columns)
-                within = slice(columns.start, columns.stop)
-                slope = G[within] @ rest
+                slope = G[columns] @ rest
                 refit = _descend_columns(
-                    rest[within], slope, scales, G[within, within], grid, chosen[within], free
+                    rest[columns], slope, scales, G[columns, columns], grid, chosen[columns], free
                 )
                 if free:
-                    absmax.view(T.shape[0], -1)[part, columns.start // grid.block_size] = refit
-        indices[part] = chosen.t()
+                    absmax.view(T.shape[0], -1)[rows, columns.start // grid.block_size] = refit
+        indices[rows] = chosen.t()
 
     _for_rows(work, T)
     return Rounding(indices, absmax)
@@ -208,15 +203,15 @@ def _descend_columns(
     diagonal = G.diagonal().tolist()
     rows = list(zip(slope, old, moved, scales, chosen, strict=True))
     for columns in _chunks(len(rows)):
-        for j in columns:
+        for j in range(columns.start, columns.stop):
             gradient, value, move, scale, code = rows[j]
             ideal = torch.add(value, gradient, alpha=1 / diagonal[j])
             index = grid.nearest(ideal.div_(scale))
             code.copy_(index)
             torch.mul(grid.levels[index], scale, out=move).sub_(value)
             slope[j + 1 : columns.stop].addr_(G[j, j + 1 : columns.stop], move, alpha=-1)
-        within, after = slice(columns.start, columns.stop), slice(columns.stop, None)
-        slope[after].addmm_(G[after, within], moved[within], alpha=-1)
+        after = slice(columns.stop, None)
+        slope[after].addmm_(G[after, columns], moved[columns], alpha=-1)
     rest -= moved
     if not free:
         return scales[0]
@@ -229,13 +224,13 @@ def _descend_columns(
     return torch.where(fits, absmax, scales[0])
 
 
-def _for_rows(work: Callable[[range], None], T: Tensor) -> None:
+def _for_rows(work: Callable[[slice], None], T: Tensor) -> None:
     """Work on some rows at a time, whatever the number of threads."""
     rows, columns = T.shape
     half = max(-(-rows // 2), _PAYS)  # for two threads, unless there is too little to do
     size = min(max(_PIECE // columns, 64), half) if T.device.type == "cpu" else rows
-    each(lambda i: work(range(i * size, min(i * size + size, rows))), -(-rows // size))
+    each(lambda i: work(slice(i * size, min(i * size + size, rows))), -(-rows // size))
 
 
-def _chunks(columns: int, size: int = _COLUMNS) -> Iterator[range]:
-    return (range(start, min(start + size, columns)) for start in range(0, columns, size))
+def _chunks(columns: int, size: int = _COLUMNS) -> Iterator[slice]:
+    return (slice(start, min(start + size, columns)) for start in range(0, columns, size))

@@ -220,21 +220,6 @@ def _encode(
                 rest[j] = w[j] - _float(_to_float16(target[j]))
 
 
-@_inlined
-def _decode(packed: Any, absmax: Any, size: Any, table: Any, dequantized: Any) -> None:
-    """The unrounded values of codes; ``table`` holds the level of each."""
-    for block in range(absmax.size):
-        start = block * size
-        values = dequantized[start : start + size]
-        pairs = packed[start // 2 : (start + size) // 2]
-        scale = absmax[block]
-        for j in range(values.size // 2):
-            values[2 * j] = table[pairs[j] >> np.uint8(4)] * scale
-            values[2 * j + 1] = table[pairs[j] & np.uint8(15)] * scale
-        if values.size % 2:
-            values[values.size - 1] = table[pairs[values.size // 2] >> np.uint8(4)] * scale
-
-
 @_compiled
 def quantize(
     W: Any,
@@ -285,25 +270,28 @@ def quantize(
 def form_residual(
     W: Any, packed: Any, absmax: Any, size: Any, table: Any, rounding: Any, residual: Any
 ) -> Any:
-    """W − Q into ``residual``, from stored codes and absmax, and ‖W − Q‖²."""
+    """W − Q into ``residual``, from stored codes and absmax, and ‖W − Q‖².
+
+    ``table`` holds the level of each code.
+    """
     segment = max(size, _SEGMENT)
     difference = np.empty(segment, np.float32)
     dequantized = np.empty(segment, np.float32)
     total = 0.0
     for start in range(0, W.size, segment):
         w = W[start : start + segment]
-        n = w.size
-        q, t = dequantized[:n], difference[:n]
-        first = start // size
-        _decode(
-            packed[start // 2 : (start + n + 1) // 2],
-            absmax[first : first + (n + size - 1) // size],
-            size,
-            table,
-            q,
-        )
+        q, t = dequantized[: w.size], difference[: w.size]
+        for first in range(0, w.size, size):
+            values = q[first : first + size]
+            pairs = packed[(start + first) // 2 : (start + first + size) // 2]
+            scale = absmax[(start + first) // size]
+            for j in range(values.size // 2):
+                values[2 * j] = table[pairs[j] >> np.uint8(4)] * scale
+                values[2 * j + 1] = table[pairs[j] & np.uint8(15)] * scale
+            if values.size % 2:
+                values[values.size - 1] = table[pairs[values.size // 2] >> np.uint8(4)] * scale
         _round(q, rounding)
         _subtract(w, q, t)
-        _store(t, residual[start : start + n])
+        _store(t, residual[start : start + w.size])
         total += sum_of_squares(t)
     return total

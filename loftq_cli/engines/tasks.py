@@ -165,13 +165,12 @@ class _RunningTask:
         layer = planned.layer
         moments = None if self.moments is None else self.moments(layer.module)
 
-        def work(W: torch.Tensor) -> LoftqResult:
-            seen = None if moments is None else moments.to(W.device)
-            return initialize(W, planned, self.settings, seen)
-
         try:
             result = with_fallback(
-                work, W, self.spec.device, lambda: self.on_cpu.append(layer.tensor)
+                lambda W: initialize(W, planned, self.settings, moments),
+                W,
+                self.spec.device,
+                lambda: self.on_cpu.append(layer.tensor),
             )
         except LoftqError as error:
             raise error.within(layer.tensor) from error
@@ -232,7 +231,7 @@ def initialize(
         start, rank = QLORA, 1  # quantized and no more
     given: dict[str, Any] = {}
     if start.needs_moments:
-        given["moments"] = moments
+        given["moments"] = None if moments is None else moments.to(W.device)
     if start.iterates:
         given["iterations"] = settings.iterations
     if start.svd != "own":
