@@ -62,7 +62,6 @@ class Codebook:
     that reads four bits reads it.
     """
 
-    quant_type: str
     levels: tuple[float, ...]
     order: tuple[int, ...]
 
@@ -103,7 +102,7 @@ def codebook(quant_type: str, bits: int = 4) -> Codebook:
     if bits not in orders:
         possible = ", ".join(map(str, sorted(orders)))
         raise InvalidSetting(f"{quant_type} with {bits} bits is not possible: only {possible}")
-    return Codebook(quant_type, _LEVELS[quant_type], orders[bits])
+    return Codebook(_LEVELS[quant_type], orders[bits])
 
 
 @lru_cache(maxsize=1)

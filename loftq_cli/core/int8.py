@@ -24,11 +24,6 @@ class QuantizedInt8:
     codes: Tensor  # int8 (out, in)
     scb: Tensor  # float32 (out,)
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        out_features, in_features = self.codes.shape
-        return (out_features, in_features)
-
 
 @torch.no_grad()
 def quantize_int8(W: Tensor) -> QuantizedInt8:

@@ -119,7 +119,11 @@ def make_directory(job: Job, record: Record) -> Made:
             ready = replace(ready, plan=_measured(ready, record))
         plan, done, calibration = _run_tasks(ready, staging, record)
         with record.timing("commit"):
-            _write_other_files(ready, plan, staging)
+            output.join_adapter(
+                plan, ready.checkpoint, staging, ready.architecture, job.output.name
+            )
+            beside = companions(found.directory, with_code=job.trust_remote_code)
+            output.write_model_files(plan, staging, ready.architecture, ready.config, beside)
         results = quantize_results(
             plan,
             ready.checkpoint,
@@ -249,15 +253,6 @@ def _run_tasks(
                 )
             raise
     return plan, done, None if inputs is None else calibrated_on(inputs)
-
-
-def _write_other_files(ready: _Prepared, plan: Plan, staging: Staging) -> None:
-    job, directory = ready.job, ready.found.directory
-    output.join_adapter(
-        plan, ready.checkpoint, staging, ready.architecture, base_model=job.output.name
-    )
-    beside = companions(directory, with_code=job.trust_remote_code)
-    output.write_model_files(plan, staging, ready.architecture, ready.config, beside)
 
 
 @contextmanager

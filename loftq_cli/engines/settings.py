@@ -12,13 +12,7 @@ from loftq_cli import options
 from loftq_cli.containers import container_of, containers, widths
 from loftq_cli.containers.base import Container
 from loftq_cli.errors import UsageError
-from loftq_cli.formats import (
-    ALL_LINEAR,
-    DEFAULT_BLOCK_SIZE,
-    SCALINGS,
-    QuantType,
-    SvdMethod,
-)
+from loftq_cli.formats import ALL_LINEAR, SCALINGS, QuantType, SvdMethod
 from loftq_cli.options import QuantizeOptions
 from loftq_cli.report.units import listed
 from loftq_cli.starts import STARTS, Start, find
@@ -27,8 +21,7 @@ if TYPE_CHECKING:
     from loftq_cli.core.steps import Quantizer
 
 
-# The options of a number format, and what they are unless asked.
-_FORMAT = {"quant_type": "nf4", "block_size": DEFAULT_BLOCK_SIZE, "double_quant": False}
+_FORMAT = ("quant_type", "block_size", "double_quant")  # the options of a number format
 
 
 @dataclass(frozen=True)
@@ -177,9 +170,9 @@ def _require_format(
             f"{asked.quant_type} has {max(container.widths)} bits only",
             hint=f"--quant-type {container.number_types[0]}",
         )
-    given = {name for name, usual in _FORMAT.items() if getattr(asked, name) != usual}
+    given = {name for name in _FORMAT if getattr(asked, name) != getattr(QuantizeOptions, name)}
     if given - set(container.options):
-        none = [_spelled(name) for name in _FORMAT if name not in container.options]
+        none = [f"--{each.replace('_', '-')}" for each in _FORMAT if each not in container.options]
         raise UsageError(f"{bits} bits have no {listed(none, 'or')}")
     if start.needs_moments and container.why_uncalibrated is not None:
         raise UsageError(
@@ -203,10 +196,6 @@ def _bits(value: str | int) -> tuple[int, tuple[int, int] | None]:
             "blocks and then 2",
         )
     return found[-1], (found[1], found[0]) if len(found) > 1 else None
-
-
-def _spelled(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
 
 
 def _require_effect(asked: QuantizeOptions, start: Start, iterations: int | None) -> None:

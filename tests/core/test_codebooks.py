@@ -36,14 +36,14 @@ def test_levels_ascend_in_their_order() -> None:
 def test_a_smaller_codebook_lives_in_the_same_container() -> None:
     """NF2 (arXiv 2310.08659): -1, 0, 0.3379, 1 are codes 0, 7, 11 and 15 of NF4."""
     nf2 = codebook("nf4", 2)
-    assert nf2 == Codebook("nf4", codebook("nf4").levels, (0, 7, 11, 15))
+    assert nf2 == Codebook(codebook("nf4").levels, (0, 7, 11, 15))
     assert nf2.midpoints().tolist() == pytest.approx([-0.5, 0.16895762, 0.66895762])
     assert len(codebook("nf4", 3).order) == 8
 
 
 def nf3_error(order: list[int], blocks: Tensor) -> float:
     """What is left with these codes and the best absmax of either sign."""
-    book = Codebook("nf4", codebook("nf4").levels, tuple(order))
+    book = Codebook(codebook("nf4").levels, tuple(order))
     scales = search_absmax(blocks, None, book, 3e38)[:, None]
     choices = book.level_tensor()[order]
     nearest = choices[torch.bucketize(blocks / scales, book.midpoints())]
