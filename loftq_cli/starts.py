@@ -33,7 +33,7 @@ class Start:
     arguments: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     corrects: bool = True  # the adapter's product is more than zero
     searches: bool = True  # for the absmax; else it is a block's largest magnitude
-    # Whether the second moments of the layer's inputs are handed over, as ``moments`` (in × in);
+    # Whether the second moments of the layer's inputs are handed over (``input_moments``, in × in);
     # they come from a calibration text. Such a start chooses the codes of layers without an
     # adapter too, at rank 0; the others leave those to plain quantization.
     needs_moments: bool = False

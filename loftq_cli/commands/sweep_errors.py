@@ -68,7 +68,7 @@ def measure_errors(
             found.checkpoint,
             device=device,
             progress=progress,
-            moments=None if seen is None else seen.moments,
+            input_moments=None if seen is None else seen.moments,
         )
         weights = Curve.together([each.weights for each in errors], len(ranks))
         outputs = [each.outputs for each in errors if each.outputs is not None]

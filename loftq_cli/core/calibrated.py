@@ -61,7 +61,7 @@ _SWEEPS = 2
 @torch.no_grad()
 def initialize_calibrated(
     W: Tensor,
-    moments: Tensor,
+    input_moments: Tensor,
     quantizer: Blockwise,
     rank: int,
     *,
@@ -70,9 +70,9 @@ def initialize_calibrated(
     iterations: int | None = None,
     seed: int = 0,
 ) -> LoftqResult:
-    """The best start of the weight ``W`` (out × in) for inputs with these ``moments`` (in × in).
+    """The best start of the weight ``W`` (out × in) for inputs with these moments (in × in).
 
-    ``moments`` are E[x·xᵀ], symmetric; where they are all zero, errors of weights are what counts.
+    ``input_moments`` are E[x·xᵀ], symmetric; where all are zero, errors of weights are what counts.
     Without a ``rank`` only codes and absmax are chosen, and the adapter is empty. ``scaling`` is
     the factor that PEFT will multiply B·A with. ``iterations`` are those of ``calibrated``, until
     they stop paying unless given; the other methods have one. ``errors`` of the result are the
@@ -91,10 +91,10 @@ def initialize_calibrated(
     if not scaling > 0:
         raise InvalidSetting(f"a LoRA scaling of {scaling} is not possible: it must be above 0")
     check_finite(W)
-    check_moments(moments, W.shape[1])
+    check_moments(input_moments, W.shape[1])
     generator = torch.Generator().manual_seed(seed)
-    moments = moments.to(W.device, torch.float32)
-    problem = _Problem(W.detach().contiguous(), moments, quantizer, rank, generator)
+    input_moments = input_moments.to(W.device, torch.float32)
+    problem = _Problem(W.detach().contiguous(), input_moments, quantizer, rank, generator)
     with one_thread_each():
         if method == "calibrated":
             found, errors = _alternate(problem, iterations)
@@ -110,7 +110,7 @@ class _Problem:
     def __init__(
         self,
         source: Tensor,  # W as it was given
-        moments: Tensor,
+        input_moments: Tensor,
         quantizer: Blockwise,
         rank: int,
         generator: torch.Generator,
@@ -121,9 +121,11 @@ class _Problem:
         self.unit = 2.0 ** -max(min(round(math.log2(peak)), 126), -126) if peak else 1.0
         self.W = W = source.float() * self.unit
         # √E‖W·x‖², in the units of the source.
-        self.output_norm = math.sqrt(output_energy(W, moments)) / self.unit
+        self.output_norm = math.sqrt(output_energy(W, input_moments)) / self.unit
         # As they were given; the identity where they are zero.
-        self.moments = moments if moments.any() else torch.eye(W.shape[1], device=W.device)
+        self.moments = (
+            input_moments if input_moments.any() else torch.eye(W.shape[1], device=W.device)
+        )
         # ‖W·G^½‖, which errors are relative to; 1 if that is zero.
         self.norm = math.sqrt(output_energy(W, self.moments)) or 1.0
         self.dtype = quantizer.dtype or source.dtype

@@ -66,7 +66,7 @@ class RankErrors:
 
 @torch.no_grad()
 def rank_errors(
-    W: Tensor, quantizer: Quantizer, ranks: Sequence[int], moments: Tensor | None = None
+    W: Tensor, quantizer: Quantizer, ranks: Sequence[int], input_moments: Tensor | None = None
 ) -> RankErrors:
     """The errors of the weight ``W`` (out × in); no ranks, no decomposition.
 
@@ -74,9 +74,9 @@ def rank_errors(
     """
     check_weight(W)
     check_finite(W)
-    if moments is not None:
-        check_moments(moments, W.shape[1])
-        moments = moments.to(W.device)
+    if input_moments is not None:
+        check_moments(input_moments, W.shape[1])
+        input_moments = input_moments.to(W.device)
     residual = quantizer.steps(W).quantize()[1]
     plain = quantizer.plain().steps(W).quantize()[1] if quantizer.searches else residual
     weights = Curve(
@@ -85,9 +85,9 @@ def rank_errors(
         math.sqrt(residual.energy),
         _remaining(residual.energy, _decompose(residual, ranks)[1], ranks),
     )
-    if moments is None:
+    if input_moments is None:
         return RankErrors(weights)
-    return RankErrors(weights, _outputs(W, plain.matrix, residual.matrix, ranks, moments))
+    return RankErrors(weights, _outputs(W, plain.matrix, residual.matrix, ranks, input_moments))
 
 
 @dataclass(frozen=True)
@@ -110,22 +110,22 @@ def error_shares(
     quantizers: Sequence[Quantizer],
     rank: int,
     *,
-    moments: Tensor | None = None,
+    input_moments: Tensor | None = None,
     seed: int = 0,
 ) -> list[ErrorShares]:
     """What the weight ``W`` (out × in) loses with each quantizer, and at every rank gets back.
 
         quantized_only = ‖R·S‖² / ‖W·S‖²    captured[i] = σᵢ(R·S)² / ‖W·S‖²    R = W − Q, i ≤ rank
 
-    S is the root of the inputs' damped ``moments``; without them inputs count as independent and
-    all alike, S = 1. No rank, no decomposition.
+    S is the root of the damped ``input_moments``; without them inputs count as independent and all
+    alike, S = 1. No rank, no decomposition.
     """
     check_weight(W)
     check_finite(W)
     inputs = None
-    if moments is not None:
-        check_moments(moments, W.shape[1])
-        inputs = DampedMoments.of(moments.to(W.device))
+    if input_moments is not None:
+        check_moments(input_moments, W.shape[1])
+        inputs = DampedMoments.of(input_moments.to(W.device))
     norm = sum_of_squares(W if inputs is None else rows_times(W.float(), inputs.root)) or 1.0
     found = []
     for quantizer in quantizers:
@@ -141,17 +141,19 @@ def error_shares(
     return found
 
 
-def _outputs(W: Tensor, plain: Tensor, R: Tensor, ranks: Sequence[int], moments: Tensor) -> Curve:
-    energy = output_energy(R, moments)
+def _outputs(
+    W: Tensor, plain: Tensor, R: Tensor, ranks: Sequence[int], input_moments: Tensor
+) -> Curve:
+    energy = output_energy(R, input_moments)
     removed = torch.zeros(0, dtype=torch.float64)
     if ranks:
-        weighted = Residual.of(rows_times(R, DampedMoments.of(moments, _DAMPING).root))
+        weighted = Residual.of(rows_times(R, DampedMoments.of(input_moments, _DAMPING).root))
         U, _ = _decompose(weighted, ranks)
         Y = transposed_times(U, R).to(R)
-        removed = (Y @ moments).mul_(Y).sum(dim=1, dtype=torch.float64).cpu()
+        removed = (Y @ input_moments).mul_(Y).sum(dim=1, dtype=torch.float64).cpu()
     return Curve(
-        math.sqrt(output_energy(W.float(), moments)),
-        math.sqrt(output_energy(plain, moments)),
+        math.sqrt(output_energy(W.float(), input_moments)),
+        math.sqrt(output_energy(plain, input_moments)),
         math.sqrt(energy),
         _remaining(energy, removed, ranks),
     )

@@ -31,7 +31,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from loftq_cli.checkpoint.index import Checkpoint
-from loftq_cli.engines.placement import Moments, measure
+from loftq_cli.engines.placement import InputMoments, measure
 from loftq_cli.engines.plan import Plan, PlannedLayer, block_number
 from loftq_cli.engines.settings import Settings
 from loftq_cli.engines.tasks import layer_seed
@@ -50,12 +50,12 @@ def allocate(
     *,
     device: str,
     progress: Progress,
-    moments: Moments | None = None,
+    input_moments: InputMoments | None = None,
     order: Sequence[str] = (),
 ) -> Plan:
     """The plan with the bits and ranks that ``plan.settings`` want measured.
 
-    ``moments`` of a module's inputs (in × in) are asked for in ``order``. The same settings and
+    ``input_moments`` (in × in) of a module are asked for in ``order``. The same settings and
     weights give the same plan on the same machine.
 
     Raises:
@@ -72,7 +72,7 @@ def allocate(
             W,
             [settings.quantizer(bits) for bits in _choices(planned, settings)],
             MOST_RANKS * settings.rank if settings.rank_budget and planned.adapted else 0,
-            moments=seen,
+            input_moments=seen,
             seed=layer_seed(settings.seed, planned.layer.module),
         )
         count = planned.layer.parameters if seen is None else 1
@@ -80,7 +80,9 @@ def allocate(
 
     places = {module: place for place, module in enumerate(order)}
     layers = sorted(plan.layers, key=lambda planned: places.get(planned.layer.module, 0))
-    shares = measure(work, layers, checkpoint, device=device, progress=progress, moments=moments)
+    shares = measure(
+        work, layers, checkpoint, device=device, progress=progress, input_moments=input_moments
+    )
     found = {each.layer.module: share for each, share in zip(layers, shares, strict=True)}
     layers = _as_they_run(plan.layers)
     if settings.target_bits is not None:

@@ -220,7 +220,7 @@ def _measured(ready: _Prepared, record: Record) -> Plan:
             ready.checkpoint,
             device=ready.device,
             progress=progress,
-            moments=None if inputs is None else inputs.moments,
+            input_moments=None if inputs is None else inputs.moments,
             order=() if inputs is None else inputs.order,
         )
 
@@ -242,8 +242,8 @@ def _run_tasks(
         if inputs is not None:
             plan = plan.in_order(inputs.order)
         try:
-            moments = None if inputs is None else inputs.moments
-            done = run_tasks(plan, spec, staging, record, progress, moments)
+            input_moments = None if inputs is None else inputs.moments
+            done = run_tasks(plan, spec, staging, record, progress, input_moments)
         except BaseException as error:
             if not isinstance(error, Exception) and staging.finished:  # Ctrl-C or SIGTERM
                 finished = sum(task.file_name in staging.finished for task in plan.tasks)

@@ -6,7 +6,7 @@ from dataclasses import asdict
 
 from loftq_cli.checkpoint.adapter import ADAPTER_NAME, adapter_part
 from loftq_cli.checkpoint.staging import Staging
-from loftq_cli.engines.placement import Moments
+from loftq_cli.engines.placement import InputMoments
 from loftq_cli.engines.plan import Plan
 from loftq_cli.engines.tasks import LayerOutcome, TaskResult, TaskSpec, run_task
 from loftq_cli.record import Progress, Record
@@ -18,7 +18,7 @@ def run_tasks(
     staging: Staging,
     record: Record,
     progress: Progress,
-    moments: Moments | None = None,
+    input_moments: InputMoments | None = None,
 ) -> list[TaskResult]:
     """Makes every output file that an earlier run has not finished.
 
@@ -35,7 +35,7 @@ def run_tasks(
             for planned in task.layers:
                 progress.advance(planned.layer.module)
             continue
-        result = run_task(task, spec, moments, progress)
+        result = run_task(task, spec, input_moments, progress)
         for tensor in result.on_cpu:
             record.warn(f"{tensor} does not fit on {spec.device}: computed on the CPU")
         record.add_timings(result.seconds)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 Result = TypeVar("Result")
 # The second moments E[x·xᵀ] (in × in) of a module's inputs.
-Moments: TypeAlias = "Callable[[str], torch.Tensor]"
+InputMoments: TypeAlias = "Callable[[str], torch.Tensor]"
 
 
 def read_weight(checkpoint: Checkpoint, layer: LinearLayer, device: str) -> torch.Tensor:
@@ -80,7 +80,7 @@ def measure(
     *,
     device: str,
     progress: Progress,
-    moments: Moments | None = None,
+    input_moments: InputMoments | None = None,
 ) -> list[Result]:
     """What ``work(planned, moments of its inputs, W)`` finds in every layer, one after the other.
 
@@ -91,7 +91,7 @@ def measure(
     for planned in layers:
         layer = planned.layer
         progress.start(layer.module)
-        seen = None if moments is None else moments(layer.module)
+        seen = None if input_moments is None else input_moments(layer.module)
         try:
             W = read_weight(checkpoint, layer, device)
             found.append(with_fallback(partial(work, planned, seen), W, device))

@@ -22,7 +22,7 @@ from loftq_cli.checkpoint.index import Checkpoint
 from loftq_cli.checkpoint.tensors import load_pieces, tensor_memory
 from loftq_cli.checkpoint.writer import WrittenFile, disk_errors, write_safetensors
 from loftq_cli.engines.pipeline import Chunk, Timings, read_ahead, write_behind
-from loftq_cli.engines.placement import Moments, read_weight, with_fallback
+from loftq_cli.engines.placement import InputMoments, read_weight, with_fallback
 from loftq_cli.engines.plan import Plan, PlannedLayer, Task
 from loftq_cli.engines.settings import Settings
 from loftq_cli.errors import LoftqError
@@ -85,18 +85,21 @@ class TaskResult:
 
 
 def run_task(
-    task: Task, spec: TaskSpec, moments: Moments | None = None, progress: Progress | None = None
+    task: Task,
+    spec: TaskSpec,
+    input_moments: InputMoments | None = None,
+    progress: Progress | None = None,
 ) -> TaskResult:
     """Writes the task's weights, and its share of the adapter beside them.
 
     Args:
-        moments: asked for each layer of a calibrated start, in the task's order.
+        input_moments: asked for each layer of a calibrated start, in the task's order.
 
     Raises:
         LoftqError: a tensor cannot be read or quantized, or the files cannot be written. A file is
             there whole or not at all.
     """
-    running = _RunningTask(task, spec, moments, progress or Progress())
+    running = _RunningTask(task, spec, input_moments, progress or Progress())
     part = adapter.adapter_part(task.file_name)
     with disk_errors(spec.output):
         (spec.output / part).parent.mkdir(parents=True, exist_ok=True)
@@ -121,7 +124,7 @@ class _RunningTask:
 
     task: Task
     spec: TaskSpec
-    moments: Moments | None
+    input_moments: InputMoments | None
     progress: Progress
     timings: Timings = field(default_factory=Timings)
     outcomes: list[LayerOutcome] = field(default_factory=list)
@@ -163,11 +166,11 @@ class _RunningTask:
 
         began = time.perf_counter()
         layer = planned.layer
-        moments = None if self.moments is None else self.moments(layer.module)
+        input_moments = None if self.input_moments is None else self.input_moments(layer.module)
 
         try:
             result = with_fallback(
-                lambda W: initialize(W, planned, self.settings, moments),
+                lambda W: initialize(W, planned, self.settings, input_moments),
                 W,
                 self.spec.device,
                 lambda: self.on_cpu.append(layer.tensor),
@@ -223,15 +226,15 @@ def initialize(
     W: torch.Tensor,
     planned: PlannedLayer,
     settings: Settings,
-    moments: torch.Tensor | None = None,
+    input_moments: torch.Tensor | None = None,
 ) -> LoftqResult:
-    """The start of one layer. ``moments`` are those of its inputs (in × in), if it needs them."""
+    """The start of one layer; ``input_moments`` (in × in) where it needs them."""
     start, rank = settings.start, planned.rank
     if not (planned.adapted or start.needs_moments):
         start, rank = QLORA, 1  # quantized and no more
     given: dict[str, Any] = {}
     if start.needs_moments:
-        given["moments"] = None if moments is None else moments.to(W.device)
+        given["input_moments"] = None if input_moments is None else input_moments.to(W.device)
     if start.iterates:
         given["iterations"] = settings.iterations
     if start.svd != "own":

@@ -464,13 +464,13 @@ def test_what_cannot_be() -> None:
     W, G = normal(48, 64), torch.eye(64)
 
     def wrong(**changes: Any) -> Any:
-        arguments = {"W": W, "moments": G, "quantizer": NF4, "rank": 4, **changes}
+        arguments = {"W": W, "input_moments": G, "quantizer": NF4, "rank": 4, **changes}
         return initialize_calibrated(**arguments)
 
     for changes in (
-        {"moments": torch.eye(48)},
-        {"moments": torch.zeros(64)},
-        {"moments": -G},
+        {"input_moments": torch.eye(48)},
+        {"input_moments": torch.zeros(64)},
+        {"input_moments": -G},
         {"quantizer": Int8()},
         {"rank": 49},
         {"rank": -1},
@@ -485,9 +485,9 @@ def test_what_cannot_be() -> None:
         bad = G.clone()
         bad[3, 5] = value
         with pytest.raises(LoftqError, match="calibration moments hold NaN"):
-            wrong(moments=bad)
+            wrong(input_moments=bad)
     with pytest.raises(LoftqError, match="not positive semidefinite"):
-        wrong(moments=2 * G - torch.ones(64, 64))
+        wrong(input_moments=2 * G - torch.ones(64, 64))
     with pytest.raises(NonFiniteWeight):
         wrong(W=W.index_put((torch.tensor(0), torch.tensor(0)), torch.tensor(torch.nan)))
 

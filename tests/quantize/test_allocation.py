@@ -152,7 +152,7 @@ def test_error_shares_against_float64(calibrated: bool) -> None:
         damped = G.double() + DAMPING * G.double().diagonal().mean() * S
         S = torch.linalg.cholesky(damped)
     norm = (W.double() @ S).square().sum()
-    found = error_shares(W, quantizers, 40, moments=G if calibrated else None)
+    found = error_shares(W, quantizers, 40, input_moments=G if calibrated else None)
     for share, quantizer in zip(found, quantizers, strict=True):
         R = W.double() - quantizer.dequantize(quantizer.steps(W).quantize()[0]).double()
         assert share.quantized_only == pytest.approx(float((R @ S).square().sum() / norm), rel=1e-4)
@@ -218,7 +218,7 @@ def allocated(directory: Path, progress: Watched | None = None, **options: Any) 
         checkpoint,
         device="cpu",
         progress=progress or Watched(),
-        moments=moments,
+        input_moments=moments,
         order=order,
     )
 

@@ -67,7 +67,7 @@ def test_a_row_and_a_function_are_enough(tmp_path: Path) -> None:
 )
 def test_the_functions_take_what_the_rows_hand_over(start: Start) -> None:
     given = {"W", "quantizer", "rank", "scaling", "seed", *start.arguments}
-    given |= {"moments"} if start.needs_moments else set()
+    given |= {"input_moments"} if start.needs_moments else set()
     given |= {"iterations"} if start.iterates else set()
     given |= {"svd"} if start.svd != "own" else set()
     inspect.signature(start.load()).bind(**dict.fromkeys(given))
