@@ -162,7 +162,10 @@ def parse_header(
         raise corrupt(name, f"its header has {len(raw)} bytes of {header_bytes}")
     header = raw[:header_bytes]
     try:
-        entries = _header_json(header[8:])
+        if not header.startswith(b"{", 8):
+            raise ValueError("its header does not begin with '{'")
+        hooks = {"parse_int": _integer, "parse_float": _finite, "parse_constant": _finite}
+        entries: dict[str, Any] = strict_json(header[8:], **hooks)
         metadata = _metadata(entries.pop("__metadata__", None))
         tensors = _tensors(entries, header_bytes)
     except (ValueError, RecursionError) as error:
@@ -248,15 +251,6 @@ def strict_json(raw: bytes, **hooks: Any) -> Any:
     except UnicodeEncodeError:
         raise ValueError("its JSON is broken: half of a surrogate pair") from None
     return tree
-
-
-def _header_json(raw: bytes) -> dict[str, Any]:
-    if not raw.startswith(b"{"):
-        raise ValueError("its header does not begin with '{'")
-    entries: dict[str, Any] = strict_json(
-        raw, parse_int=_integer, parse_float=_finite, parse_constant=_finite
-    )
-    return entries
 
 
 def _integer(digits: str) -> int | float:

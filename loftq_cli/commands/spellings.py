@@ -22,7 +22,7 @@ FormatName: TypeAlias = Literal["auto", "table", "tsv", "json", "md"]
 
 def _complete_model(incomplete: str) -> Iterator[str]:
     """The built-in model, directories, and what the Hugging Face cache already holds."""
-    from loftq_cli.models.hub_cache import cache_directory
+    from loftq_cli.models.spec import cache_directory
 
     yield "demo"
     base = Path(incomplete if incomplete.endswith("/") else Path(incomplete).parent)

@@ -30,7 +30,7 @@ from loftq_cli.engines.tasks import TaskResult, TaskSpec
 from loftq_cli.errors import LoftqError
 from loftq_cli.models.layers import linear_layers
 from loftq_cli.models.lookup import find_model
-from loftq_cli.models.source import companions, read_config, refuse_quantized, tokenizer_files
+from loftq_cli.models.source import TOKENIZER, companions, read_config, refuse_quantized
 from loftq_cli.models.spec import ResolvedModel, resolve_model
 from loftq_cli.record import Record
 from loftq_cli.report import units
@@ -86,7 +86,7 @@ class _Prepared:
         seen_through = []
         if self.job.settings.calibration:
             with_code = self.job.trust_remote_code
-            seen_through = tokenizer_files(self.found.directory, with_code=with_code)
+            seen_through = companions(self.found.directory, TOKENIZER, with_code=with_code)
         return output.fingerprint(
             self.checkpoint, self.config, self.job.settings, self.device, seen_through
         )

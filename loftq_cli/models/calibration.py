@@ -250,7 +250,7 @@ def _windows(
 
 
 def _positions(model: Any) -> int | None:
-    """How many positions RoBERTa and its kin can give: they count from behind the padding's."""
+    """How many positions models like RoBERTa can give: they count from behind the padding's."""
     tables = (
         module for name, module in model.named_modules() if name.endswith("position_embeddings")
     )

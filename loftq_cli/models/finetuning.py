@@ -25,9 +25,9 @@ BATCH = 8
 # Between QLoRA's 2e-4 for large models and the 1e-3 that suit small ones.
 LEARNING_RATE = 4e-4
 WARMUP_SHARE = 0.05
-# Points of the loss curve, and how often held-out text is looked at on the way.
+# Points of the loss curve, and how often held-out text is evaluated on the way.
 _POINTS = 20
-_LOOKS = 2
+_EVALUATIONS = 2
 
 
 class TrainingDiverged(LoftqError):
@@ -53,7 +53,7 @@ class Schedule:
 class Trained:
     """The loss before the first step, along the way, and after the last one.
 
-    The time is that of the steps and of the looks at held-out text between them: what happens
+    The time is that of the steps and of the evaluations between them: what happens
     once in a process would fall on the first of several models.
     """
 
@@ -87,10 +87,12 @@ def finetune(
     from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
     _make_trainable(model)
-    looks = {max(1, round(schedule.steps * each / _LOOKS)) for each in range(1, _LOOKS + 1)}
+    evaluate_at = {
+        max(1, round(schedule.steps * each / _EVALUATIONS)) for each in range(1, _EVALUATIONS + 1)
+    }
     every = max(1, schedule.steps // _POINTS)
     losses: dict[int, float] = {}
-    seen: dict[int, Evaluation] = {}
+    evaluated: dict[int, Evaluation] = {}
 
     class Watch(TrainerCallback):  # type: ignore[misc]
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
@@ -99,8 +101,8 @@ def finetune(
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             tell(state.global_step)
-            if state.global_step in looks:
-                seen[state.global_step] = evaluate(model, heldout)
+            if state.global_step in evaluate_at:
+                evaluated[state.global_step] = evaluate(model, heldout)
 
     before = evaluate(model, heldout)
     if not math.isfinite(before.loss):
@@ -143,11 +145,11 @@ def finetune(
         LossPoint(
             step=step,
             train_loss=finite(losses.get(step)),
-            heldout_loss=finite(seen[step].loss if step in seen else None),
+            heldout_loss=finite(evaluated[step].loss if step in evaluated else None),
         )
-        for step in sorted({*losses, *seen})
+        for step in sorted({*losses, *evaluated})
     ]
-    after = seen[schedule.steps]
+    after = evaluated[schedule.steps]
     if not math.isfinite(after.loss):
         raise TrainingDiverged(
             "training diverged: the loss is no number any more",

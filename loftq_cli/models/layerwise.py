@@ -22,15 +22,12 @@ import inspect
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 from loftq_cli.errors import UnsupportedModel, told_as
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-# What replaces the forward of a layer block: given its name, its own forward, and the arguments.
-_Forward: TypeAlias = Callable[[str, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 
 _PROBE_TOKENS = 16
 # The same sums in another order differ by less, in bfloat16 too: of a value, and of a typical one.
@@ -109,16 +106,16 @@ class StagedModel:
         outputs: dict[str, Any] = {}
         calls: Counter[str] = Counter()
         alive: list[Tensor] = []  # or another tensor might get the identity of one that is gone
-        inputs: dict[str, list[Any]] = {module: [] for module in modules}
+        inputs: dict[str, tuple[Any, ...]] = dict.fromkeys(modules, ())
 
-        def note(name: str, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        def note(name: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             calls[name] += 1
             outputs[name] = forward(*args, **kwargs)
             return outputs[name]
 
         def see(module: str, x: Tensor) -> None:
             alive.append(x)
-            inputs[module].append((id(x), x._version))
+            inputs[module] += ((id(x), x._version),)
 
         with (
             watched(self._model, modules, see),
@@ -129,11 +126,10 @@ class StagedModel:
             ),
         ):
             self._call(ids, note)
-        seen = {module: tuple(found) for module, found in inputs.items()}
         order = list(outputs)
         if any(count > 1 for count in calls.values()) or not self._agrees(ids, order, outputs):
-            return [], seen
-        return order, seen
+            return [], inputs
+        return order, inputs
 
     def _agrees(self, ids: Tensor, order: list[str], outputs: dict[str, Any]) -> bool:
         """Whether the outputs are the same when each layer block has its own turn."""
@@ -157,7 +153,7 @@ class StagedModel:
 
         moved: dict[str, Any] = {}
 
-        def step(name: str, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        def step(name: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             turn, stack = self._turns.get(name), self._stacks[name]
             if turn is None:  # not called on its own in the trace: part of what lies outside
                 return forward(*args, **kwargs)
@@ -175,8 +171,11 @@ class StagedModel:
 
         self._call(ids, step)
 
-    def _call(self, ids: Tensor, forward: _Forward) -> None:
-        """The model's forward, with that of its layer blocks replaced."""
+    def _call(self, ids: Tensor, forward: Callable[..., Any]) -> None:
+        """The model's forward, with that of its layer blocks replaced.
+
+        ``forward`` is given a layer block's name, its own forward, and the arguments of the call.
+        """
         import torch
 
         ids = ids.to(self._device)
@@ -191,12 +190,14 @@ class StagedModel:
             self._model(**inputs)
 
     @contextmanager
-    def _replaced(self, forward: _Forward) -> Iterator[None]:
+    def _replaced(self, forward: Callable[..., Any]) -> Iterator[None]:
         blocks = {name: self._model.get_submodule(name) for name in self._stacks}
         own = {name: block.__dict__.get("forward") for name, block in blocks.items()}
         try:
             for name, block in blocks.items():
-                block.forward = _replacement(forward, name, block.forward)
+                own_forward = block.forward
+                replacement = functools.partial(forward, name, own_forward)
+                block.forward = functools.update_wrapper(replacement, own_forward)
             yield
         finally:
             for name, block in blocks.items():
@@ -233,14 +234,6 @@ def watched(
 
 def _stop_here(module: Any, args: tuple[Any, ...]) -> None:
     raise _Stop
-
-
-def _replacement(forward: _Forward, name: str, original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        return forward(name, original, args, kwargs)
-
-    return call
 
 
 def _stacks(model: Any, modules: Sequence[str]) -> dict[str, str]:

@@ -18,11 +18,17 @@ from typing import Any
 
 from loftq_cli.checkpoint.index import Checkpoint, open_checkpoint
 from loftq_cli.errors import ModelNotFound
-from loftq_cli.models.hub_cache import cached_model, is_offline
 from loftq_cli.models.known import known_model, similar_names
 from loftq_cli.models.outline import Outline, outline_of
 from loftq_cli.models.source import read_config, refuse_quantized
-from loftq_cli.models.spec import ResolvedModel, hub_id, local_model, resolve_model
+from loftq_cli.models.spec import (
+    ResolvedModel,
+    cached_model,
+    hub_id,
+    is_offline,
+    local_model,
+    resolve_model,
+)
 from loftq_cli.schema import ModelIdentity
 
 
@@ -67,7 +73,7 @@ def find_model(spec: str, note: Callable[[str], None], *, with_headers: bool = F
         identity = ModelIdentity(id=repository, source="known")
         return FoundModel(identity, f"{what}, from the shipped table", outline)
     if is_offline():
-        raise _not_cached(spec) if with_headers else _unknown(spec)
+        raise _offline(spec, with_headers)
     note(f"asking the hub about {spec}: config and headers only")
     from loftq_cli.models.remote import read_remote
 
@@ -105,21 +111,18 @@ def _from_files(found: ResolvedModel, reason: str) -> FoundModel:
     return FoundModel(found.identity, reason, outline, checkpoint, config)
 
 
-def _not_cached(spec: str) -> ModelNotFound:
-    return ModelNotFound(
-        f"the files of '{spec}' are not here",
-        cause="the hub's cache does not have all of them, and HF_HUB_OFFLINE or "
-        "TRANSFORMERS_OFFLINE forbids the network",
-        hint="--model demo, a local directory, or unset the variable to ask the hub",
-    )
-
-
-def _unknown(spec: str) -> ModelNotFound:
+def _offline(spec: str, with_headers: bool) -> ModelNotFound:
+    forbidden = "and HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE forbids the network"
+    others = "a local directory, or unset the variable to ask the hub"
+    if with_headers:
+        return ModelNotFound(
+            f"the files of '{spec}' are not here",
+            cause=f"the hub's cache does not have all of them, {forbidden}",
+            hint=f"--model demo, {others}",
+        )
     near = similar_names(spec)
-    choices = f"--model {near[0]}" if near else "--model demo, gpt2 or llama"
     return ModelNotFound(
         f"'{spec}' is not known without its files",
-        cause="it is neither in the hub's cache nor in the shipped table, and HF_HUB_OFFLINE or "
-        "TRANSFORMERS_OFFLINE forbids the network",
-        hint=f"{choices}, a local directory, or unset the variable to ask the hub",
+        cause=f"it is neither in the hub's cache nor in the shipped table, {forbidden}",
+        hint=f"--model {near[0] if near else 'demo, gpt2 or llama'}, {others}",
     )

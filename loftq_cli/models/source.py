@@ -16,7 +16,8 @@ REPORT_FILE = "loftq_report.json"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 # Tokenizer, processor, generation settings; and licences, which copies of weights must carry on.
-_TOKENIZER = (
+# Those that decide which tokens a text has.
+TOKENIZER = (
     "tokenizer*",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -26,7 +27,7 @@ _TOKENIZER = (
     "*.tiktoken",
 )
 COMPANIONS = (
-    *_TOKENIZER,
+    *TOKENIZER,
     "generation_config.json",
     "*.jinja",
     "chat_template*",
@@ -125,17 +126,10 @@ def refuse_quantized(directory: Path, config: dict[str, Any]) -> None:
     )
 
 
-def companions(directory: Path, *, with_code: bool) -> list[Path]:
+def companions(
+    directory: Path, patterns: Sequence[str] = COMPANIONS, *, with_code: bool
+) -> list[Path]:
     """The files that are copied beside the weights, by name; Python files only if asked for."""
-    return _matching(directory, COMPANIONS, with_code=with_code)
-
-
-def tokenizer_files(directory: Path, *, with_code: bool) -> list[Path]:
-    """Those of them that decide which tokens a text has."""
-    return _matching(directory, _TOKENIZER, with_code=with_code)
-
-
-def _matching(directory: Path, patterns: Sequence[str], *, with_code: bool) -> list[Path]:
     patterns = [*patterns, *(["*.py"] if with_code else [])]
     found = {path for pattern in patterns for path in directory.glob(pattern) if path.is_file()}
     unwanted = no_companions(with_code=with_code)

@@ -7,14 +7,15 @@ org/name, name         a hub id, from the cache or the hub; ``id@revision`` pins
 
 from __future__ import annotations
 
+import os
 import re
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from loftq_cli.checkpoint.index import INDEX_FILE, SINGLE_FILE, read_index
-from loftq_cli.errors import ModelNotFound, UnsafeCheckpoint, UsageError, first_line
-from loftq_cli.models.source import COMPANIONS, PICKLE_SUFFIXES, no_companions
+from loftq_cli.errors import LoftqError, ModelNotFound, UnsafeCheckpoint, UsageError, first_line
+from loftq_cli.models.source import COMPANIONS, CONFIG_FILE, PICKLE_SUFFIXES, no_companions
 from loftq_cli.schema import ModelIdentity
 
 DEMO_DIRECTORY = Path(__file__).parent.parent / "demo"
@@ -24,6 +25,7 @@ DEMO_DIRECTORY = Path(__file__).parent.parent / "demo"
 DESCRIPTION_FILES = ("*.json", "*.txt", *COMPANIONS)
 
 _LONGEST_NAME = 4096  # no path is longer either
+_TRUE = {"1", "ON", "YES", "TRUE"}
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
@@ -96,6 +98,56 @@ def hub_id(spec: str) -> tuple[str, str | None]:
             cause="it is neither 'demo', nor a directory, nor a hub id such as org/name@revision",
         )
     return repository, revision or None
+
+
+def is_offline() -> bool:
+    """Whether the environment forbids the network, by the rules of huggingface_hub."""
+    asked = os.environ.get("HF_HUB_OFFLINE") or os.environ.get("TRANSFORMERS_OFFLINE") or ""
+    return asked.upper() in _TRUE
+
+
+def cached_model(repository: str, revision: str | None) -> ResolvedModel | None:
+    """The cached files of a model; None unless its config and all its weights are among them.
+
+    huggingface_hub is not imported for this. Its cache is laid out so:
+
+        HF_HUB_CACHE/models--org--name/refs/REVISION          holds a commit
+                                      /snapshots/COMMIT/...   the files of that commit
+    """
+    wanted = revision or "main"
+    if ".." in Path(wanted).parts or Path(wanted).is_absolute():
+        return None
+    folder = cache_directory() / f"models--{repository.replace('/', '--')}"
+    try:
+        commit = (folder / "refs" / wanted).read_text("ascii").strip()
+    except (OSError, UnicodeDecodeError):
+        commit = wanted  # a commit needs no ref
+    snapshot = folder / "snapshots" / commit
+    if not _is_complete(snapshot):
+        return None
+    return ResolvedModel(
+        ModelIdentity(id=repository, revision=snapshot.name, source="hub"), snapshot
+    )
+
+
+def cache_directory() -> Path:
+    """Where the hub's cache is, by the environment variables of huggingface_hub."""
+    home = os.environ.get("HF_HOME")
+    if home is None:
+        root = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+        home = f"{root}/huggingface"
+    place = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE")
+    return Path(os.path.expandvars(place or f"{home}/hub")).expanduser()
+
+
+def _is_complete(snapshot: Path) -> bool:
+    if not (snapshot / CONFIG_FILE).is_file():
+        return False
+    if (snapshot / SINGLE_FILE).is_file():
+        return True
+    with suppress(LoftqError):
+        return all((snapshot / name).is_file() for name in {*read_index(snapshot).values()})
+    return False
 
 
 def _from_hub(

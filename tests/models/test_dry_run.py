@@ -12,9 +12,9 @@ from test_remote import loftq_process
 
 from loftq_cli.errors import CorruptCheckpoint, ModelNotFound, UnsafeCheckpoint
 from loftq_cli.models import spec
-from loftq_cli.models.hub_cache import cached_model
 from loftq_cli.models.lookup import find_model
 from loftq_cli.models.source import companions
+from loftq_cli.models.spec import cached_model
 
 CONFIG = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
 ATTENTION = {"model.layers.0.self_attn.q_proj.weight": (128, 64), "model.norm.weight": (64,)}

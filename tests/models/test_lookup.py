@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 
 from loftq_cli.errors import ModelNotFound, UsageError
-from loftq_cli.models.hub_cache import cached_model, is_offline
 from loftq_cli.models.lookup import fetch_model, find_model
-from loftq_cli.models.spec import DEMO_DIRECTORY
+from loftq_cli.models.spec import DEMO_DIRECTORY, cached_model, is_offline
 
 COMMIT = "89abcdef0123456789abcdef0123456789abcdef"
 

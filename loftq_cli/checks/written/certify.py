@@ -18,8 +18,7 @@ from loftq_cli.checks.written.forward import forward
 from loftq_cli.checks.written.residuals import Residuals, spread
 from loftq_cli.engines.report_file import Report, read_report
 from loftq_cli.errors import CheckFailed, LoftqError, ModelNotFound
-from loftq_cli.models.hub_cache import cached_model
-from loftq_cli.models.spec import ResolvedModel, hub_id, local_model
+from loftq_cli.models.spec import ResolvedModel, cached_model, hub_id, local_model
 from loftq_cli.record import Record
 from loftq_cli.schema import Document, ModelIdentity, VerifiedLayer, VerifyResults
 
