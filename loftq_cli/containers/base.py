@@ -51,8 +51,8 @@ class Weight:
 class StoredWeight:
     """The tensors that a weight became, read from files, and what a description beside them says.
 
-    Their dtypes and shapes are those of the container, or nobody gets to see them: kernels trust
-    the shapes that they are told and read past the end of a buffer that is too small for them.
+    Their dtypes and shapes are those of the container, or they are refused: kernels trust the
+    shapes that they are given and read past the end of a buffer that is too small for them.
     """
 
     weight: Weight
@@ -94,7 +94,7 @@ class Container(ABC):
     whole_bytes: ClassVar[int | None] = 20
     # Why starts that need moments of a layer's inputs are not for it; None: they are.
     why_uncalibrated: ClassVar[str | None] = "errors of rounding cannot be passed on in its codes"
-    # What to tell everyone who chooses it.
+    # A warning for everyone who chooses it.
     warning: ClassVar[str | None] = None
     # The class of the layers that the weights are loaded into, and the list in
     # `quantization_config` of the modules that are none.

@@ -13,8 +13,8 @@ With G = E[x·xᵀ] over some text that runs through the model, the adapter and 
 
   Neither step raises the error, in the damped moments that both are taken with.
 
-The file is the same, and so is what runs it: only other codes, absmax and adapter. All errors that
-are told are of what will be loaded: the stored codes, dequantized in the dtype of the runtime, and
+The file is the same, and so is what runs it: only other codes, absmax and adapter. All errors are
+those of what will be loaded: the stored codes, dequantized in the dtype of the runtime, and
 the float32 adapter; those of the outputs by the moments as they were given, undamped.
 """
 
@@ -27,8 +27,6 @@ from torch import Tensor
 
 from loftq_cli.core.blockwise import (
     QuantizedBlockwise,
-    check_finite,
-    check_weight,
     double_quantize,
     pack,
     quantize_blockwise,
@@ -43,7 +41,7 @@ from loftq_cli.core.input_moments import (
     principal_root,
     weighted_low_rank,
 )
-from loftq_cli.core.loftq import LoftqResult, randomize_unused
+from loftq_cli.core.loftq import LoftqResult, checked, randomize_unused
 from loftq_cli.core.lowrank import LowRank, check_rank, split
 from loftq_cli.core.parallel import one_thread_each
 from loftq_cli.core.quantizers import Blockwise
@@ -83,18 +81,15 @@ def initialize_calibrated(
         raise InvalidSetting(f"method {method!r} is not one of {', '.join(get_args(Method))}")
     if not isinstance(quantizer, Blockwise):
         raise InvalidSetting("calibrated starts are for blockwise quantization, not for 8 bits")
-    check_weight(W)
-    if rank:
-        check_rank(rank, W.shape[0], W.shape[1])
     if iterations is not None and iterations < 1:
         raise InvalidSetting(f"{iterations} iterations are not possible here: at least 1 is needed")
-    if not scaling > 0:
-        raise InvalidSetting(f"a LoRA scaling of {scaling} is not possible: it must be above 0")
-    check_finite(W)
+    W = checked(W, scaling)
+    if rank:
+        check_rank(rank, W.shape[0], W.shape[1])
     check_moments(input_moments, W.shape[1])
     generator = torch.Generator().manual_seed(seed)
     input_moments = input_moments.to(W.device, torch.float32)
-    problem = _Problem(W.detach().contiguous(), input_moments, quantizer, rank, generator)
+    problem = _Problem(W, input_moments, quantizer, rank, generator)
     with one_thread_each():
         if method == "calibrated":
             found, errors = _alternate(problem, iterations)

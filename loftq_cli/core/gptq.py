@@ -30,7 +30,7 @@ from loftq_cli.core.blockwise import BlockwiseFormat
 from loftq_cli.core.codebooks import Codebook
 from loftq_cli.core.parallel import each
 
-# Columns that are gone through one by one before the others hear of them.
+# Columns that are rounded one by one before their errors are passed on to all others at once.
 _COLUMNS = 64
 # Values of a piece of rows, 16 MiB in float32: of each temporary there are a few of this size.
 _PIECE = 1 << 22

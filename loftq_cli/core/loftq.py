@@ -111,24 +111,29 @@ def initialize(
     Everything happens on ``W``'s device.
 
     The same arguments give the same bits on the same machine, however many threads there are, with
-    two exceptions: LAPACK's have a say in the last bits of an exact SVD, and torch's in the offset
-    of double quantization, as they have in bitsandbytes' own.
+    two exceptions: the last bits of an exact SVD depend on LAPACK's threads, and the offset of
+    double quantization on torch's, as it does in bitsandbytes.
     """
-    check_weight(W)
-    check_rank(rank, W.shape[0], W.shape[1])
     if iterations is not None and iterations < 0:
         raise InvalidSetting(f"{iterations} iterations are not possible")
     if start not in STARTS:
         raise InvalidSetting(f"start {start!r} is not one of {', '.join(STARTS)}")
-    if not scaling > 0:
-        raise InvalidSetting(f"a LoRA scaling of {scaling} is not possible: it must be above 0")
-    W = W.detach().contiguous()  # a transposed view would be gathered anew in every pass
-    check_finite(W)
+    W = checked(W, scaling)
+    check_rank(rank, W.shape[0], W.shape[1])
     if momentum is None:
         usual = MONOTONE_MOMENTUM if quantizer.searches else MOMENTUM
         momentum = 0.0 if svd == "exact" or 2 * rank > min(W.shape) else usual
     with nullcontext() if svd == "exact" else one_thread_each():
         return _Alternation(W, quantizer, rank, svd, seed).run(scaling, iterations, start, momentum)
+
+
+def checked(W: Tensor, scaling: float) -> Tensor:
+    """``W``, contiguous, if there can be a start of this weight with this scaling."""
+    check_weight(W)
+    if not scaling > 0:
+        raise InvalidSetting(f"a LoRA scaling of {scaling} is not possible: it must be above 0")
+    check_finite(W)
+    return W.detach().contiguous()  # a transposed view would be gathered anew in every pass
 
 
 @dataclass(frozen=True)

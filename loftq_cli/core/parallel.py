@@ -74,7 +74,7 @@ def each(work: Callable[[int], None], count: int) -> None:
         try:
             worker()
         finally:
-            # Whatever happened, nobody is left writing into buffers that are gone.
+            # Also after an error no thread may go on writing into buffers that are freed.
             errors = [future.exception() for future in futures]
         for error in errors:
             if error is not None:

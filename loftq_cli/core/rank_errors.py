@@ -12,8 +12,8 @@ correction that is best for them is U_r·U_rᵀ·R, with U the left singular vec
     E‖(R − U_r·U_rᵀ·R)·x‖² = tr(R·G·Rᵀ) − Σ_{i≤r} uᵢᵀ·R·G·Rᵀ·uᵢ
 
 So the errors of outputs are exact for a correction that was found with slightly damped moments.
-:func:`rank_errors` tells these for a model; :func:`error_shares` is what bits and ranks are spread
-over the layers by.
+:func:`rank_errors` gives these for one layer; by :func:`error_shares` bits and ranks are spread
+over the layers.
 """
 
 import math

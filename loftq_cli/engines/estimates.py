@@ -1,4 +1,4 @@
-"""What a run will need, told before it starts: memory and time, from the plan alone.
+"""What a run will need, before it starts: memory and time, from the plan alone.
 
 Memory is the sum of what is held at once for the largest layer, beside the libraries themselves
 and the adapters of one output file. In bytes a weight of that layer:
@@ -17,7 +17,7 @@ Without the reading ahead one dtype less is held.
 With `--max-memory` reading ahead is given up where it does not fit; the files are the same, and the
 run takes longer.
 
-Measured on two cores (VmHWM, MB) against what is told here, with the reading ahead and without:
+Measured on two cores (VmHWM, MB) against these estimates, with the reading ahead and without:
 
     the demo, rank 16                               513  608     513  608
     GPT-2 (124M, Conv1D, bfloat16), rank 16         577  659     601  654

@@ -56,7 +56,7 @@ def with_fallback(
     device: str,
     fall_back: Callable[[], None] = lambda: None,
 ) -> Result:
-    """``work(W)``, on the CPU if the device has no room; ``fall_back`` is told of that first."""
+    """``work(W)``, on the CPU if the device has no room; then ``fall_back`` is called first."""
     import torch
 
     if device == "cpu":

@@ -48,7 +48,7 @@ class PlannedLayer:
 
     @property
     def weight(self) -> Weight:
-        """What a container is told of it."""
+        """What a container needs to know of it."""
         layer = self.layer
         return Weight(
             layer.tensor, layer.module, self.shape, self.bits, layer.dtype, layer.transposed

@@ -91,10 +91,10 @@ def quantize_results(
 def _layers(
     plan: Plan, outcomes: Sequence[LayerOutcome], sizes: Mapping[str, int]
 ) -> list[schema.AdaptedLayer | schema.PlainLayer]:
-    """What is told of each layer; ``sizes`` are the bytes of the source's tensors."""
+    """What the document says of each layer; ``sizes`` are the bytes of the source's tensors."""
     settings, total_bytes = plan.settings, sum(sizes.values())
     measured = {outcome.name: outcome for outcome in outcomes}
-    # Without outcomes, nobody has looked yet at what decides of these.
+    # What decides these is not measured in a dry run.
     bits_open = not outcomes and settings.target_bits is not None
     ranks_open = not outcomes and settings.rank_budget
     found: list[schema.AdaptedLayer | schema.PlainLayer] = []

@@ -26,7 +26,7 @@ _FORMAT = ("quant_type", "block_size", "double_quant")  # the options of a numbe
 
 @dataclass(frozen=True)
 class CalibrationText:
-    """The text that the moments come from, told apart from others by its content."""
+    """The text that the moments come from, known by its content."""
 
     sha256: str
     tokens: int  # at most so many of it
