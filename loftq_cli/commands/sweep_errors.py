@@ -39,7 +39,6 @@ def measure_errors(
     assert found.checkpoint is not None
     device, why = hardware.resolve_device(device)
     run.resolved("device", device, why)
-    layers = {each.layer.module: each for each in planned}
 
     def work(planned: PlannedLayer, seen: torch.Tensor | None, W: torch.Tensor) -> RankErrors:
         wanted = ranks if planned.adapted else []
@@ -53,7 +52,7 @@ def measure_errors(
         inputs = open_calibration(
             found.checkpoint.directory,
             text,
-            list(layers),
+            [each.layer.module for each in planned],
             device=device,
             max_memory_bytes=hardware.memory_bytes(),
         )
@@ -63,15 +62,10 @@ def measure_errors(
         run.progress("measuring", len(planned)) as progress,
     ):
         errors = measure(
-            work,
-            planned if seen is None else [layers[module] for module in seen.order],
-            found.checkpoint,
-            device=device,
-            progress=progress,
-            input_moments=None if seen is None else seen.moments,
+            work, planned, found.checkpoint, device=device, progress=progress, inputs=seen
         )
-        weights = Curve.together([each.weights for each in errors], len(ranks))
-        outputs = [each.outputs for each in errors if each.outputs is not None]
+        weights = Curve.together([each.weights for each in errors.values()], len(ranks))
+        outputs = [each.outputs for each in errors.values() if each.outputs is not None]
         return (
             RankErrors(weights, Curve.together(outputs, len(ranks)) if outputs else None),
             None if seen is None else calibrated_on(seen),

@@ -31,7 +31,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from loftq_cli.checkpoint.index import Checkpoint
-from loftq_cli.engines.placement import InputMoments, measure
+from loftq_cli.engines.placement import measure
 from loftq_cli.engines.plan import Plan, PlannedLayer, block_number
 from loftq_cli.engines.settings import Settings
 from loftq_cli.engines.tasks import layer_seed
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     import torch
 
     from loftq_cli.core.rank_errors import ErrorShares
+    from loftq_cli.models.calibration import Calibration
 
 
 def allocate(
@@ -50,13 +51,11 @@ def allocate(
     *,
     device: str,
     progress: Progress,
-    input_moments: InputMoments | None = None,
-    order: Sequence[str] = (),
+    inputs: Calibration | None = None,
 ) -> Plan:
     """The plan with the bits and ranks that ``plan.settings`` want measured.
 
-    ``input_moments`` (in × in) of a module are asked for in ``order``. The same settings and
-    weights give the same plan on the same machine.
+    The same settings and weights give the same plan on the same machine.
 
     Raises:
         NonFiniteWeight: a weight holds NaN or infinity.
@@ -78,12 +77,7 @@ def allocate(
         count = planned.layer.parameters if seen is None else 1
         return [each.times(count) for each in shares]
 
-    places = {module: place for place, module in enumerate(order)}
-    layers = sorted(plan.layers, key=lambda planned: places.get(planned.layer.module, 0))
-    shares = measure(
-        work, layers, checkpoint, device=device, progress=progress, input_moments=input_moments
-    )
-    found = {each.layer.module: share for each, share in zip(layers, shares, strict=True)}
+    found = measure(work, plan.layers, checkpoint, device=device, progress=progress, inputs=inputs)
     layers = _as_they_run(plan.layers)
     if settings.target_bits is not None:
         layers = _with_bits(layers, found, settings.container.widths, settings.target_bits)

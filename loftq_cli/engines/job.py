@@ -216,12 +216,7 @@ def _measured(ready: _Prepared, record: Record) -> Plan:
         record.progress("measuring", len(plan.layers)) as progress,
     ):
         return allocate(
-            plan,
-            ready.checkpoint,
-            device=ready.device,
-            progress=progress,
-            input_moments=None if inputs is None else inputs.moments,
-            order=() if inputs is None else inputs.order,
+            plan, ready.checkpoint, device=ready.device, progress=progress, inputs=inputs
         )
 
 

@@ -19,6 +19,8 @@ from loftq_cli.record import Progress
 if TYPE_CHECKING:
     import torch
 
+    from loftq_cli.models.calibration import Calibration
+
 Result = TypeVar("Result")
 # The second moments E[x·xᵀ] (in × in) of a module's inputs.
 InputMoments: TypeAlias = "Callable[[str], torch.Tensor]"
@@ -80,21 +82,22 @@ def measure(
     *,
     device: str,
     progress: Progress,
-    input_moments: InputMoments | None = None,
-) -> list[Result]:
-    """What ``work(planned, moments of its inputs, W)`` finds in every layer, one after the other.
+    inputs: Calibration | None = None,
+) -> dict[str, Result]:
+    """What ``work(planned, moments of its inputs, W)`` finds in every layer, by module.
 
     Raises:
         NonFiniteWeight: a weight holds NaN or infinity.
     """
-    found = []
-    for planned in layers:
+    places = {module: place for place, module in enumerate(inputs.order if inputs else ())}
+    found: dict[str, Result] = {}
+    for planned in sorted(layers, key=lambda planned: places.get(planned.layer.module, 0)):
         layer = planned.layer
         progress.start(layer.module)
-        seen = None if input_moments is None else input_moments(layer.module)
+        seen = None if inputs is None else inputs.moments(layer.module)
         try:
             W = read_weight(checkpoint, layer, device)
-            found.append(with_fallback(partial(work, planned, seen), W, device))
+            found[layer.module] = with_fallback(partial(work, planned, seen), W, device)
         except LoftqError as error:
             raise error.within(layer.tensor) from error
         progress.advance(layer.module)

@@ -210,16 +210,14 @@ class Watched:
 
 
 def allocated(directory: Path, progress: Watched | None = None, **options: Any) -> Plan:
-    moments = options.pop("moments", None)
-    order = options.pop("order", ())
+    inputs = options.pop("inputs", None)
     plan, checkpoint = planned(directory, **options)
     return allocate(
         plan,
         checkpoint,
         device="cpu",
         progress=progress or Watched(),
-        input_moments=moments,
-        order=order,
+        inputs=inputs,
     )
 
 
@@ -297,7 +295,8 @@ def test_moments_are_asked_for_in_their_order_and_decide(source: Path) -> None:
             torch.diag(torch.cat((torch.ones(2), torch.zeros(n - 2)))) if n == 64 else moments_of(n)
         )
 
-    plan = allocated(source, rank=4, rank_budget=True, moments=moments, order=order)
+    inputs = SimpleNamespace(moments=moments, order=order)
+    plan = allocated(source, rank=4, rank_budget=True, inputs=inputs)
     assert asked == order
     assert [layer.layer.module for layer in plan.layers] == order[::-1]
     assert [layer.rank for layer in plan.layers] != [layer.rank for layer in plain.layers]
