@@ -18,14 +18,14 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from loftq_cli.checkpoint.safetensors import shown, strict_json
 from loftq_cli.checkpoint.tensors import load_tensor, tensor_memory
 from loftq_cli.checkpoint.writer import PlannedTensor
 from loftq_cli.containers.base import Container, Damaged, Form, StoredWeight, Tensors, Weight
 from loftq_cli.errors import InvalidSetting, UsageError
-from loftq_cli.formats import BLOCK_SIZES, DTYPE_NAMES, NESTED_BLOCK_SIZE
+from loftq_cli.formats import BLOCK_SIZES, DTYPE_NAMES, NESTED_BLOCK_SIZE, QuantType
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,7 +46,7 @@ _SHORT = {name: short for short, name in DTYPE_NAMES.items()}
 class Bitsandbytes4(Container):
     name = "bitsandbytes"
     all_widths = (2, 3, 4)
-    number_types = ("nf4", "fp4")
+    number_types = get_args(QuantType)
     options = ("quant_type", "block_size", "double_quant")
     searches = True
     why_uncalibrated = None

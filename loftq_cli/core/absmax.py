@@ -33,11 +33,6 @@ SMALLEST = 1e-38
 _NEAREST, _FARTHEST = 1e-3, 1e3
 
 
-def largest_absmax(dtype: torch.dtype) -> float:
-    """The greatest absmax whose products with the levels are finite in ``dtype``."""
-    return float(torch.finfo(dtype).max)
-
-
 @dataclass(frozen=True)
 class Starts:
     """Where the search begins: at so many times the largest magnitude, or the previous absmax."""
@@ -59,7 +54,8 @@ def search_absmax(
     """The absmax (count,) for float32 ``blocks`` (count × size).
 
     ``previous`` (count,) are the absmax to begin with. Where what is found is above ``largest``,
-    or too small to divide by, the largest magnitude is taken. ``size`` is a power of two.
+    the runtime's largest number, or too small to divide by, the largest magnitude is taken. The
+    ``size`` is a power of two.
     """
     peak = blocks.abs().amax(dim=1)
     starts = COLD if previous is None else WARM

@@ -29,7 +29,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from loftq_cli.core.absmax import SMALLEST, largest_absmax, search_absmax
+from loftq_cli.core.absmax import SMALLEST, search_absmax
 from loftq_cli.core.codebooks import Codebook, codebook, dynamic_map
 from loftq_cli.errors import InvalidSetting, NonFiniteWeight
 from loftq_cli.formats import BLOCK_SIZES, NESTED_BLOCK_SIZE, QuantType
@@ -96,7 +96,7 @@ def quantize_blockwise(
         if search:
             around = None if previous is None else previous[blocks]
             whole = _whole_blocks(values, size)
-            absmax[blocks] = search_absmax(whole, around, book, largest_absmax(dtype))
+            absmax[blocks] = search_absmax(whole, around, book, torch.finfo(dtype).max)
         else:
             scaled, absmax[blocks] = _scale_chunk(values, size)
             packed[start // 2 : (stop + 1) // 2] = _pack(scaled, book)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from loftq_cli.core import kernels, search_kernels
-from loftq_cli.core.absmax import COLD, WARM, largest_absmax
+from loftq_cli.core.absmax import COLD, WARM
 from loftq_cli.core.blockwise import (
     BlockwiseFormat,
     QuantizedBlockwise,
@@ -85,7 +85,7 @@ class CompiledSteps:
         starts = COLD if like is None else WARM
         factors = np.array(starts.factors, np.float32)
         around = (torch.empty(0) if like is None else restore_absmax(like)).numpy()
-        largest = np.float32(largest_absmax(self.dtype))
+        largest = np.float32(torch.finfo(self.dtype).max)
 
         def work(
             piece: int, scales: Tensor, residual: _PartialResidual | None, *, find: bool, code: bool

@@ -102,12 +102,6 @@ def sum_of_squares(values: Any) -> Any:
 
 
 @_inlined
-def _subtract(left: Any, right: Any, out: Any) -> None:
-    for j in range(out.size):
-        out[j] = left[j] - right[j]
-
-
-@_inlined
 def _store(values: Any, out: Any) -> None:
     if out.itemsize == 4:
         for j in range(values.size):
@@ -291,7 +285,8 @@ def form_residual(
             if values.size % 2:
                 values[values.size - 1] = table[pairs[values.size // 2] >> np.uint8(4)] * scale
         _round(q, rounding)
-        _subtract(w, q, t)
+        for j in range(w.size):
+            t[j] = w[j] - q[j]
         _store(t, residual[start : start + w.size])
         total += sum_of_squares(t)
     return total

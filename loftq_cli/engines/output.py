@@ -123,7 +123,16 @@ def write_model_files(
         if source.name not in staging.finished:
             staging.record(source.name, copy_file(source, staging.path(source.name)))
     if len(plan.tasks) > 1:
-        write_json(staging, INDEX_FILE, _index(plan))
+        files = {
+            tensor.name: task.file_name
+            for task in plan.tasks
+            for tensor in plan.model_tensors(task)
+        }
+        index = {
+            "metadata": {"total_size": plan.model_bytes},
+            "weight_map": dict(sorted(files.items())),
+        }
+        write_json(staging, INDEX_FILE, index)
     container = plan.settings.container
     if container.quantizes:
         skipped = architecture.skip_modules([planned.layer for planned in plan.layers])
@@ -179,17 +188,6 @@ def fingerprint(
         "settings": settings.as_dict(),
         **({"tokenizer_sha256": files} if files else {}),
         "device": device.partition(":")[0],
-    }
-
-
-def _index(plan: Plan) -> dict[str, Any]:
-    """`model.safetensors.index.json`: which file has which tensor."""
-    weight_map = {
-        tensor.name: task.file_name for task in plan.tasks for tensor in plan.model_tensors(task)
-    }
-    return {
-        "metadata": {"total_size": plan.model_bytes},
-        "weight_map": dict(sorted(weight_map.items())),
     }
 
 
