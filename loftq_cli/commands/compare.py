@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from loftq_cli.commands.run import Run, command
 from loftq_cli.commands.spellings import option
 from loftq_cli.containers import widths
 from loftq_cli.options import CompareOptions
 from loftq_cli.report.units import listed
-
-if TYPE_CHECKING:
-    from loftq_cli.commands.compare_plan import Texts
 
 
 @command(
@@ -65,16 +61,12 @@ def compare(run: Run, asked: CompareOptions) -> None:
 
     texts = texts_of(asked)
     planned = methods(asked, texts)
-    _warn(run, asked.model, texts)
-    bench = Bench(run, asked, texts)
-    run.finish(bench.compare(planned), model=bench.identity)
-
-
-def _warn(run: Run, model: str, texts: Texts) -> None:
-    if texts.evaluation_is_built_in and model != "demo":
+    if texts.evaluation_is_built_in and asked.model != "demo":
         run.note("evaluated on Python code, unless --text FILE says otherwise")
     if texts.evaluation_is_built_in and texts.training is not None:
         run.warn(
             "the held-out loss is that of the built-in text, Python code, whatever --train-text "
             "is; give a --text of the kind that is trained on"
         )
+    bench = Bench(run, asked, texts)
+    run.finish(bench.compare(planned), model=bench.identity)

@@ -105,44 +105,39 @@ def methods(asked: CompareOptions, texts: Texts) -> list[Settings]:
         _settings(each, number, rank, asked, texts)
         for number, rank, each in product(wanted, every_rank, quantizing)
         # By default a start is left out where there is none; asked for, it is refused.
-        if asked.init is not None or _calibrates(number) or not each.needs_moments
+        if asked.init is not None or not (kind_of(number).why_uncalibrated and each.needs_moments)
     ]
 
 
 def _require_meaning(
-    bits: Sequence[str], tried: Sequence[Start], asked: CompareOptions, texts: Texts
+    bits: Sequence[int], tried: Sequence[Start], asked: CompareOptions, texts: Texts
 ) -> None:
     """Refuses options that would have no effect on any of the methods."""
     form = (asked.quant_type, asked.block_size, asked.double_quant)
-    if form != ("nf4", 64, False) and not any(map(_has_formats, bits)):
+    kinds = [kind_of(each) for each in bits]
+    if form != ("nf4", 64, False) and not any(kind.options for kind in kinds):
         raise UsageError(
-            f"{' and '.join(bits)} bits have no --quant-type, --block-size or --double-quant"
+            f"{' and '.join(map(str, bits))} bits have no --quant-type, --block-size or "
+            "--double-quant"
         )
     if asked.iterations != "auto" and not any(each.iterates for each in tried):
         raise UsageError("--iterations has no effect on these starts", hint="--init loftq")
-    calibrated = any(map(_calibrates, bits)) and any(each.needs_moments for each in tried)
-    if texts.calibration not in (None, DEMO_CALIBRATION) and not calibrated:
+    calibrated = any(kind.why_uncalibrated is None for kind in kinds)
+    sees_text = calibrated and any(each.needs_moments for each in tried)
+    if texts.calibration not in (None, DEMO_CALIBRATION) and not sees_text:
         raise UsageError(
             "--calibration-text has no effect on these starts", hint="--init calibrated"
         )
 
 
-def _bits(text: str) -> list[str]:
+def _bits(text: str) -> list[int]:
     found = list(dict.fromkeys(items(text, "--bits")))
     for each in found:
         if each not in map(str, widths()):
             raise UsageError(
                 f"--bits takes {listed(widths())}, not {each!r:.80}", hint="--bits 4,2"
             )
-    return found
-
-
-def _calibrates(bits: str) -> bool:
-    return kind_of(int(bits)).why_uncalibrated is None
-
-
-def _has_formats(bits: str) -> bool:
-    return bool(kind_of(int(bits)).options)
+    return [int(each) for each in found]
 
 
 def _named(text: str, texts: Texts) -> list[Start]:
@@ -164,12 +159,12 @@ def _named(text: str, texts: Texts) -> list[Start]:
 
 
 def _settings(
-    start: Start, bits: str | None, rank: int, asked: CompareOptions, texts: Texts
+    start: Start, bits: int | None, rank: int, asked: CompareOptions, texts: Texts
 ) -> Settings:
     """By the rules of `quantize`; what means nothing to a start is not said to it."""
     said = dict(vars(asked))
     for name in (
-        *(() if bits and _has_formats(bits) else ("quant_type", "block_size", "double_quant")),
+        *(() if bits and kind_of(bits).options else ("quant_type", "block_size", "double_quant")),
         *(() if start.iterates else ("iterations",)),
     ):
         del said[name]

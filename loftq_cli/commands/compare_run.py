@@ -31,12 +31,7 @@ if TYPE_CHECKING:
 class Bench:
     """The original model with its texts, and what every method is put through beside it."""
 
-    def __init__(
-        self,
-        run: Run,
-        asked: CompareOptions,
-        texts: Texts,
-    ) -> None:
+    def __init__(self, run: Run, asked: CompareOptions, texts: Texts) -> None:
         """Loads the original.
 
         Raises:
@@ -51,9 +46,8 @@ class Bench:
         from loftq_cli.models.texts import read_text, text_windows
 
         self.run, self.texts, self.asked = run, texts, asked
-        self.trust_remote_code = trust_remote_code = asked.trust_remote_code
         with run.timing("resolve", "finding the model"):
-            found = resolve_model(asked.model, with_code=trust_remote_code)
+            found = resolve_model(asked.model, with_code=asked.trust_remote_code)
         self.directory = found.directory
         self.identity = found.identity
         config = read_config(found.directory)
@@ -62,7 +56,7 @@ class Bench:
         self.device, self.dtype = where.device, where.dtype
         with run.timing("read", "reading the model"):
             self.architecture = read_architecture(
-                found.directory, config, trust_remote_code=trust_remote_code
+                found.directory, config, trust_remote_code=asked.trust_remote_code
             )
             require_causal(self.architecture)
             self.original = self._load(found.directory)
@@ -177,7 +171,7 @@ class Bench:
             settings=settings,
             device=self.device,
             calibration_text=self.texts.calibration if settings.start.needs_moments else None,
-            trust_remote_code=self.trust_remote_code,
+            trust_remote_code=self.asked.trust_remote_code,
         )
         record = Record("quantize", ["loftq", "quantize"], _Warnings(self.run))
         return make_directory(job, record).document
@@ -189,7 +183,7 @@ class Bench:
             directory,
             device=self.device,
             dtype=self.dtype,
-            trust_remote_code=self.trust_remote_code,
+            trust_remote_code=self.asked.trust_remote_code,
         )
 
     def _train(self, output: Path, name: str, progress: Progress) -> Trained | None:
@@ -224,24 +218,20 @@ class Bench:
         evaluation, calibration, training = texts.names
         schedule = texts.schedule(asked.seed)
         count, length = self.heldout.shape
-        return schema.CompareSettings(
-            text=evaluation,
-            calibration_text=calibration if any(each.calibration for each in planned) else None,
-            train_text=training,
-            predicted_tokens=count * (length - 1),
-            window_tokens=length,
-            quant_type=asked.quant_type,
-            block_size=asked.block_size,
-            double_quant=asked.double_quant,
-            iterations=asked.iterations,
-            lora_alpha=asked.lora_alpha,
-            rslora=asked.rslora,
-            target_modules=items(asked.target_modules, "--target-modules"),
-            seed=asked.seed,
-            train_steps=texts.steps,
-            batch_windows=None if schedule is None else BATCH,
-            learning_rate=None if schedule is None else schedule.learning_rate,
-            warmup_steps=None if schedule is None else schedule.warmup_steps,
+        calibrated = any(each.calibration for each in planned)
+        return schema.CompareSettings.model_validate(
+            {
+                **vars(asked),
+                "text": evaluation,
+                "calibration_text": calibration if calibrated else None,
+                "train_text": training,
+                "predicted_tokens": count * (length - 1),
+                "window_tokens": length,
+                "target_modules": items(asked.target_modules, "--target-modules"),
+                "batch_windows": None if schedule is None else BATCH,
+                "learning_rate": None if schedule is None else schedule.learning_rate,
+                "warmup_steps": None if schedule is None else schedule.warmup_steps,
+            }
         )
 
 

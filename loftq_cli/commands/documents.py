@@ -6,12 +6,10 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from loftq_cli.errors import LoftqError, UsageError
-
-if TYPE_CHECKING:
-    from loftq_cli.schema import Document
+from loftq_cli.schema import Document, NotAResultDocument, document_of
 
 # Far above any result of ours; a file of this size is something else.
 _MAX_BYTES = 256 << 20
@@ -51,8 +49,6 @@ def find_documents(names: Sequence[str]) -> Found:
         else:
             found.add(name, _read(name))
     if not found.documents:
-        from loftq_cli.schema import NotAResultDocument
-
         raise NotAResultDocument(
             f"there is no result document in {', '.join(names)}",
             cause="; ".join(f"{file}: {reason}" for file, reason in found.skipped[:3])
@@ -90,14 +86,23 @@ def _is_summary(path: Path) -> bool:
 
 def _read(name: str) -> Iterator[Document[Any]]:
     """The documents of one file: one, several in a row, or an array of them."""
-    from loftq_cli.schema import NotAResultDocument
-
-    place = "stdin" if name == "-" else name
-    text = _text(name, place)
+    piped = name == "-"
+    place = "stdin" if piped else name
+    try:
+        if not piped and Path(name).is_file() and Path(name).stat().st_size > _MAX_BYTES:
+            raise UsageError(f"{place} is too large for a result document")
+        with open(0 if piped else name, "rb", closefd=not piped) as opened:
+            text = opened.read().decode("utf-8-sig")
+    except OSError as error:
+        raise UsageError(f"cannot read {place}", cause=error.strerror) from None
+    except UnicodeDecodeError as error:
+        raise NotAResultDocument(
+            f"{place}: this is not JSON", cause=f"it is not UTF-8 at byte {error.start}"
+        ) from None
     if not text.strip():
         raise NotAResultDocument(
             f"{place} is empty",
-            cause="the command before the pipe wrote no result" if name == "-" else None,
+            cause="the command before the pipe wrote no result" if piped else None,
         )
     try:
         yield from _documents(text)
@@ -105,30 +110,7 @@ def _read(name: str) -> Iterator[Document[Any]]:
         raise error.within(place) from None
 
 
-def _text(name: str, place: str) -> str:
-    try:
-        if name == "-":
-            with open(0, "rb", closefd=False) as stdin:
-                raw = stdin.read()
-        else:
-            path = Path(name)
-            if path.is_file() and path.stat().st_size > _MAX_BYTES:
-                raise UsageError(f"{place} is too large for a result document")
-            raw = path.read_bytes()
-        return raw.decode("utf-8-sig")
-    except OSError as error:
-        raise UsageError(f"cannot read {place}", cause=error.strerror) from None
-    except UnicodeDecodeError as error:
-        from loftq_cli.schema import NotAResultDocument
-
-        raise NotAResultDocument(
-            f"{place}: this is not JSON", cause=f"it is not UTF-8 at byte {error.start}"
-        ) from None
-
-
 def _documents(text: str) -> Iterator[Document[Any]]:
-    from loftq_cli.schema import NotAResultDocument, document_of
-
     decoder = json.JSONDecoder()
     position = 0
     while position < len(text):
@@ -150,7 +132,5 @@ def _flat(document: Document[Any]) -> Iterator[Document[Any]]:
     if document.command != "report":
         yield document
         return
-    from loftq_cli.schema import document_of
-
     for each in document.results.documents:
         yield from _flat(document_of(each.document))

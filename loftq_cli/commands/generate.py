@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
-
-import typer
+from typing import TYPE_CHECKING
 
 from loftq_cli.commands.prompts import read_prompts
 from loftq_cli.commands.run import Run, command
+from loftq_cli.commands.spellings import option
 from loftq_cli.errors import UsageError
+from loftq_cli.record import Progress
 
 if TYPE_CHECKING:
     from loftq_cli.models.generation import Sampling
@@ -18,57 +19,56 @@ if TYPE_CHECKING:
     from loftq_cli.schema import Generation
 
 
-@command("generate")
+@command(
+    "generate",
+    prompts_file=option(
+        Path | None,
+        "--prompts-file",
+        metavar="FILE",
+        help="A file of prompts, one a line; - is stdin.",
+    ),
+    temperature=option(
+        float | None,
+        "--temperature",
+        metavar="T",
+        show_default="the likeliest token each time",
+        help="Sample; below 1 keeps to the likely, above 1 strays.",
+    ),
+    top_p=option(
+        float | None,
+        "--top-p",
+        metavar="P",
+        help="Sample only from the likeliest tokens that make up P of the probability.",
+    ),
+    seed=option(
+        int | None, "--seed", min=0, metavar="N", show_default="0", help="Where sampling starts."
+    ),
+    rank=option(
+        int | None,
+        "--rank",
+        min=1,
+        metavar="R",
+        help="Put a new adapter on the model; it changes no text, only the time.",
+    ),
+    adapter=option(
+        Path | None,
+        "--adapter",
+        metavar="DIR",
+        show_default="loftq_init in the model's directory, if it is there",
+        help="Put this adapter on the model.",
+    ),
+)
 def generate(
     run: Run,
     model: str = "demo",
     prompt: list[str] | None = None,
-    prompts_file: Annotated[
-        Path | None,
-        typer.Option(
-            "--prompts-file", metavar="FILE", help="A file of prompts, one a line; - is stdin."
-        ),
-    ] = None,
+    prompts_file: Path | None = None,
     max_new_tokens: int = 40,
-    temperature: Annotated[
-        float | None,
-        typer.Option(
-            "--temperature",
-            metavar="T",
-            show_default="the likeliest token each time",
-            help="Sample; below 1 keeps to the likely, above 1 strays.",
-        ),
-    ] = None,
-    top_p: Annotated[
-        float | None,
-        typer.Option(
-            "--top-p",
-            metavar="P",
-            help="Sample only from the likeliest tokens that make up P of the probability.",
-        ),
-    ] = None,
-    seed: Annotated[
-        int | None,
-        typer.Option("--seed", min=0, metavar="N", show_default="0", help="Where sampling starts."),
-    ] = None,
-    rank: Annotated[
-        int | None,
-        typer.Option(
-            "--rank",
-            min=1,
-            metavar="R",
-            help="Put a new adapter on the model; it changes no text, only the time.",
-        ),
-    ] = None,
-    adapter: Annotated[
-        Path | None,
-        typer.Option(
-            "--adapter",
-            metavar="DIR",
-            show_default="loftq_init in the model's directory, if it is there",
-            help="Put this adapter on the model.",
-        ),
-    ] = None,
+    temperature: float | None = None,
+    top_p: float | None = None,
+    seed: int | None = None,
+    rank: int | None = None,
+    adapter: Path | None = None,
     device: str = "auto",
     dtype: str = "auto",
     trust_remote_code: bool = False,
@@ -169,45 +169,30 @@ def _generate(
     sampling: Sampling | None,
 ) -> list[Generation]:
     """All prompts in turn; whoever watches sees the text as it comes."""
-    with run.growing_text() as tell:
-        if tell is not None:
-            return [
-                _continue(loaded, *each, number, sampling, tell)
-                for number, each in enumerate(zip(prompts, lengths, strict=True))
-            ]
-    generations = []
-    with run.progress("generating", len(prompts)) as progress:
-        for number, each in enumerate(zip(prompts, lengths, strict=True)):
-            generations.append(_continue(loaded, *each, number, sampling, None))
-            progress.advance()
-    return generations
-
-
-def _continue(
-    loaded: LoadedModel,
-    prompt: str,
-    max_new_tokens: int,
-    number: int,
-    sampling: Sampling | None,
-    tell: Callable[[str], None] | None,
-) -> Generation:
-    from dataclasses import replace
-
     from loftq_cli.models.generation import continue_text
     from loftq_cli.schema import Generation
 
-    if sampling is not None:
-        # Each prompt from a seed of its own: the same prompt twice gives two texts, and a prompt
-        # keeps its text when others before it change.
-        sampling = replace(sampling, seed=sampling.seed + number)
-    if tell is not None:
-        tell(f"{chr(10) * 2 if number else ''}› {prompt}\n")
-    done = continue_text(loaded, prompt, max_new_tokens, sampling=sampling, tell=tell)
-    return Generation(
-        prompt=prompt,
-        generated_text=done.text,
-        new_tokens=done.new_tokens,
-        seconds=done.seconds,
-        tokens_per_second=done.new_tokens / done.seconds,
-        prompt_tokens=done.prompt_tokens,
-    )
+    generations = []
+    with ExitStack() as shown:
+        progress, tell = Progress(), shown.enter_context(run.growing_text())
+        if tell is None:
+            progress = shown.enter_context(run.progress("generating", len(prompts)))
+        for number, (prompt, length) in enumerate(zip(prompts, lengths, strict=True)):
+            if tell is not None:
+                tell(f"{chr(10) * 2 if number else ''}› {prompt}\n")
+            # Each prompt from a seed of its own: the same prompt twice gives two texts, and a
+            # prompt keeps its text when others before it change.
+            drawn = None if sampling is None else replace(sampling, seed=sampling.seed + number)
+            done = continue_text(loaded, prompt, length, sampling=drawn, tell=tell)
+            generations.append(
+                Generation(
+                    prompt=prompt,
+                    generated_text=done.text,
+                    new_tokens=done.new_tokens,
+                    seconds=done.seconds,
+                    tokens_per_second=done.new_tokens / done.seconds,
+                    prompt_tokens=done.prompt_tokens,
+                )
+            )
+            progress.advance()
+    return generations

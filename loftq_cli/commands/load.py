@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, Literal
-
-import typer
+from typing import TYPE_CHECKING, Literal
 
 from loftq_cli.commands.run import Run, command
+from loftq_cli.commands.spellings import option
 from loftq_cli.containers import layer_classes
 from loftq_cli.errors import CheckFailed
 
@@ -22,25 +21,27 @@ if TYPE_CHECKING:
 _STEPS = ("resolve", "build", "read")
 
 
-@command("load")
+@command(
+    "load",
+    expect=option(
+        Literal["cpu", "cuda"] | None,
+        "--expect",
+        metavar="cpu|cuda",
+        help="Exit 3 if the model ends up anywhere else.",
+    ),
+    random_weights=option(
+        bool,
+        "--random-weights",
+        help="Build the architecture from its config alone; no weights are needed.",
+    ),
+)
 def load(
     run: Run,
     model: str = "demo",
     device: str = "auto",
     dtype: str = "auto",
-    expect: Annotated[
-        Literal["cpu", "cuda"] | None,
-        typer.Option(
-            "--expect", metavar="cpu|cuda", help="Exit 3 if the model ends up anywhere else."
-        ),
-    ] = None,
-    random_weights: Annotated[
-        bool,
-        typer.Option(
-            "--random-weights",
-            help="Build the architecture from its config alone; no weights are needed.",
-        ),
-    ] = False,
+    expect: str | None = None,
+    random_weights: bool = False,
     trust_remote_code: bool = False,
 ) -> None:
     """

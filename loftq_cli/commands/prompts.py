@@ -32,10 +32,11 @@ def read_prompts(
 
 def _lines(file: Path) -> list[str]:
     """The lines of the file that are not blank; `-` is stdin."""
-    name = "stdin" if str(file) == "-" else str(file)
+    piped = str(file) == "-"
+    name = "stdin" if piped else str(file)
     try:
-        raw = _stdin() if name == "stdin" else file.read_bytes()
-        text = raw.decode("utf-8-sig")
+        with open(0 if piped else file, "rb", closefd=not piped) as opened:
+            text = opened.read().decode("utf-8-sig")
     except OSError as error:
         raise UsageError(f"cannot read prompts from {name}", cause=error.strerror) from None
     except UnicodeDecodeError as error:
@@ -43,14 +44,9 @@ def _lines(file: Path) -> list[str]:
             f"cannot read prompts from {name}", cause=f"it is not UTF-8 at byte {error.start}"
         ) from None
     lines = [line for line in text.replace("\r\n", "\n").split("\n") if line.strip()]
-    if not lines and name != "stdin":
+    if not lines and not piped:
         raise UsageError(f"there is no prompt in {name}", cause="every line of it is blank")
     return lines
-
-
-def _stdin() -> bytes:
-    with open(0, "rb", closefd=False) as stdin:
-        return stdin.read()
 
 
 def _at_terminal() -> bool:

@@ -6,20 +6,19 @@ from typing import Annotated
 
 import typer
 
-from loftq_cli.commands.documents import find_documents
 from loftq_cli.commands.run import Run, command
 
 
-@command("report")
-def report(
-    run: Run,
-    files: Annotated[
+@command(
+    "report",
+    files=Annotated[
         list[str],
         typer.Argument(
             metavar="FILES", help="Result documents, directories of them, or - for stdin."
         ),
     ],
-) -> None:
+)
+def report(run: Run, files: list[str]) -> None:
     """
     \b
     loftq report results/
@@ -30,6 +29,7 @@ def report(
     findings drawn from the numbers, and what they recommend.
     """
     from loftq_cli import schema
+    from loftq_cli.commands.documents import find_documents
     from loftq_cli.report.advice import recommendations
     from loftq_cli.report.findings import findings
 

@@ -22,12 +22,10 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import (
     TYPE_CHECKING,
-    Annotated,
     Any,
     Concatenate,
     NamedTuple,
     ParamSpec,
-    get_origin,
 )
 
 import typer
@@ -159,9 +157,8 @@ def command(
 ) -> Callable[[Callable[Concatenate[Run, Body], None]], Callable[..., None]]:
     """Makes a body into the function that Typer calls: options in, a `Run` handed on.
 
-    A parameter is the option of its name in the table, unless ``own`` has another of that name or
-    its annotation says all itself. One whose annotation is a class of options (`options.py`) stands
-    for all of them.
+    A parameter is the option of its name in the table, unless ``own`` has another of that name. One
+    whose annotation is a class of options (`options.py`) stands for all of them.
     """
 
     def wrap(body: Callable[Concatenate[Run, Body], None]) -> Callable[..., None]:
@@ -206,9 +203,7 @@ def command(
                 found = fields(groups[each.name])
                 parameters += [parameter(f.name, table[f.name], f.default) for f in found]
             else:
-                told = get_origin(each.annotation) is Annotated
-                kind = each.annotation if told else table[each.name]
-                parameters.append(parameter(each.name, kind, each.default))
+                parameters.append(parameter(each.name, table[each.name], each.default))
         parameters += [parameter(key, table[key], default) for key, default in _SHARED.items()]
         framed.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         framed.__annotations__ = {each.name: each.annotation for each in parameters}

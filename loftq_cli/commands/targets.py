@@ -25,20 +25,35 @@ def targets(run: Run, model: str = "demo", rank: int = 16) -> None:
     well-known models need no files at all.
     """
     from loftq_cli.models import presets
+    from loftq_cli.models.costs import trainable_parameters
     from loftq_cli.models.kinds import kinds, skipped_modules
     from loftq_cli.models.lookup import find_model
-    from loftq_cli.schema import TargetsResults
+    from loftq_cli.schema import LayerKind, TargetsResults
 
     with run.timing("resolve"):
         found = find_model(model, run.note)
     run.resolved("model", found.identity.source, found.reason)
     outline = found.outline
-    groups = sorted(kinds(outline.layers), key=_place)
+    # Attention before the feed-forward part, in before out, and last what has no role.
+    groups = sorted(kinds(outline.layers), key=lambda kind: (not _roles(kind), _roles(kind)))
     results = TargetsResults(
         architecture=outline.architecture,
         base_parameters=outline.parameters,
         rank=rank,
-        layers=[_layer_kind(kind, rank, outline.parameters) for kind in groups],
+        layers=[
+            LayerKind(
+                name=kind.name,
+                count=len(kind.layers),
+                in_features=kind.in_features,
+                out_features=kind.out_features,
+                parameters=kind.parameters,
+                share_of_parameters=kind.parameters / outline.parameters,
+                trainable_parameters=trainable_parameters(kind.layers, rank),
+                role=", ".join(_roles(kind)) or None,
+                also_selects=list(kind.also_selects),
+            )
+            for kind in groups
+        ],
         presets=[
             _preset(preset, rank, outline.parameters) for preset in presets.presets(outline.layers)
         ],
@@ -57,29 +72,6 @@ def _roles(kind: Kind) -> list[str]:
     from loftq_cli.models.presets import role_of
 
     return sorted({role for layer in kind.layers if (role := role_of(layer.module)) is not None})
-
-
-def _place(kind: Kind) -> tuple[bool, list[str]]:
-    """Attention before the feed-forward part, in before out, and last what has no role."""
-    roles = _roles(kind)
-    return not roles, roles
-
-
-def _layer_kind(kind: Kind, rank: int, base: int) -> schema.LayerKind:
-    from loftq_cli.models.costs import trainable_parameters
-    from loftq_cli.schema import LayerKind
-
-    return LayerKind(
-        name=kind.name,
-        count=len(kind.layers),
-        in_features=kind.in_features,
-        out_features=kind.out_features,
-        parameters=kind.parameters,
-        share_of_parameters=kind.parameters / base,
-        trainable_parameters=trainable_parameters(kind.layers, rank),
-        role=", ".join(_roles(kind)) or None,
-        also_selects=list(kind.also_selects),
-    )
 
 
 def _preset(preset: Preset, rank: int, base: int) -> schema.TargetPreset:

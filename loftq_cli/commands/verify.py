@@ -8,42 +8,43 @@ from typing import Annotated, Literal
 import typer
 
 from loftq_cli.commands.run import Run, command
+from loftq_cli.commands.spellings import option
 
 
-@command("verify")
-def verify(
-    run: Run,
-    directory: Annotated[
+@command(
+    "verify",
+    directory=Annotated[
         Path, typer.Argument(metavar="DIR", help="What loftq quantize --output wrote.")
     ],
-    source: Annotated[
+    source=option(
         str | None,
-        typer.Option(
-            "--source",
-            metavar="MODEL",
-            help="The model it was made from: a directory, or a hub id in the cache.",
-            show_default="as the report names it",
-        ),
-    ] = None,
-    sample: Annotated[
+        "--source",
+        metavar="MODEL",
+        help="The model it was made from: a directory, or a hub id in the cache.",
+        show_default="as the report names it",
+    ),
+    sample=option(
         int | None,
-        typer.Option(
-            "--sample",
-            min=1,
-            metavar="N",
-            help="Measure N layers against the source, spread over the model.",
-            show_default="all",
-        ),
-    ] = None,
-    device: str = "auto",
-    dtype: Annotated[
+        "--sample",
+        min=1,
+        metavar="N",
+        help="Measure N layers against the source, spread over the model.",
+        show_default="all",
+    ),
+    dtype=option(
         Literal["auto", "float32", "bfloat16", "float16"],
-        typer.Option(
-            "--dtype",
-            metavar="auto|float32|bfloat16|float16",
-            help="Load it with this dtype for the forward pass; auto loads it as its README says.",
-        ),
-    ] = "auto",
+        "--dtype",
+        metavar="auto|float32|bfloat16|float16",
+        help="Load it with this dtype for the forward pass; auto loads it as its README says.",
+    ),
+)
+def verify(
+    run: Run,
+    directory: Path,
+    source: str | None = None,
+    sample: int | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
     trust_remote_code: bool = False,
 ) -> None:
     """

@@ -10,12 +10,10 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Annotated
-
-import typer
 
 from loftq_cli import cli
 from loftq_cli.commands.run import Run, command
+from loftq_cli.commands.spellings import option
 from loftq_cli.errors import CheckFailed, DoesNotFit, LoftqError
 from loftq_cli.schema import LoadResults, ModelIdentity
 
@@ -67,8 +65,8 @@ def noisy(run: Run, model: str = "demo") -> None:
     finish(run, model)
 
 
-@command("load")
-def sleepy(run: Run, marker: Annotated[Path, typer.Option()]) -> None:
+@command("load", marker=option(Path))
+def sleepy(run: Run, marker: Path) -> None:
     """Wait to be stopped, and clean up."""
     try:
         marker.write_text("started")
@@ -77,8 +75,8 @@ def sleepy(run: Run, marker: Annotated[Path, typer.Option()]) -> None:
         marker.unlink(missing_ok=True)
 
 
-@command("load")
-def deaf(run: Run, number: Annotated[int, typer.Option()]) -> None:
+@command("load", number=option(int))
+def deaf(run: Run, number: int) -> None:
     """Get a signal while an object is collected, where Python drops what its handler raises."""
 
     class Collected:
@@ -104,8 +102,8 @@ FAILURES = {
 }
 
 
-@command("load")
-def failing(run: Run, how: Annotated[str, typer.Option()]) -> None:
+@command("load", how=option(str))
+def failing(run: Run, how: str) -> None:
     """Fail in the way that is asked for."""
     raise FAILURES[how]
 
