@@ -12,10 +12,10 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from types import FrameType
-from typing import Annotated, Any, NamedTuple, cast
+from typing import Annotated, Any, cast
 
 import typer
 from typer.core import TyperGroup
@@ -25,51 +25,18 @@ from loftq_cli.commands.run import Invocation
 from loftq_cli.console import Console
 from loftq_cli.errors import DoesNotFit, LoftqError
 
-
-class Command(NamedTuple):
-    """Where a command's function is, and its line in `loftq --help`."""
-
-    function: str
-    summary: str
-
-
+# Each with its line in `loftq --help`. A command is the function of its name, in the module of its
+# name in `loftq_cli.commands`.
 COMMANDS = {
-    "quantize": Command(
-        "loftq_cli.commands.quantize:quantize",
-        "Write a 4-bit backbone and its LoftQ adapter into one directory.",
-    ),
-    "load": Command(
-        "loftq_cli.commands.load:load",
-        "Load a model for real: parameters, bytes, seconds, peak memory.",
-    ),
-    "sweep-ranks": Command(
-        "loftq_cli.commands.sweep_ranks:sweep_ranks",
-        "Show what every rank trains, and the memory that fine-tuning takes.",
-    ),
-    "targets": Command(
-        "loftq_cli.commands.targets:targets",
-        "List the linear layers, and what adapting which of them would cost.",
-    ),
-    "generate": Command(
-        "loftq_cli.commands.generate:generate",
-        "Continue prompts with the model and its adapter, and time it.",
-    ),
-    "compare": Command(
-        "loftq_cli.commands.compare:compare",
-        "Hold starts, bits and ranks against the original model, and say what they gain.",
-    ),
-    "check": Command(
-        "loftq_cli.commands.check:check",
-        "Test this box and a model on it, kernels first; exit 3 if anything fails.",
-    ),
-    "verify": Command(
-        "loftq_cli.commands.verify:verify",
-        "Prove a directory that quantize wrote, file by file; exit 3 if anything fails.",
-    ),
-    "report": Command(
-        "loftq_cli.commands.report:report",
-        "Put result documents together: systems, results, findings, recommendations.",
-    ),
+    "quantize": "Write a 4-bit backbone and its LoftQ adapter into one directory.",
+    "load": "Load a model for real: parameters, bytes, seconds, peak memory.",
+    "sweep-ranks": "Show what every rank trains, and the memory that fine-tuning takes.",
+    "targets": "List the linear layers, and what adapting which of them would cost.",
+    "generate": "Continue prompts with the model and its adapter, and time it.",
+    "compare": "Hold starts, bits and ranks against the original model, and say what they gain.",
+    "check": "Test this box and a model on it, kernels first; exit 3 if anything fails.",
+    "verify": "Prove a directory that quantize wrote, file by file; exit 3 if anything fails.",
+    "report": "Put result documents together: systems, results, findings, recommendations.",
 }
 
 HELP = """
@@ -97,43 +64,29 @@ The result goes to stdout: a table on a terminal, tab-separated values in a pipe
 """
 
 
-class _Commands(Mapping[str, Any]):
-    """Commands by name; one is imported when it is looked up, not when it is listed."""
-
-    def __init__(self) -> None:
-        self._built: dict[str, Any] = {}
-
-    def __getitem__(self, name: str) -> Any:
-        if name not in self._built:
-            module, _, function = COMMANDS[name].function.partition(":")
-            single = typer.Typer(
-                add_completion=False, rich_markup_mode=None, context_settings=CONTEXT
-            )
-            body = getattr(importlib.import_module(module), function)
-            single.command(name, short_help=COMMANDS[name].summary)(body)
-            self._built[name] = typer.main.get_command(single)
-        return self._built[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(COMMANDS)
-
-    def __len__(self) -> int:
-        return len(COMMANDS)
+CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 
 class _LazyGroup(TyperGroup):
-    """A group whose help needs none of its commands."""
+    """A group that imports a command when it is called, not when it is listed."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
-        self.commands = cast(Any, _Commands())
+        self.commands = dict.fromkeys(COMMANDS, cast(Any, None))  # what a misspelling may mean
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        if cmd_name not in COMMANDS:
+            return None
+        name = cmd_name.replace("-", "_")
+        body = getattr(importlib.import_module(f"loftq_cli.commands.{name}"), name)
+        single = typer.Typer(add_completion=False, rich_markup_mode=None, context_settings=CONTEXT)
+        single.command(cmd_name, short_help=COMMANDS[cmd_name])(body)
+        return typer.main.get_command(single)
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         with formatter.section("Commands"):
-            formatter.write_dl([(name, each.summary) for name, each in COMMANDS.items()])
+            formatter.write_dl(list(COMMANDS.items()))
 
-
-CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 # Plain help: Rich would take as long to import as everything else here, and its markup would eat
 # the brackets of "cuda[:N]".
@@ -218,8 +171,7 @@ def _explain(error: BaseException, arguments: list[str], console: Console) -> in
             return 0
         if isinstance(error, SystemExit):
             return int(error.code or 0)
-    if console.debug:
-        console.traceback()
+    console.trace()
     if isinstance(error, LoftqError):
         console.error(error.what, error.cause, error.hint)
         return error.exit_code

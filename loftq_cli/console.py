@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from loftq_cli.errors import LoftqError
 from loftq_cli.record import Listener, Progress
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from rich.console import Console as RichConsole
     from rich.live import Live
     from rich.progress import Progress as RichProgress
+
+    _Shown = TypeVar("_Shown", RichProgress, Live)
 
 PLAIN_PROGRESS_SHARE = 0.1
 PLAIN_PROGRESS_SECONDS = 30.0
@@ -144,14 +146,11 @@ class Console(Listener):
             self._say("hint", hint)
 
     def trace(self) -> None:
+        """The traceback of the exception being handled, with --debug."""
         if self.debug:
-            self.traceback()
+            import traceback
 
-    def traceback(self) -> None:
-        """The traceback of the exception being handled."""
-        import traceback
-
-        self._write(traceback.format_exc())
+            self._write(traceback.format_exc())
 
     def _say(self, kind: str, text: str) -> None:
         label = f"{kind}:"
@@ -173,38 +172,32 @@ class Console(Listener):
 
     # --- progress -------------------------------------------------------------------------------
 
+    @property
+    def _is_watched(self) -> bool:
+        terminal = self.stderr_is_terminal and os.environ.get("TERM") != "dumb"
+        return terminal and not self.quiet
+
     @contextmanager
     def progress(self, label: str, total: int) -> Iterator[Progress]:
         """Shows how far the work is: a bar on a terminal, a line now and then elsewhere."""
-        if self.quiet:
-            yield Progress()
-        elif self._is_watched:
-            with self._rich_bar() as bar:
+        if self._is_watched:
+            with self._at_the_bottom(_rich_bar()) as bar:
                 yield _BarProgress(label, total, bar)
         else:
-            yield _LineProgress(self, label, total)
+            yield Progress() if self.quiet else _LineProgress(self, label, total)
 
     @contextmanager
     def busy(self, text: str) -> Iterator[None]:
         """Names, on a terminal, what takes long and cannot be measured; then takes it away."""
-        if self.quiet or not self._is_watched:
+        if not self._is_watched:
             yield
             return
-        from rich.live import Live
         from rich.text import Text
 
-        line = Text(f"{text} ...", style="dim", overflow="crop", no_wrap=True)
-        with Live(line, console=_rich_console(), transient=True, auto_refresh=False) as live:
-            live.refresh()
-            self._bar = live
-            try:
-                yield
-            finally:
-                self._bar = None
-
-    @property
-    def _is_watched(self) -> bool:
-        return self.stderr_is_terminal and os.environ.get("TERM") != "dumb"
+        with self._at_the_bottom(_rich_live()) as live:
+            line = Text(f"{text} ...", style="dim", overflow="crop", no_wrap=True)
+            live.update(line, refresh=True)
+            yield
 
     @contextmanager
     def growing_text(self) -> Iterator[Callable[[str], None] | None]:
@@ -212,39 +205,42 @@ class Console(Listener):
 
         At the end it is taken away again: the result has all of it.
         """
-        if self.quiet or not self._is_watched:
+        if not self._is_watched:
             yield None
             return
-        from rich.live import Live
-
-        out = _rich_console()
-        with Live(console=out, transient=True, auto_refresh=False) as live:
-            self._bar = live
-            try:
-                yield _GrowingText(live).add
-            finally:
-                self._bar = None
+        with self._at_the_bottom(_rich_live()) as live:
+            yield _GrowingText(live).add
 
     @contextmanager
-    def _rich_bar(self) -> Iterator[RichProgress]:
-        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-        from rich.progress import Progress as Bar
-
-        bar = Bar(
-            TextColumn("{task.fields[label]}", markup=False),
-            BarColumn(bar_width=20),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(compact=True),
-            TextColumn("{task.fields[name]}", markup=False, style="dim"),
-            console=_rich_console(),
-            transient=True,
-        )
-        with bar:
-            self._bar = bar
+    def _at_the_bottom(self, shown: _Shown) -> Iterator[_Shown]:
+        """Shows it on the last lines, below what is said meanwhile."""
+        with shown:
+            self._bar = shown
             try:
-                yield bar
+                yield shown
             finally:
                 self._bar = None
+
+
+def _rich_live() -> Live:
+    from rich.live import Live
+
+    return Live(console=_rich_console(), transient=True, auto_refresh=False)
+
+
+def _rich_bar() -> RichProgress:
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
+
+    return Bar(
+        TextColumn("{task.fields[label]}", markup=False),
+        BarColumn(bar_width=20),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(compact=True),
+        TextColumn("{task.fields[name]}", markup=False, style="dim"),
+        console=_rich_console(),
+        transient=True,
+    )
 
 
 def _rich_console() -> RichConsole:

@@ -130,9 +130,7 @@ def threads() -> int:
     asked = os.environ.get("OMP_NUM_THREADS", "")
     if re.fullmatch(r"[1-9]\d{0,3}", asked, re.ASCII):
         return int(asked)
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    return _cpu_count()
 
 
 def memory_bytes() -> int | None:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from loftq_cli import starts
 from loftq_cli.options import QuantizeOptions, SweepOptions
 from loftq_cli.report import units
-from loftq_cli.report.formats import code_bits, error_changes
-from loftq_cli.report.remarks import figures, remark
+from loftq_cli.report.formats import all_layers, code_bits, error_changes
+from loftq_cli.report.parts import Rules, figures, remarks
 from loftq_cli.schema import (
     BitsVerdict,
     CheckResults,
@@ -40,10 +41,8 @@ _OUT, _FILE = Path("OUT"), Path("FILE")
 def recommendations(documents: Sequence[Document[Any]]) -> list[Remark]:
     """Each once, in the order of the documents."""
     found: dict[str, Remark] = {}
-    for document in documents:
-        advise = _ADVICE.get(document.command)
-        for text in advise(document) if advise else ():
-            found.setdefault(text, remark(document, text))
+    for each in remarks(documents, _ADVICE):
+        found.setdefault(each.text, each)
     return list(found.values())
 
 
@@ -71,17 +70,13 @@ def _check(document: Document[CheckResults]) -> Iterator[str]:
 def _dtype(document: Document[CheckResults], rates: Mapping[str, Any]) -> Iterator[str]:
     """Another dtype, where the one in use is much slower than one that is as exact or nearly so."""
     resolved = document.resolved.get("dtype")
-    used = None if resolved is None else str(resolved.value)
-    speed = {
-        dtype: rates[f"flops_per_second_{dtype}"]
-        for dtype in ("float32", "bfloat16")
-        if f"flops_per_second_{dtype}" in rates
-    }
+    used = None if resolved is None else resolved.value
     mine = rates.get(f"flops_per_second_{used}")
-    if not speed or not mine:
-        return
+    speed = {
+        dtype: rates.get(f"flops_per_second_{dtype}", 0.0) for dtype in ("float32", "bfloat16")
+    }
     best = max(speed, key=lambda dtype: speed[dtype])
-    if speed[best] > _WORTH_A_DTYPE * mine:
+    if mine and speed[best] > _WORTH_A_DTYPE * mine:
         yield (
             f"compute with --dtype {best} on this box: its products are "
             f"{units.significant(speed[best] / mine)} times as fast as {used}'s"
@@ -91,44 +86,46 @@ def _dtype(document: Document[CheckResults], rates: Mapping[str, Any]) -> Iterat
 def _memory(document: Document[CheckResults]) -> Iterator[str]:
     """The largest rank whose fine-tuning fits into the GPU, or into memory where there is none."""
     environment = document.environment
-    rows = [row for test in document.results.tests for row in test.rows if "memory_bytes" in row]
+    needs = [
+        (row["rank"], int(row["memory_bytes"] or 0))
+        for test in document.results.tests
+        for row in test.rows
+        if "memory_bytes" in row
+    ]
+    room, place = environment.memory_bytes, "this box's memory (it has no GPU)"
     if environment.accelerators:
         room, place = environment.accelerators[0].memory_bytes, environment.accelerators[0].name
-    elif environment.memory_bytes:
-        room, place = environment.memory_bytes, "this box's memory (it has no GPU)"
-    else:
+    if not room or not needs:
         return
-    if not rows:
-        return
-    fitting = [row for row in rows if int(row["memory_bytes"] or 0) <= room]
-    if not fitting:
-        least = units.size(int(rows[0]["memory_bytes"] or 0))
+    fitting = [(rank, need) for rank, need in needs if need <= room]
+    if fitting:
+        rank, need = fitting[-1]
+        every = "any rank" if len(fitting) == len(needs) else "ranks"
         yield (
-            f"fine-tune on a larger box: rank {rows[0]['rank']} needs {least}, and {place} has "
+            f"choose {every} up to {rank} for 4-bit fine-tuning: {units.size(need)} of the "
+            f"{units.size(room)} of {place}, by the estimate for one sequence of 512 tokens"
+        )
+    else:
+        rank, need = needs[0]
+        yield (
+            f"fine-tune on a larger box: rank {rank} needs {units.size(need)}, and {place} has "
             f"{units.size(room)}"
         )
-        return
-    largest = fitting[-1]
-    need = units.size(int(largest["memory_bytes"] or 0))
-    every = "any rank" if len(fitting) == len(rows) else "ranks"
-    yield (
-        f"choose {every} up to {largest['rank']} for 4-bit fine-tuning: {need} of the "
-        f"{units.size(room)} of {place}, by the estimate for one sequence of 512 tokens"
-    )
 
 
 def _load(document: Document[LoadResults]) -> Iterator[str]:
     results, environment = document.results, document.environment
     if results.quantization is not None or results.random_weights:
         return
-    size, room = results.parameter_bytes, environment.memory_bytes
-    gpu = environment.accelerators[0].memory_bytes if environment.accelerators else None
-    line = QuantizeOptions(model=_model(document), output=_OUT)
-    limit, place = (gpu, "the GPU's") if gpu is not None else (room, "this box's")
-    if limit and size > limit / 4:
+    limit, place = environment.memory_bytes, "this box's"
+    if environment.accelerators:
+        limit, place = environment.accelerators[0].memory_bytes, "the GPU's"
+    if limit and results.parameter_bytes > limit / 4:
+        line = QuantizeOptions(model=_model(document), output=_OUT).command_line("model")
+        share = units.percent(results.parameter_bytes / limit)
         yield (
-            f"quantize before fine-tuning: the weights alone are {units.percent(size / limit)} of "
-            f"{place} {units.size(limit)} ({line.command_line('model')})"
+            f"quantize before fine-tuning: the weights alone are {share} of {place} "
+            f"{units.size(limit)} ({line})"
         )
 
 
@@ -153,11 +150,7 @@ def _quantize(document: Document[QuantizeResults]) -> Iterator[str]:
     yield from _iterations(results)
     # One float32 scale a block, or one byte and a float32 for every 256 blocks.
     if settings.block_size and not settings.double_quant:
-        shapes = [
-            *(layer.shape for layer in results.layers),
-            *(layer.shape for layer in results.without_adapter),
-        ]
-        quantized = sum(out_features * in_features for out_features, in_features in shapes)
+        quantized = sum(math.prod(layer.shape) for layer in all_layers(results))
         saved = round(quantized / settings.block_size * (4 - 1 - 4 / 256))
         if saved > _WORTH_BYTES * totals.output_bytes:
             yield (
@@ -167,11 +160,9 @@ def _quantize(document: Document[QuantizeResults]) -> Iterator[str]:
 
 
 def _iterations(results: QuantizeResults) -> Iterator[str]:
-    curves = [layer for layer in results.layers if len(layer.error_curve) > 1]
-    if not curves:
-        return
     asked = results.settings.iterations
-    if asked is None:
+    curves = [layer for layer in results.layers if len(layer.error_curve) > 1]
+    if asked is None or not curves:
         return
     needed = max(layer.best_iteration or 1 for layer in curves)
     if needed < asked:
@@ -192,24 +183,20 @@ def _iterations(results: QuantizeResults) -> Iterator[str]:
 def _sweep_ranks(document: Document[SweepRanksResults]) -> Iterator[str]:
     results = document.results
     settings, rank = results.settings, results.verdict.recommended_rank
+    usual = settings.bits == SweepOptions.bits
     if rank is not None:
-        usual = settings.bits == SweepOptions.bits
         changed: dict[str, Any] = {"bits": None if usual else settings.bits}
         if not results.quantized_parameters:
             changed = {"bits": None, "init": LORA.name}
         if settings.calibration is not None:
             changed |= {"init": "calibrated", "calibration_text": _FILE}
-        line = QuantizeOptions.like(
-            settings, model=_model(document), rank=rank, output=_OUT, **changed
-        )
-        yield line.command_line("model", "bits", "rank")
-        return
-    smallest = results.ranks[0]
-    if results.settings.bits > SweepOptions.bits:
-        yield f"hold the backbone in 4 bits: at {results.settings.bits} no rank fits"
-    elif smallest.fits_with_checkpointing:
-        need = units.size(smallest.memory.total_with_checkpointing_bytes)
-        yield f"train with gradient checkpointing: rank {smallest.rank} then needs {need}"
+        changed |= {"model": _model(document), "rank": rank, "output": _OUT}
+        yield QuantizeOptions.like(settings, **changed).command_line("model", "bits", "rank")
+    elif settings.bits > SweepOptions.bits:
+        yield f"hold the backbone in 4 bits: at {settings.bits} no rank fits"
+    elif results.ranks[0].fits_with_checkpointing:
+        need = units.size(results.ranks[0].memory.total_with_checkpointing_bytes)
+        yield f"train with gradient checkpointing: rank {results.ranks[0].rank} then needs {need}"
 
 
 def _compare(document: Document[CompareResults]) -> Iterator[str]:
@@ -253,7 +240,7 @@ def _targets(document: Document[TargetsResults]) -> Iterator[str]:
         yield f"look at {names} before using a preset: only their place says what they are for"
 
 
-_ADVICE: Mapping[str, Callable[[Document[Any]], Iterator[str]]] = {
+_ADVICE: Rules = {
     "check": _check,
     "verify": _mend,
     "load": _load,

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from loftq_cli.report import units
-from loftq_cli.report.remarks import figures
+from loftq_cli.report.parts import figures
 from loftq_cli.schema import CheckResults, CheckTest, Document, VerifyResults
 
 # Below this ratio two speeds are the same, on a box that does other things too.
@@ -19,7 +19,8 @@ def _failures(document: Document[Any]) -> Iterator[str]:
     tests: list[CheckTest] = document.results.tests
     for test in tests:
         if test.status == "failed":
-            yield f"{test.name} failed: {_reason(test)}"
+            more = "" if test.cause in (None, test.detail) else f": {test.cause}"
+            yield f"{test.name} failed: {test.detail}{more}"
     skipped = [test for test in tests if test.status == "skipped"]
     if skipped:
         names = ", ".join(test.name for test in skipped)
@@ -98,7 +99,3 @@ def _product_speeds(rates: Mapping[str, Any]) -> Iterator[str]:
         else:
             ratio = units.significant(whole / alone)
             yield f"{threads} threads multiply {ratio} times as fast as one"
-
-
-def _reason(test: CheckTest) -> str:
-    return test.detail if test.cause in (None, test.detail) else f"{test.detail}: {test.cause}"

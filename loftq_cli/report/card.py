@@ -16,10 +16,9 @@ from loftq_cli.report.formats import (
     code_bits,
     error_changes,
     is_quantized,
-    largest_stored_rank,
     number_type,
     rank_range,
-    ranks_differ,
+    stored_ranks,
 )
 from loftq_cli.report.quantize import auto_class
 from loftq_cli.schema import Document, QuantizeResults
@@ -36,9 +35,9 @@ off: they would quantize once more, and the adapter corrects exactly the weights
 
 _DTYPE = """\
 Give no `dtype` either. transformers takes what is quantized as it is stored and converts only a
-part of the rest, and the first forward pass fails where the two meet. {stored}"""
+part of the rest, and the first forward pass fails where the two meet. """
 
-_STORED = """\
+_OTHER_DTYPE = """\
 For a card without bfloat16 (T4, V100, RTX 20) make the directory with `loftq quantize --dtype
 float16`."""
 
@@ -67,6 +66,8 @@ def card(document: Document[QuantizeResults]) -> str:
     auto = auto_class(results)
     quantized = is_quantized(results)
     corrects = starts.of_report(results.settings.init).corrects
+    dtype = results.settings.dtype
+    stored = _OTHER_DTYPE if dtype is None else f"All that is not quantized is stored in {dtype}."
     parts = [
         f"# {here}",
         _introduction(document),
@@ -81,7 +82,7 @@ def card(document: Document[QuantizeResults]) -> str:
                 model, {quoted(here)}, subfolder="loftq_init", is_trainable=True
             )
             """),
-        *([_NO_SECOND_QUANTIZATION, _dtype(results)] if quantized else []),
+        *([_NO_SECOND_QUANTIZATION, _DTYPE + stored] if quantized else []),
         "## Fine-tune",
         _python("""
             from transformers import Trainer, TrainingArguments
@@ -108,12 +109,6 @@ def card(document: Document[QuantizeResults]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _dtype(results: QuantizeResults) -> str:
-    dtype = results.settings.dtype
-    stored = _STORED if dtype is None else f"All that is not quantized is stored in {dtype}."
-    return _DTYPE.format(stored=stored)
-
-
 def _introduction(document: Document[QuantizeResults]) -> str:
     settings, model = document.results.settings, document.model
     source = "a model" if model is None else f"`{model.id}`"
@@ -132,8 +127,8 @@ def _form(results: QuantizeResults) -> str:
         return ", its weights as they were"
     form = "one scale a row"
     if settings.block_size is not None:
-        double = ", double quantization" if settings.double_quant else ""
-        form = f"blocks of {settings.block_size}{double}"
+        form = f"blocks of {settings.block_size}"
+        form += ", double quantization" if settings.double_quant else ""
     return f", its linear layers in {number_type(results)} ({form})"
 
 
@@ -141,9 +136,8 @@ def _ranks(results: QuantizeResults) -> str:
     low, high = rank_range(results)
     if low == high:
         return f"rank {low}"
-    padded = ""
-    if not ranks_differ(results):
-        padded = f", padded to {largest_stored_rank(results)} where B is zero"
+    stored = stored_ranks(results)
+    padded = "" if len(stored) > 1 else f", padded to {max(stored)} where B is zero"
     return f"ranks {low} to {high}{padded}"
 
 
@@ -233,7 +227,7 @@ def _evaluation(results: QuantizeResults, auto: str) -> str:
 
 
 def _serving(results: QuantizeResults) -> str:
-    rank = largest_stored_rank(results)
+    ranks = stored_ranks(results)
     lines = ["- transformers with PEFT, and TRL: as above."]
     if not is_quantized(results):
         vllm = "vLLM reads this directory as a model and the adapter as a LoRA module"
@@ -246,12 +240,12 @@ def _serving(results: QuantizeResults) -> str:
         )
         more = " Pre-quantized bitsandbytes weights cannot be split over several GPUs there."
         converter = "llama.cpp has no such container: merge as above, then convert."
-    if ranks_differ(results):
+    if len(ranks) > 1:
         more += (
             " It ignores rank patterns, and this adapter has ranks that differ: for vLLM write it "
             "with `loftq quantize --uniform-rank`, which pads them to one."
         )
-    lines += [f"- {vllm}; give it `--max-lora-rank {rank}`.{more}", f"- {converter}"]
+    lines += [f"- {vllm}; give it `--max-lora-rank {max(ranks)}`.{more}", f"- {converter}"]
     return "\n".join(
         textwrap.fill(
             line, 100, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False

@@ -2,30 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from loftq_cli.report import units
 from loftq_cli.report.formats import code_bits
 from loftq_cli.report.parts import model_name
-from loftq_cli.report.tables import Column, Facts, Section, Table, View
+from loftq_cli.report.tables import Column, Facts, Records, Section, Table, View
 from loftq_cli.schema import ComparedMethod, CompareResults, Document
 
-_RECORD_KEYS = (
-    "init",
-    "bits",
-    "stored_bits",
-    "rank",
-    "weight_error_relative",
-    "error_removed",
-    "kl_divergence",
-    "kl_gain",
-    "perplexity",
-    "backbone_bytes",
-    "adapter_bytes",
-    "trainable_parameters",
-    "seconds",
-    "heldout_loss_before",
-    "heldout_loss_after",
-    "train_seconds",
-)
+_NAME = [Column("init", "start", "name"), Column("bits", "bits"), Column("rank", "rank")]
 
 
 def compare_view(document: Document[CompareResults]) -> View:
@@ -34,7 +19,10 @@ def compare_view(document: Document[CompareResults]) -> View:
     if results.settings.train_steps is not None:
         sections.append(_trained(results))
     sections.append(Facts([("verdict", results.verdict.sentence)]))
-    return View(f"Starts for {model_name(document)}", sections, _records(results))
+    # The loss curves are in the JSON.
+    keys = [key for key in ComparedMethod.model_fields if key != "loss_curve"]
+    records = Records.of(results.methods, keys)
+    return View(f"Starts for {model_name(document)}", sections, records)
 
 
 def _facts(results: CompareResults) -> list[tuple[str, str]]:
@@ -59,7 +47,6 @@ def _facts(results: CompareResults) -> list[tuple[str, str]]:
 
 def _distances(results: CompareResults) -> Table:
     columns = [
-        *_NAME,
         Column("weight_error_relative", "error", show=units.percent),
         Column("error_removed", "removed", show=units.percent),
         Column("kl_divergence", "KL", show=units.small),
@@ -72,7 +59,6 @@ def _distances(results: CompareResults) -> Table:
 
 def _costs(results: CompareResults) -> Table:
     columns = [
-        *_NAME,
         Column("backbone_bytes", "backbone", show=units.size),
         Column("adapter_bytes", "adapter", show=units.size),
         Column("seconds", "to make", show=units.seconds),
@@ -82,9 +68,8 @@ def _costs(results: CompareResults) -> Table:
 
 def _trained(results: CompareResults) -> Table:
     columns = [
-        *_NAME,
-        Column("heldout_loss_before", "before", show=_loss),
-        Column("heldout_loss_after", "after", show=_loss),
+        Column("heldout_loss_before", "before", show="{:.4f}".format),
+        Column("heldout_loss_after", "after", show="{:.4f}".format),
         Column("train_seconds", "training", show=units.seconds),
     ]
     trained = [method for method in results.methods if method.heldout_loss_after is not None]
@@ -95,28 +80,13 @@ def _perplexity(value: float) -> str:
     return f"{value:.2f}" if value < 1000 else f"{value:,.0f}"
 
 
-def _loss(value: float) -> str:
-    return f"{value:.4f}"
-
-
 def _table(
     results: CompareResults, title: str, columns: list[Column], methods: list[ComparedMethod]
 ) -> Table:
     in_file = code_bits(results.settings.quant_type)
 
-    def shown(method: ComparedMethod, key: str) -> object:
-        if key == "bits" and method.bits < in_file:
-            return f"{method.bits} in {in_file}"
-        return getattr(method, key)
+    def shown(bits: int) -> str:
+        return f"{bits} in {in_file}" if bits < in_file else f"{bits}"
 
-    rows = [[shown(each, column.key) for column in columns] for each in methods]
-    return Table(title, columns, rows)
-
-
-_NAME = [Column("init", "start", "name"), Column("bits", "bits"), Column("rank", "rank")]
-
-
-def _records(results: CompareResults) -> Table:
-    """The same for pipes, raw; the loss curves are in the JSON."""
-    rows = [[getattr(method, key) for key in _RECORD_KEYS] for method in results.methods]
-    return Table("methods", [Column(key, key) for key in _RECORD_KEYS], rows)
+    names = [replace(each, show=shown) if each.key == "bits" else each for each in _NAME]
+    return Table.of(title, [*names, *columns], methods)

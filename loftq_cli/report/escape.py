@@ -7,8 +7,6 @@ def visible(text: str) -> str:
     """The text with everything that a terminal would act on spelled out: `\\x1b`, `\\u202e`."""
     if text.isprintable():
         return text
-    return "".join(c if c.isprintable() else _spelled(c) for c in text)
-
-
-def _spelled(character: str) -> str:
-    return character.encode("unicode_escape").decode("ascii")
+    return "".join(
+        c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text
+    )

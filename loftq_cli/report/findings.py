@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from loftq_cli import starts
 from loftq_cli.report import units
 from loftq_cli.report.box import FASTER, check_findings, verify_findings
 from loftq_cli.report.formats import all_layers, error_changes, rank_range
-from loftq_cli.report.remarks import remark
+from loftq_cli.report.parts import Rules, remark, remarks
 from loftq_cli.schema import (
-    CompareResults,
     Document,
     GenerateResults,
     LoadResults,
@@ -25,16 +24,7 @@ from loftq_cli.schema import (
 
 def findings(documents: Sequence[Document[Any]]) -> list[Remark]:
     """Every document's findings in turn, then those that take two documents."""
-    found = [
-        remark(document, text)
-        for document in documents
-        for text in _FINDINGS.get(document.command, _nothing)(document)
-    ]
-    return [*found, *_adapter_costs(documents)]
-
-
-def _nothing(document: Document[Any]) -> Iterator[str]:
-    return iter(())
+    return [*remarks(documents, _FINDINGS), *_adapter_costs(documents)]
 
 
 def _load(document: Document[LoadResults]) -> Iterator[str]:
@@ -80,21 +70,20 @@ def _generate(document: Document[GenerateResults]) -> Iterator[str]:
 
 def _quantize(document: Document[QuantizeResults]) -> Iterator[str]:
     results, totals = document.results, document.results.totals
-    for what, before, after in error_changes(results):
-        yield from _error_change(results, what, before, after)
+    yield from _error_changes(results)
     layers = results.layers
     what = "output" if totals.output_error_relative is not None else "weight"
     errors = [(getattr(layer, f"{what}_error_relative") or 0.0, layer.name) for layer in layers]
-    if len(errors) > 1 and max(errors)[0] > 0:
-        error, name = max(errors, key=lambda each: each[0])
+    error, name = max(errors, key=lambda each: each[0], default=(0.0, ""))
+    if len(errors) > 1 and error > 0:
         yield f"the most {what} error is left in {name}: {units.percent(error)}"
-    timed = [layer for layer in layers if layer.seconds]
-    if len(timed) > 1:
-        slowest = max(timed, key=lambda layer: layer.seconds or 0.0)
-        spent, whole = slowest.seconds or 0.0, sum(layer.seconds or 0.0 for layer in timed)
+    times = {layer.name: layer.seconds for layer in layers if layer.seconds}
+    if len(times) > 1:
+        slowest = max(times, key=lambda name: times[name])
+        spent = times[slowest]
         yield (
-            f"the slowest of {len(timed)} layers is {slowest.name}: {units.seconds(spent)}, "
-            f"{units.percent(spent / whole)} of the time of all"
+            f"the slowest of {len(times)} layers is {slowest}: {units.seconds(spent)}, "
+            f"{units.percent(spent / sum(times.values()))} of the time of all"
         )
     yield from _best_iterates(results)
     if results.untouched:
@@ -112,22 +101,22 @@ def _quantize(document: Document[QuantizeResults]) -> Iterator[str]:
     )
 
 
-def _error_change(
-    results: QuantizeResults, what: str, before: float, after: float
-) -> Iterator[str]:
+def _error_changes(results: QuantizeResults) -> Iterator[str]:
     """Of plain quantization's error, by backbone and adapter together."""
-    if not before or not starts.of_report(results.settings.init).corrects:
-        return
-    whose = "the weights" if what == "weight error" else "the layers' outputs"
-    share = units.removed(before, after)
-    does = f"take away {units.percent(share)} of" if share >= 0 else "add to"
-    text = (
-        f"backbone and adapter together {does} the error that plain quantization makes in "
-        f"{whose}: {units.percent(before)} becomes {units.percent(after)}"
-    )
-    if share < 0 and what == "weight error" and results.settings.calibration is not None:
-        text += " (this start was fitted to outputs, not to weights)"
-    yield text
+    settings = results.settings
+    changes = error_changes(results) if starts.of_report(settings.init).corrects else []
+    for what, before, after in changes:
+        if before:
+            whose = "the weights" if what == "weight error" else "the layers' outputs"
+            share = units.removed(before, after)
+            does = f"take away {units.percent(share)} of" if share >= 0 else "add to"
+            text = (
+                f"backbone and adapter together {does} the error that plain quantization makes in "
+                f"{whose}: {units.percent(before)} becomes {units.percent(after)}"
+            )
+            if share < 0 and what == "weight error" and settings.calibration is not None:
+                text += " (this start was fitted to outputs, not to weights)"
+            yield text
 
 
 def _spread(results: QuantizeResults) -> Iterator[str]:
@@ -144,8 +133,11 @@ def _spread(results: QuantizeResults) -> Iterator[str]:
 
 
 def _best_iterates(results: QuantizeResults) -> Iterator[str]:
-    if results.settings.iterations is None:
-        yield from _iterations_paid(results)
+    if results.settings.iterations is None:  # it was left to each layer how long to go on
+        counts = sorted(len(layer.error_curve) for layer in results.layers)
+        if counts and counts[-1] > 1:
+            which = f"{counts[0]} to {counts[-1]}" if counts[0] < counts[-1] else f"{counts[0]}"
+            yield f"how many iterations pay was left to each layer: {which}"
         return
     iterated = [layer for layer in results.layers if len(layer.error_curve) > 1]
     early = [layer for layer in iterated if (layer.best_iteration or 0) < len(layer.error_curve)]
@@ -161,34 +153,21 @@ def _best_iterates(results: QuantizeResults) -> Iterator[str]:
         yield f"the last iterate is the best one in all {len(iterated)} layers"
 
 
-def _iterations_paid(results: QuantizeResults) -> Iterator[str]:
-    """How long it paid to go on, where that was left to each layer."""
-    counts = sorted(len(layer.error_curve) for layer in results.layers)
-    if counts and counts[-1] > 1:
-        which = f"{counts[0]} to {counts[-1]}" if counts[0] < counts[-1] else f"{counts[0]}"
-        yield f"how many iterations pay was left to each layer: {which}"
-
-
 def _sweep_ranks(document: Document[SweepRanksResults]) -> Iterator[str]:
     results = document.results
     yield results.verdict.sentence
-    fits = [each.rank for each in results.ranks if each.fits]
     vram = results.settings.vram_bytes
     if vram is not None:
-        ranks = ", ".join(map(str, fits)) or "none"
+        ranks = ", ".join(str(each.rank) for each in results.ranks if each.fits) or "none"
         yield f"ranks that fit into {units.size(vram)} of GPU memory, all activations kept: {ranks}"
     least, most = results.ranks[0], results.ranks[-1]
     if len(results.ranks) > 1:
-        more = most.memory.total_bytes / least.memory.total_bytes - 1
+        adapter = units.significant(most.adapter_bytes / least.adapter_bytes)
+        memory = units.significant(most.memory.total_bytes / least.memory.total_bytes)
         yield (
-            f"going from rank {least.rank} to {most.rank} multiplies the adapter by "
-            f"{units.significant(most.adapter_bytes / least.adapter_bytes)} and the memory to "
-            f"fine-tune by {units.significant(1 + more)}"
+            f"going from rank {least.rank} to {most.rank} multiplies the adapter by {adapter} and "
+            f"the memory to fine-tune by {memory}"
         )
-
-
-def _compare(document: Document[CompareResults]) -> Iterator[str]:
-    yield document.results.verdict.sentence
 
 
 def _targets(document: Document[TargetsResults]) -> Iterator[str]:
@@ -212,8 +191,8 @@ def _targets(document: Document[TargetsResults]) -> Iterator[str]:
             f"of the presets, {cheapest.name} is the smallest: {units.percent(share)} of the "
             f"parameters that {dearest.name} trains"
         )
-    skipped = sum(each.share_of_parameters for each in results.skipped)
     if results.skipped:
+        skipped = sum(each.share_of_parameters for each in results.skipped)
         most = max(results.skipped, key=lambda each: each.parameters)
         yield (
             f"{units.percent(skipped)} of the parameters get no adapter, the most of them "
@@ -223,32 +202,29 @@ def _targets(document: Document[TargetsResults]) -> Iterator[str]:
 
 def _adapter_costs(documents: Sequence[Document[Any]]) -> Iterator[Remark]:
     """Generation of one model on one device, with and without an adapter."""
+
+    def place(run: Document[GenerateResults]) -> tuple[str | None, str, str]:
+        model = None if run.model is None else run.model.id
+        return model, run.results.device, run.results.dtype
+
     runs = [document for document in documents if document.command == "generate"]
-    plain = {_place(run): run for run in runs if run.results.adapter is None}
+    plain = {place(run): run.results for run in runs if run.results.adapter is None}
     for run in runs:
-        alone = plain.get(_place(run))
-        if run.results.adapter is None or alone is None:
-            continue
-        before = alone.results.average_tokens_per_second
-        after = run.results.average_tokens_per_second
-        text = (
-            f"with the adapter {run.results.adapter} generation runs at "
-            f"{units.significant(after)} tokens/s, without one at {units.significant(before)}"
-        )
-        yield remark(run, text)
-
-
-def _place(document: Document[GenerateResults]) -> tuple[str | None, str, str]:
-    model = document.model
-    results = document.results
-    return (None if model is None else model.id, results.device, results.dtype)
+        if run.results.adapter is not None and place(run) in plain:
+            before = plain[place(run)].average_tokens_per_second
+            text = (
+                f"with the adapter {run.results.adapter} generation runs at "
+                f"{units.significant(run.results.average_tokens_per_second)} tokens/s, without one "
+                f"at {units.significant(before)}"
+            )
+            yield remark(run, text)
 
 
 def _short(prompt: str) -> str:
     return repr(prompt if len(prompt) <= 30 else f"{prompt[:27]}...")
 
 
-_FINDINGS: Mapping[str, Callable[[Document[Any]], Iterator[str]]] = {
+_FINDINGS: Rules = {
     "check": check_findings,
     "verify": verify_findings,
     "load": _load,
@@ -256,5 +232,5 @@ _FINDINGS: Mapping[str, Callable[[Document[Any]], Iterator[str]]] = {
     "quantize": _quantize,
     "sweep-ranks": _sweep_ranks,
     "targets": _targets,
-    "compare": _compare,
+    "compare": lambda document: [document.results.verdict.sentence],
 }

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
+
 from loftq_cli.report import units
 from loftq_cli.schema import AdaptedLayer, PlainLayer, QuantizeResults
 
-_CONTAINER = "the container has no smaller codes"
+# An error, and the fields that have it: of plain quantization, and of backbone and adapter.
+ERRORS = {
+    "weight error": ("quantized_only_error_relative", "weight_error_relative"),
+    "output error": ("quantized_only_output_error_relative", "output_error_relative"),
+}
 
 
 def is_quantized(results: QuantizeResults) -> bool:
@@ -27,11 +34,9 @@ def number_type(results: QuantizeResults) -> str:
     name = name if name == "int" else name.upper()
     if results.dry_run and settings.target_bits is not None:
         return f"{name}4/{name}3/{name}2, {units.plain(settings.target_bits)} bits on average"
-    counts: dict[int, int] = {}
+    counts: Counter[int] = Counter()  # of weights
     for layer in all_layers(results):
-        out_features, in_features = layer.shape
-        bits = layer.bits or settings.bits
-        counts[bits] = counts.get(bits, 0) + out_features * in_features
+        counts[layer.bits or settings.bits] += math.prod(layer.shape)
     kinds = "/".join(f"{name}{bits}" for bits in sorted(counts, reverse=True))
     if len(counts) < 2:
         return kinds or f"{name}{settings.bits}"
@@ -48,7 +53,7 @@ def bits_a_weight(results: QuantizeResults) -> str | None:
         return f"{units.plain(stored)} bits a weight, scales included"
     return (
         f"{units.plain(information)} bits of information a weight, stored in "
-        f"{units.plain(stored)}: {_CONTAINER}"
+        f"{units.plain(stored)}: the container has no smaller codes"
     )
 
 
@@ -60,7 +65,7 @@ def adapter_of(results: QuantizeResults) -> str:
         return f"adapters of as many parameters as rank {settings.rank} has"
     if low == high:
         return f"a rank-{low} adapter"
-    padded = f", padded to {largest_stored_rank(results)}" if settings.uniform_rank else ""
+    padded = f", padded to {max(stored_ranks(results))}" if settings.uniform_rank else ""
     return f"adapter ranks {low} to {high}{padded}"
 
 
@@ -71,43 +76,18 @@ def rank_range(results: QuantizeResults) -> tuple[int, int]:
     return min(ranks), max(ranks)
 
 
-def largest_stored_rank(results: QuantizeResults) -> int:
-    """Of A and B in the file."""
-    ranks = {stored_rank(layer) for layer in results.layers}
-    return max(ranks, default=results.settings.rank)
-
-
-def ranks_differ(results: QuantizeResults) -> bool:
-    """Whether a loader has to read the rank pattern."""
-    return len({stored_rank(layer) for layer in results.layers}) > 1
-
-
-def stored_rank(layer: AdaptedLayer) -> int:
-    return layer.stored_rank or layer.rank or 0
+def stored_ranks(results: QuantizeResults) -> set[int]:
+    """Those of A and B in the file; more than one, and a loader has to read the rank pattern."""
+    ranks = {layer.stored_rank or layer.rank or 0 for layer in results.layers}
+    return ranks or {results.settings.rank}
 
 
 def error_changes(results: QuantizeResults) -> list[tuple[str, float, float]]:
     """(`weight error` or `output error`, of plain quantization, of backbone and adapter)."""
-    totals = results.totals
-    found = [
-        (
-            "weight error",
-            totals.quantized_only_error_relative,
-            totals.weight_error_relative,
-        ),
-        (
-            "output error",
-            totals.quantized_only_output_error_relative,
-            totals.output_error_relative,
-        ),
-    ]
     if not is_quantized(results):
         return []
-    return [
-        (what, before, after)
-        for what, before, after in found
-        if before is not None and after is not None
-    ]
+    found = [(what, *(getattr(results.totals, key) for key in ERRORS[what])) for what in ERRORS]
+    return [(what, before, after) for what, before, after in found if None not in (before, after)]
 
 
 def all_layers(results: QuantizeResults) -> list[AdaptedLayer | PlainLayer]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from loftq_cli.report import units
 from loftq_cli.report.parts import choice, model_name
-from loftq_cli.report.tables import Column, Facts, Passage, Section, Table, View
+from loftq_cli.report.tables import Facts, Passage, Records, Section, View
 from loftq_cli.schema import Document, GenerateResults, Generation
 
 
@@ -33,10 +33,5 @@ def generate_view(document: Document[GenerateResults]) -> View:
     if len(results.generations) > 1:
         rate = units.significant(results.average_tokens_per_second)
         facts.append(("average", f"{units.seconds(results.average_seconds)}, {rate} tokens/s"))
-    columns = [Column(key, key) for key in Generation.model_fields]
-    records = Table(
-        "generations",
-        columns,
-        [[getattr(each, column.key) for column in columns] for each in results.generations],
-    )
+    records = Records.of(results.generations, list(Generation.model_fields))
     return View(f"Generated with {model_name(document)}", [*sections, Facts(facts)], records)

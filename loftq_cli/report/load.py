@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from loftq_cli.report import units
-from loftq_cli.report.parts import choice, model_name, one_record
-from loftq_cli.report.tables import Facts, Table, View
+from loftq_cli.report.parts import choice, model_name
+from loftq_cli.report.tables import Facts, Records, View
 from loftq_cli.schema import Document, LoadResults
 
 _STEPS = ("resolve", "build", "read")
@@ -39,7 +39,10 @@ def load_view(document: Document[LoadResults]) -> View:
         ("time", _seconds(document)),
         ("peak memory", memory),
     ]
-    return View(f"Loaded {model_name(document)}", [Facts(facts)], _record(results))
+    data = results.model_dump()
+    data["bytes_by_dtype"] = [f"{key}={value}" for key, value in results.bytes_by_dtype.items()]
+    records = Records(list(data), [list(data.values())])
+    return View(f"Loaded {model_name(document)}", [Facts(facts)], records)
 
 
 def _seconds(document: Document[LoadResults]) -> str:
@@ -52,9 +55,3 @@ def _seconds(document: Document[LoadResults]) -> str:
     if "import" in timings:
         text += f", after {units.seconds(timings['import'])} of importing libraries"
     return text
-
-
-def _record(results: LoadResults) -> Table:
-    data = results.model_dump()
-    data["bytes_by_dtype"] = [f"{key}={value}" for key, value in results.bytes_by_dtype.items()]
-    return one_record("load", data)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
+from typing import Any
 
 from loftq_cli.report.escape import visible
 from loftq_cli.report.tables import (
     Code,
+    Column,
     Facts,
     Heading,
     Passage,
@@ -14,7 +17,6 @@ from loftq_cli.report.tables import (
     Sentences,
     Table,
     View,
-    cell,
 )
 
 _ACTIVE = re.compile(r"([\\`*_\[\]<>|~#&!])")
@@ -28,44 +30,35 @@ def render(view: View) -> str:
 
 
 def _section(section: Section) -> str:
-    if isinstance(section, Facts):
-        return "\n".join(f"- **{_text(label)}:** {_text(value)}" for label, value in section.items)
-    if isinstance(section, Table):
-        return _table(section)
-    if isinstance(section, Heading):
-        return f"## {_text(section.title)}"
-    if isinstance(section, Sentences):
-        items = "\n".join(f"- {_text(item)}" for item in section.items)
-        return f"### {_text(section.title)}\n\n{items}"
-    if isinstance(section, Passage):
-        body = _fenced("\n".join(visible(line) for line in section.text.splitlines()))
-        return f"### {_text(section.title)}\n\n{body}\n\n{_text(section.caption)}"
-    assert isinstance(section, Code)
-    return f"{_text(section.title)}\n\n{_fenced(chr(10).join(section.lines), section.language)}"
+    match section:
+        case Facts(items):
+            return "\n".join(f"- **{_text(label)}:** {_text(value)}" for label, value in items)
+        case Table():
+            return _table(section)
+        case Heading(title):
+            return f"## {_text(title)}"
+        case Sentences(title, items):
+            return f"### {_text(title)}\n\n" + "\n".join(f"- {_text(item)}" for item in items)
+        case Passage(title, text, caption):
+            body = _fenced(visible(line) for line in text.splitlines())
+            return f"### {_text(title)}\n\n{body}\n\n{_text(caption)}"
+        case Code(title, lines):
+            return f"{_text(title)}\n\n{_fenced(lines, 'python')}"
 
 
 def _table(table: Table) -> str:
-    rules = ["---:" if column.kind == "number" else "---" for column in table.columns]
+    def shown(column: Column, value: Any) -> str:
+        return (_code if column.kind == "name" else _text)(column.cell(value))
+
     lines = [
-        _row([_text(column.title) for column in table.columns]),
-        _row(rules),
+        _row(_text(column.title) for column in table.columns),
+        _row("---:" if column.kind == "number" else "---" for column in table.columns),
+        *(_row(map(shown, table.columns, row)) for row in table.rows),
     ]
-    for row in table.rows:
-        cells = zip(table.columns, row, strict=True)
-        lines.append(
-            _row(
-                [
-                    _code(cell(column, value))
-                    if column.kind == "name"
-                    else _text(cell(column, value))
-                    for column, value in cells
-                ]
-            )
-        )
     return f"### {_text(table.title)}\n\n" + "\n".join(lines)
 
 
-def _row(cells: list[str]) -> str:
+def _row(cells: Iterable[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
@@ -83,7 +76,8 @@ def _code(text: str) -> str:
     return f"{fence}{pad}{text}{pad}{fence}"
 
 
-def _fenced(text: str, language: str = "text") -> str:
+def _fenced(lines: Iterable[str], language: str = "text") -> str:
+    text = "\n".join(lines)
     fence = "`" * max(3, _longest_run(text) + 1)
     return f"{fence}{language}\n{text}\n{fence}"
 

@@ -8,16 +8,18 @@ from typing import TypeVar
 
 from loftq_cli.report import units
 from loftq_cli.report.formats import (
+    ERRORS,
     adapter_of,
     bits_a_weight,
     error_changes,
     is_quantized,
     number_type,
 )
-from loftq_cli.report.tables import Code, Column, Facts, Section, Table, View
-from loftq_cli.schema import Document, QuantizeResults, UntouchedTensor
+from loftq_cli.report.tables import Code, Column, Facts, Records, Section, Table, View
+from loftq_cli.schema import AdaptedLayer, Document, PlainLayer, QuantizeResults, UntouchedTensor
 
 _Item = TypeVar("_Item")
+_Key = TypeVar("_Key", bound=Hashable)
 
 AUTO_CLASSES = {
     "CAUSAL_LM": "AutoModelForCausalLM",
@@ -29,10 +31,11 @@ AUTO_CLASSES = {
 
 # So many kinds of untouched tensors are named on a page; the document names every tensor.
 _NAMED_KINDS = 8
-_ERRORS = {
-    "weight error": ("quantized_only_error_relative", "weight_error_relative"),
-    "output error": ("quantized_only_output_error_relative", "output_error_relative"),
-}
+_GROUP_COLUMNS = (
+    Column("kind", "layer", "name"),
+    Column("count", "count", show=units.number),
+    Column("shape", "out × in", show=units.shape),
+)
 
 
 def quantize_view(document: Document[QuantizeResults]) -> View:
@@ -61,18 +64,13 @@ def _facts(results: QuantizeResults) -> list[tuple[str, str]]:
     totals = results.totals
     about = "about " if results.dry_run else ""
     kept = units.percent(totals.output_bytes / max(totals.input_bytes, 1))
-    backbone = units.size(totals.output_bytes)
-    trainable = units.plural(totals.trainable_parameters, "trainable parameter")
-    facts = [
-        (
-            "backbone",
-            f"{units.size(totals.input_bytes)} → {about}{backbone} ({kept} of it)",
-        ),
-        ("adapter", f"{about}{units.size(totals.adapter_bytes)}, {trainable}"),
-    ]
+    sizes = f"{units.size(totals.input_bytes)} → {about}{units.size(totals.output_bytes)}"
+    facts = [("backbone", f"{sizes} ({kept} of it)")]
     bits = bits_a_weight(results)
     if bits is not None:
-        facts.insert(1, ("precision", bits))
+        facts.append(("precision", bits))
+    trainable = units.plural(totals.trainable_parameters, "trainable parameter")
+    facts.append(("adapter", f"{about}{units.size(totals.adapter_bytes)}, {trainable}"))
     for what, before, after in error_changes(results):
         where = " on the calibration text" if what == "output error" else ""
         facts.append((what, units.error_change(before, after) + where))
@@ -85,11 +83,9 @@ def _facts(results: QuantizeResults) -> list[tuple[str, str]]:
 
 def _memory_plan(document: Document[QuantizeResults]) -> list[tuple[str, str]]:
     """How little was held at once, where that was asked for."""
-    resolved = document.resolved.get("memory_plan")
     asked = any(word.startswith("--max-memory") for word in document.argv)
-    if resolved is None or not asked:
-        return []
-    return [("memory plan", f"{resolved.value} ({resolved.reason})")]
+    resolved = document.resolved.get("memory_plan") if asked else None
+    return [] if resolved is None else [("memory plan", f"{resolved.value} ({resolved.reason})")]
 
 
 def _adapted(results: QuantizeResults) -> list[Table]:
@@ -99,34 +95,24 @@ def _adapted(results: QuantizeResults) -> list[Table]:
 
 
 def _by_kind(results: QuantizeResults, what: str | None) -> Table:
-    kind_of = _kinds([(layer.name, layer.shape) for layer in results.layers])
-    groups = _grouped(results.layers, lambda layer: (kind_of[layer.name], layer.shape, layer.bits))
-    columns = [
-        Column("kind", "layer", "name"),
-        Column("count", "count", show=units.number),
-        Column("shape", "out × in", show=units.shape),
-    ]
+    groups = _by_shape(results.layers, lambda layer: layer.bits)
     # What is the same for all stands in the title of the page.
     varying = [
         key
         for key in ("bits", "rank")
         if len({getattr(layer, key) for layer in results.layers}) > 1
     ]
-    columns += [Column(key, key) for key in varying]
-    before_key, after_key = _ERRORS.get(what or "", ("", ""))
+    columns = [*_GROUP_COLUMNS, *(Column(key, key) for key in varying)]
+    errors = () if what is None else ERRORS[what]
     if what is not None:
-        columns += [
-            Column(before_key, "quantized", show=units.percent),
-            Column(after_key, "+ adapter", show=units.percent),
-            Column("removed", "removed", show=units.percent),
-        ]
+        titles = zip((*errors, "removed"), ("quantized", "+ adapter", "removed"), strict=True)
+        columns += [Column(key, title, show=units.percent) for key, title in titles]
     rows: list[list[object]] = []
     for (kind, shape, bits), layers in groups.items():
         settings = {"bits": bits, "rank": _range(layer.rank for layer in layers)}
         row: list[object] = [kind, len(layers), shape, *(settings[key] for key in varying)]
         if what is not None:
-            before = _mean(getattr(layer, before_key) for layer in layers)
-            after = _mean(getattr(layer, after_key) for layer in layers)
+            before, after = (_mean(getattr(layer, key) for layer in layers) for key in errors)
             known = before is not None and after is not None
             row += [before, after, units.removed(before or 0.0, after or 0.0) if known else None]
         rows.append(row)
@@ -136,22 +122,18 @@ def _by_kind(results: QuantizeResults, what: str | None) -> Table:
 
 def _range(ranks: Iterable[int | None]) -> int | str | None:
     found = {rank for rank in ranks if rank is not None}
-    if not found:
-        return None
-    return found.pop() if len(found) == 1 else f"{min(found)} to {max(found)}"
+    if len(found) < 2:
+        return found.pop() if found else None
+    return f"{min(found)} to {max(found)}"
 
 
 def _without_adapter(results: QuantizeResults) -> Table:
-    layers = results.without_adapter
-    kind_of = _kinds([(layer.name, layer.shape) for layer in layers])
-    groups = _grouped(layers, lambda layer: (kind_of[layer.name], layer.shape, layer.reason))
     columns = [
-        Column("kind", "layer", "name"),
-        Column("count", "count", show=units.number),
-        Column("shape", "out × in", show=units.shape),
+        *_GROUP_COLUMNS,
         Column("share_of_bytes", "of bytes", show=units.percent),
         Column("reason", "because", "prose"),
     ]
+    groups = _by_shape(results.without_adapter, lambda layer: layer.reason)
     rows = [
         [kind, len(group), shape, sum(layer.share_of_bytes for layer in group), reason]
         for (kind, shape, reason), group in groups.items()
@@ -186,7 +168,6 @@ def _snippet(results: QuantizeResults) -> Code:
     adapter = f'model, {place}, subfolder="loftq_init", is_trainable=True'
     return Code(
         "Load it",
-        "python",
         [
             "from peft import PeftModel",
             f"from transformers import {auto}",
@@ -196,62 +177,49 @@ def _snippet(results: QuantizeResults) -> Code:
     )
 
 
-def _records(results: QuantizeResults) -> Table:
+def _records(results: QuantizeResults) -> Records:
     """Every tensor that the run decided about, one a line."""
-    keys = [
-        "name",
-        "treatment",
-        "shape",
-        "bits",
-        "rank",
-        "stored_rank",
-        "weight_error_relative",
-        "quantized_only_error_relative",
-        "output_error_relative",
-        "quantized_only_output_error_relative",
-        "iterations",
-        "best_iteration",
-        "seconds",
-        "bytes",
-        "share_of_bytes",
-        "reason",
-    ]
+    name, *others = (key for key in AdaptedLayer.model_fields if key != "error_curve")
+    keys = [name, "treatment", *others, "reason"]
+    plain = "quantized" if is_quantized(results) else "untouched"
+    treated = (
+        ("adapted", results.layers),
+        (plain, results.without_adapter),
+        ("untouched", results.untouched),
+    )
     rows = [
         [treatment if key == "treatment" else getattr(item, key, None) for key in keys]
-        for treatment, items in (
-            ("adapted", results.layers),
-            (
-                "quantized" if is_quantized(results) else "untouched",
-                results.without_adapter,
-            ),
-            ("untouched", results.untouched),
-        )
+        for treatment, items in treated
         for item in items
     ]
-    return Table("layers", [Column(key, key) for key in keys], rows)
+    return Records(keys, rows)
 
 
-def _kinds(layers: Iterable[tuple[str, tuple[int, int]]]) -> dict[str, str]:
-    """The kind of each layer: the end of its name, and more of it where shapes differ.
+_Layer = TypeVar("_Layer", AdaptedLayer, PlainLayer)
 
-    GPT-2 calls two layers of a block `c_proj`: here they are `attn.c_proj` and `mlp.c_proj`.
+
+def _by_shape(
+    layers: Sequence[_Layer], more: Callable[[_Layer], _Key]
+) -> dict[tuple[str, tuple[int, int], _Key], list[_Layer]]:
+    """The layers by kind, shape and what ``more`` says of them.
+
+    The kind is the end of a name, and more of it where shapes differ: GPT-2 calls two layers of a
+    block `c_proj`, here they are `attn.c_proj` and `mlp.c_proj`.
     """
-    shapes: dict[str, set[tuple[int, int]]] = {}
-    named = list(layers)
-    for name, shape in named:
-        shapes.setdefault(_suffix(name, 1), set()).add(shape)
-    return {
-        name: _suffix(name, 1 if len(shapes[_suffix(name, 1)]) == 1 else 2) for name, _ in named
-    }
+    same_end = _grouped(layers, lambda layer: _suffix(layer.name, 1))
+    parts = {end: min(len({each.shape for each in same}), 2) for end, same in same_end.items()}
+
+    def key(layer: _Layer) -> tuple[str, tuple[int, int], _Key]:
+        kind = _suffix(layer.name, parts[_suffix(layer.name, 1)])
+        return kind, layer.shape, more(layer)
+
+    return _grouped(layers, key)
 
 
 def _suffix(name: str, count: int) -> str:
     """The last parts of a dotted name; numbers only say which of many it is."""
     parts = [part for part in name.split(".") if not part.isdigit()]
     return ".".join(parts[-count:]) or name
-
-
-_Key = TypeVar("_Key", bound=Hashable)
 
 
 def _grouped(items: Iterable[_Item], key: Callable[[_Item], _Key]) -> dict[_Key, list[_Item]]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from loftq_cli.report import units
-from loftq_cli.report.tables import Column, Facts, Heading, Section, Sentences, Table, View
+from loftq_cli.report.tables import Facts, Heading, Records, Section, Sentences, View
 from loftq_cli.schema import (
     Document,
     Environment,
@@ -37,12 +37,12 @@ def report_view(
         sections.extend(view.sections)
         if view.warnings:
             sections.append(Sentences("Warnings", view.warnings))
-    if results.findings:
-        sections.append(Heading("Findings"))
-        sections += _by_command(results.findings)
-    if results.recommendations:
-        sections.append(Heading("Recommendations"))
-        sections += _by_command(results.recommendations)
+    for title, remarks in (
+        ("Findings", results.findings),
+        ("Recommendations", results.recommendations),
+    ):
+        if remarks:
+            sections += [Heading(title), *_by_command(remarks)]
     if results.skipped:
         sections.append(Heading("Skipped"))
         sections.append(Facts([(each.file, each.reason) for each in results.skipped]))
@@ -82,7 +82,7 @@ def _by_command(remarks: Sequence[Remark]) -> list[Section]:
     ]
 
 
-def _records(results: ReportResults, views: Sequence[tuple[str, View]]) -> Table:
+def _records(results: ReportResults, views: Sequence[tuple[str, View]]) -> Records:
     """One line for each thing that is said."""
     rows: list[list[Any]] = [["result", file, None, None, view.title] for file, view in views]
     for kind, remarks in (
@@ -91,5 +91,4 @@ def _records(results: ReportResults, views: Sequence[tuple[str, View]]) -> Table
     ):
         rows += [[kind, None, each.command, each.model, each.text] for each in remarks]
     rows += [["skipped", each.file, None, None, each.reason] for each in results.skipped]
-    keys = ("kind", "file", "command", "model", "text")
-    return Table("report", [Column(key, key) for key in keys], rows)
+    return Records(("kind", "file", "command", "model", "text"), rows)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from loftq_cli import starts
 from loftq_cli.report import units
@@ -34,15 +35,15 @@ def relative_to_qlora(methods: Sequence[ComparedMethod]) -> list[ComparedMethod]
     """The methods, with what each gains over QLoRA at the same bits and rank."""
     found = []
     for method in methods:
-        plain = _find(methods, starts.QLORA, method)
-        if plain is None:
-            found.append(method)
-            continue
-        removed = None
-        if method.weight_error_relative is not None and plain.weight_error_relative:
-            removed = 1 - method.weight_error_relative / plain.weight_error_relative
-        gain = _ratio(plain.kl_divergence, method.kl_divergence)
-        found.append(method.model_copy(update={"error_removed": removed, "kl_gain": gain}))
+        plain = _alike(methods, starts.QLORA, method)
+        if plain is not None:
+            kept = _ratio(method.weight_error_relative, plain.weight_error_relative)
+            gains = {
+                "error_removed": None if kept is None else 1 - kept,
+                "kl_gain": _ratio(plain.kl_divergence, method.kl_divergence),
+            }
+            method = method.model_copy(update=gains)
+        found.append(method)
     return found
 
 
@@ -53,94 +54,70 @@ def verdict(methods: Sequence[ComparedMethod], losses: Losses) -> CompareVerdict
         for method in methods
         if method.rank is not None and starts.of_report(method.init).quantizes
     ]
-    parts = [
-        _at(bits, [each for each in quantized if each.bits == bits], methods, losses)
-        for bits in dict.fromkeys(each.bits for each in quantized)
-    ]
+    parts = []
+    for bits in dict.fromkeys(each.bits for each in quantized):
+        here = [each for each in quantized if each.bits == bits]
+        parts.append(_by_distance(here))
+        if losses:
+            trained = _by_training(here, methods, losses)
+            sentence = f"{parts[-1].sentence} {trained['sentence']}"
+            parts[-1] = parts[-1].model_copy(update=trained | {"sentence": sentence})
     sentences = [part.sentence for part in parts]
     if losses:
         sentences.append("One seed and one learning rate: others may order the starts otherwise.")
     return CompareVerdict(sentence=" ".join(sentences), bits=parts)
 
 
-def _at(
-    bits: int,
-    here: Sequence[ComparedMethod],
-    methods: Sequence[ComparedMethod],
-    losses: Losses,
-) -> BitsVerdict:
-    """The part for one number of bits."""
+def _by_distance(here: Sequence[ComparedMethod]) -> BitsVerdict:
+    """Where starts of one number of bits begin: which is nearest, and by how much."""
     # Ties go to the one that comes first, which is QLoRA.
     best = min(here, key=lambda each: _or_infinite(each.kl_divergence))
-    qlora, published = (_find(here, each, best) for each in (starts.QLORA, starts.PUBLISHED))
+    qlora, published = (_alike(here, each, best) for each in (starts.QLORA, starts.PUBLISHED))
     assert qlora is not None
-    over_plain = None
-    if published is not None and best is not published:
-        over_plain = _ratio(published.kl_divergence, best.kl_divergence)
-    gain = _or_infinite(best.kl_divergence) < (1 - WORTHWHILE_SHARE) * _or_infinite(
-        qlora.kl_divergence
-    )
-    sentence = _distance_sentence(bits, best, qlora, published, gain)
-    part = BitsVerdict.model_validate(
-        {
-            "bits": bits,
-            "init": best.init,
-            "rank": best.rank,
-            "gain": gain,
-            "kl_gain": best.kl_gain,
-            "kl_gain_over_plain_loftq": over_plain,
-            "sentence": sentence,
-        }
-    )
-    return _with_training(part, here, methods, losses) if losses else part
-
-
-def _distance_sentence(
-    bits: int,
-    best: ComparedMethod,
-    qlora: ComparedMethod,
-    published: ComparedMethod | None,
-    gain: bool,
-) -> str:
+    assert best.rank is not None
+    worse = [each for each in (qlora, published) if each is not None and each is not best]
+    nearest = _or_infinite(best.kl_divergence)
+    gain = nearest < (1 - WORTHWHILE_SHARE) * _or_infinite(qlora.kl_divergence)
+    shown = _shown(best.kl_divergence)
     if best.kl_divergence is None:
-        return f"At {bits} bits nothing can be said: no KL divergence is a number."
-    if best is qlora:
-        return (
-            f"At {bits} bits no gain here: no start is nearer to the original than QLoRA "
-            f"(KL {units.small(best.kl_divergence)})."
+        sentence = "nothing can be said: no KL divergence is a number."
+    elif best is qlora:
+        sentence = f"no gain here: no start is nearer to the original than QLoRA (KL {shown})."
+    elif gain:
+        against = " and ".join(_times_nearer(best, other) for other in worse)
+        sentence = f"{_placed(best)} is nearest to the original: KL {shown}, {against}."
+    else:
+        sentence = (
+            f"no gain here: the nearest start, {_placed(best)}, has KL {shown}, within "
+            f"{100 * WORTHWHILE_SHARE:.0f} % of QLoRA's {_shown(qlora.kl_divergence)}."
         )
-    name = name_of(best, with_rank=True)
-    if not gain:
-        return (
-            f"At {bits} bits no gain here: the nearest start, {name}, has KL "
-            f"{units.small(best.kl_divergence)}, within {100 * WORTHWHILE_SHARE:.0f} % of QLoRA's "
-            f"{_shown(qlora.kl_divergence)}."
-        )
-    others = [other for other in (qlora, published) if other is not None and other is not best]
-    against = " and ".join(_times_nearer(best, other) for other in others)
-    return (
-        f"At {bits} bits {name} is nearest to the original: KL {units.small(best.kl_divergence)}, "
-        f"{against}."
+    return BitsVerdict(
+        bits=best.bits,
+        init=best.init,
+        rank=best.rank,
+        gain=gain,
+        kl_gain=best.kl_gain,
+        kl_gain_over_plain_loftq=(
+            _ratio(published.kl_divergence, best.kl_divergence) if published in worse else None
+        ),
+        sentence=f"At {best.bits} bits {sentence}",
     )
 
 
-def _with_training(
-    part: BitsVerdict,
-    here: Sequence[ComparedMethod],
-    methods: Sequence[ComparedMethod],
-    losses: Losses,
-) -> BitsVerdict:
-    """The same with where the starts ended."""
+def _by_training(
+    here: Sequence[ComparedMethod], methods: Sequence[ComparedMethod], losses: Losses
+) -> dict[str, Any]:
+    """Where the same starts ended, as fields of a `BitsVerdict`."""
     best = min(here, key=lambda each: _or_infinite(each.heldout_loss_after))
-    qlora = _find(here, starts.QLORA, best)
-    lora = _find(methods, starts.LORA, best, any_bits=True)
+    qlora = _alike(here, starts.QLORA, best)
     assert qlora is not None
     if qlora.heldout_loss_after is None or best.heldout_loss_after is None:
-        text = "Trained, nothing can be said: the training of QLoRA diverged."
-        return part.model_copy(update={"sentence": f"{part.sentence} {text}"})
+        return {"sentence": "Trained, nothing can be said: the training of QLoRA diverged."}
     aside = ""
-    if lora is not None and lora.heldout_loss_after is not None:
-        aside = f"; 16-bit LoRA ends at {lora.heldout_loss_after:.4f}"
+    for each in methods:
+        alike = (each.init, each.rank) == (starts.LORA.name, best.rank)
+        if alike and each.heldout_loss_after is not None:
+            aside = f"; 16-bit LoRA ends at {each.heldout_loss_after:.4f}"
     margin, error, clear = None, None, False
     if best is qlora:
         text = f"Trained, no start ends below QLoRA ({qlora.heldout_loss_after:.4f}){aside}."
@@ -148,21 +125,19 @@ def _with_training(
         margin, error = difference(losses[key(qlora)], losses[key(best)])
         clear = error is not None and margin > _ERRORS * error
         text = (
-            f"Trained, {name_of(best, with_rank=True)} ends lowest at a held-out loss of "
+            f"Trained, {_placed(best)} ends lowest at a held-out loss of "
             f"{best.heldout_loss_after:.4f}, {margin:.4f} below QLoRA"
         )
         text += "" if error is None else f" (standard error {error:.4f})"
         text += f"{aside}." if clear else f", which is within the noise: no gain here{aside}."
-    return part.model_copy(
-        update={
-            "trained_init": best.init,
-            "trained_rank": best.rank,
-            "trained_margin": margin,
-            "trained_margin_error": error,
-            "trained_gain": clear,
-            "sentence": f"{part.sentence} {text}",
-        }
-    )
+    return {
+        "trained_init": best.init,
+        "trained_rank": best.rank,
+        "trained_margin": margin,
+        "trained_margin_error": error,
+        "trained_gain": clear,
+        "sentence": text,
+    }
 
 
 def difference(high: Sequence[float], low: Sequence[float]) -> tuple[float, float | None]:
@@ -175,32 +150,24 @@ def difference(high: Sequence[float], low: Sequence[float]) -> tuple[float, floa
     return mean, math.sqrt(variance / len(each))
 
 
-def name_of(method: ComparedMethod, *, with_rank: bool = False) -> str:
-    name = starts.of_report(method.init).label
-    return f"{name} at rank {method.rank}" if with_rank else name
-
-
-def _find(
-    methods: Sequence[ComparedMethod], start: Start, like: ComparedMethod, *, any_bits: bool = False
+def _alike(
+    methods: Sequence[ComparedMethod], start: Start, like: ComparedMethod
 ) -> ComparedMethod | None:
     """The method with this start at the bits and rank of another."""
-    return next(
-        (
-            each
-            for each in methods
-            if (each.init, each.rank) == (start.name, like.rank)
-            and (any_bits or each.bits == like.bits)
-        ),
-        None,
-    )
+    wanted = (start.name, like.bits, like.rank)
+    return next((each for each in methods if key(each) == wanted), None)
+
+
+def _placed(method: ComparedMethod) -> str:
+    return f"{starts.of_report(method.init).label} at rank {method.rank}"
 
 
 def _times_nearer(best: ComparedMethod, other: ComparedMethod) -> str:
+    name, shown = starts.of_report(other.init).label, _shown(other.kl_divergence)
     ratio = _ratio(other.kl_divergence, best.kl_divergence)
     if ratio is None:
-        return f"that of {name_of(other)} {_shown(other.kl_divergence)}"
-    times = units.significant(ratio)
-    return f"{times} × nearer than {name_of(other)} ({_shown(other.kl_divergence)})"
+        return f"that of {name} {shown}"
+    return f"{units.significant(ratio)} × nearer than {name} ({shown})"
 
 
 def _ratio(above: float | None, below: float | None) -> float | None:

@@ -7,26 +7,10 @@ from typing import Any
 from loftq_cli.report import units
 from loftq_cli.report.formats import code_bits
 from loftq_cli.report.parts import model_name
-from loftq_cli.report.tables import Column, Facts, Section, Table, View
-from loftq_cli.schema import CalibratedOn, Document, RankCost, SweepRanksResults
+from loftq_cli.report.tables import Column, Facts, Records, Section, Table, View, fields
+from loftq_cli.schema import Document, MemoryEstimate, RankCost, SweepRanksResults
 
-_YES, _CHECKPOINTED, _NO = "yes", "with gc", "no"
-_STYLES = {_YES: "green", _CHECKPOINTED: "yellow", _NO: "red"}
-
-_RECORD_KEYS = (
-    "rank",
-    "trainable_parameters",
-    "total_parameters",
-    "trainable_percent",
-    "reduction_factor",
-    "adapter_bytes",
-    "fits",
-    "fits_with_checkpointing",
-    "weight_error_relative",
-    "weight_error_removed",
-    "output_error_relative",
-    "output_error_removed",
-)
+_STYLES = {"yes": "green", "with gc": "yellow", "no": "red"}
 
 
 def sweep_ranks_view(document: Document[SweepRanksResults]) -> View:
@@ -70,17 +54,15 @@ def _facts(results: SweepRanksResults) -> list[tuple[str, str]]:
     ):
         if error is not None:
             facts.append((what, f"{units.percent(error)} by plain quantization"))
-    if settings.calibration is not None:
-        facts.append(("calibration text", _calibration(settings.calibration)))
+    calibration = settings.calibration
+    if calibration is not None:
+        size = f", {units.number(calibration.tokens)} tokens" if calibration.tokens else ""
+        about = (
+            f"sha256 {calibration.sha256[:12]}{size}; output errors are of the correction that is "
+            "best for outputs, weight errors of the one that is best for weights"
+        )
+        facts.append(("calibration text", about))
     return facts
-
-
-def _calibration(calibration: CalibratedOn) -> str:
-    size = f", {units.number(calibration.tokens)} tokens" if calibration.tokens else ""
-    return (
-        f"sha256 {calibration.sha256[:12]}{size}; output errors are of the correction that is "
-        "best for outputs, weight errors of the one that is best for weights"
-    )
 
 
 def _trained(results: SweepRanksResults) -> Table:
@@ -91,8 +73,7 @@ def _trained(results: SweepRanksResults) -> Table:
         Column("reduction_factor", "reduction", show=lambda value: f"{units.significant(value)} ×"),
         Column("adapter_bytes", "adapter", show=units.size),
     ]
-    rows = [[getattr(cost, column.key) for column in columns] for cost in results.ranks]
-    return Table("What is trained", columns, rows)
+    return Table.of("What is trained", columns, results.ranks)
 
 
 def _errors(results: SweepRanksResults) -> Table:
@@ -106,8 +87,7 @@ def _errors(results: SweepRanksResults) -> Table:
                 Column(f"{what}_error_relative", f"{what} error", show=units.percent),
                 Column(f"{what}_error_removed", "removed", show=units.percent),
             ]
-    rows = [[getattr(cost, column.key) for column in columns] for cost in results.ranks]
-    return Table("What is left of the quantization error", columns, rows)
+    return Table.of("What is left of the quantization error", columns, results.ranks)
 
 
 def _memory(results: SweepRanksResults) -> Table:
@@ -121,43 +101,38 @@ def _memory(results: SweepRanksResults) -> Table:
         Column("total_bytes", "total", show=units.size),
         Column("total_with_checkpointing_bytes", "with gc", show=units.size),
     ]
+    rows: list[list[Any]] = [
+        [
+            cost.rank,
+            cost.memory.weights_bytes + cost.memory.absmax_bytes + cost.memory.unquantized_bytes,
+            cost.memory.adapter_bytes + cost.memory.gradients_bytes + cost.memory.optimizer_bytes,
+            cost.memory.activations_bytes,
+            cost.memory.logits_bytes + cost.memory.workspace_bytes + cost.memory.context_bytes,
+            cost.memory.total_bytes,
+            cost.memory.total_with_checkpointing_bytes,
+        ]
+        for cost in results.ranks
+    ]
+    title = "Memory to fine-tune"
     limit = results.settings.vram_bytes
     if limit is not None:
-        columns.append(Column("fits", "fits", style=lambda value: _STYLES[value]))
-    rows = []
-    for cost in results.ranks:
-        memory = cost.memory
-        row: list[Any] = [
-            cost.rank,
-            memory.weights_bytes + memory.absmax_bytes + memory.unquantized_bytes,
-            memory.adapter_bytes + memory.gradients_bytes + memory.optimizer_bytes,
-            memory.activations_bytes,
-            memory.logits_bytes + memory.workspace_bytes + memory.context_bytes,
-            memory.total_bytes,
-            memory.total_with_checkpointing_bytes,
-        ]
-        rows.append(row if limit is None else [*row, _fits(cost)])
-    title = "Memory to fine-tune"
-    if limit is not None:
         title += f" in {units.size(limit)}"
+        columns.append(Column("fits", "fits", style=lambda value: _STYLES[value]))
+        for row, cost in zip(rows, results.ranks, strict=True):
+            row.append(_fits(cost))
     return Table(f"{title} (gc: gradient checkpointing)", columns, rows)
 
 
 def _fits(cost: RankCost) -> str:
     if cost.fits:
-        return _YES
-    return _CHECKPOINTED if cost.fits_with_checkpointing else _NO
+        return "yes"
+    return "with gc" if cost.fits_with_checkpointing else "no"
 
 
-def _records(results: SweepRanksResults) -> Table:
+def _records(results: SweepRanksResults) -> Records:
     """The same for pipes, with every term of the memory."""
-    terms = list(type(results.ranks[0].memory).model_fields)
-    rows = [
-        [
-            *(getattr(cost, key) for key in _RECORD_KEYS),
-            *(getattr(cost.memory, term) for term in terms),
-        ]
-        for cost in results.ranks
-    ]
-    keys = [*_RECORD_KEYS, *(f"memory_{term}" for term in terms)]
-    return Table("ranks", [Column(key, key) for key in keys], rows)
+    keys = [key for key in RankCost.model_fields if key != "memory"]
+    terms = list(MemoryEstimate.model_fields)
+    memory = fields((cost.memory for cost in results.ranks), terms)
+    rows = [[*cost, *held] for cost, held in zip(fields(results.ranks, keys), memory, strict=True)]
+    return Records([*keys, *(f"memory_{term}" for term in terms)], rows)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
+
+from loftq_cli.report.escape import visible
 
 Shown: TypeAlias = Callable[[Any], str]
 
@@ -19,6 +21,10 @@ class Column:
     show: Shown = str
     style: Shown = lambda value: ""  # on a terminal with colour
 
+    def cell(self, value: Any) -> str:
+        """The value in words."""
+        return "" if value is None else self.show(value)
+
 
 @dataclass(frozen=True)
 class Table:
@@ -27,6 +33,28 @@ class Table:
     title: str
     columns: Sequence[Column]
     rows: Sequence[Sequence[Any]]
+
+    @staticmethod
+    def of(title: str, columns: Sequence[Column], items: Iterable[Any]) -> Table:
+        """A row for each item, of its attributes that the columns are called after."""
+        return Table(title, columns, fields(items, [column.key for column in columns]))
+
+
+@dataclass(frozen=True)
+class Records:
+    """What a pipe gets: lines of raw values, below a line of keys."""
+
+    keys: Sequence[str]
+    rows: Sequence[Sequence[Any]]
+
+    @staticmethod
+    def of(items: Iterable[Any], keys: Sequence[str]) -> Records:
+        """A line for each item, of its attributes called ``keys``."""
+        return Records(keys, fields(items, keys))
+
+
+def fields(items: Iterable[Any], keys: Sequence[str]) -> list[list[Any]]:
+    return [[getattr(item, key) for key in keys] for item in items]
 
 
 @dataclass(frozen=True)
@@ -47,10 +75,9 @@ class Passage:
 
 @dataclass(frozen=True)
 class Code:
-    """Lines to copy; never wrapped."""
+    """Lines of Python to copy; never wrapped."""
 
     title: str
-    language: str
     lines: Sequence[str]
 
 
@@ -78,23 +105,15 @@ class View:
 
     title: str
     sections: Sequence[Section]
-    records: Table
+    records: Records
     warnings: Sequence[str] = ()
 
 
-def cell(column: Column, value: Any) -> str:
-    """The value in words."""
-    return "" if value is None else column.show(value)
-
-
-def tsv(table: Table) -> str:
+def tsv(records: Records) -> str:
     """A header of keys and one line a row, every value raw and whole."""
-    lines = ["\t".join(column.key for column in table.columns)]
-    lines.extend("\t".join(map(_raw, row)) for row in table.rows)
+    lines = ["\t".join(records.keys)]
+    lines.extend("\t".join(map(_raw, row)) for row in records.rows)
     return "\n".join(lines) + "\n"
-
-
-_ESCAPES = {"\\": "\\\\", "\t": "\\t", "\n": "\\n", "\r": "\\r"}
 
 
 def _raw(value: Any) -> str:
@@ -105,7 +124,4 @@ def _raw(value: Any) -> str:
     if isinstance(value, list | tuple):
         return ",".join(map(_raw, value))
     # `cut` and `awk` split at tabs and newlines, and a terminal acts on the other controls.
-    return "".join(
-        _ESCAPES.get(c) or (c if c.isprintable() else c.encode("unicode_escape").decode("ascii"))
-        for c in str(value)
-    )
+    return visible(str(value).replace("\\", "\\\\"))

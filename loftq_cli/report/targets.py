@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from loftq_cli.report import units
 from loftq_cli.report.parts import model_name
-from loftq_cli.report.tables import Column, Facts, Section, Table, View
+from loftq_cli.report.tables import Column, Facts, Records, Section, Table, View
 from loftq_cli.schema import Document, LayerKind, TargetPreset, TargetsResults
 
 # A preset that needs more names than this (numbered ones, block by block) is not written out on a
@@ -24,7 +24,9 @@ def targets_view(document: Document[TargetsResults]) -> View:
     sections.append(_skipped(results))
     if results.layers:
         sections.append(Facts(_notes(results)))
-    return View(f"Targets in {model_name(document)}", sections, _records(results))
+    # Layers only, so that every value of the first column is a name for --target-modules.
+    records = Records.of(results.layers, list(LayerKind.model_fields))
+    return View(f"Targets in {model_name(document)}", sections, records)
 
 
 def _facts(results: TargetsResults) -> list[tuple[str, str]]:
@@ -68,8 +70,7 @@ def _presets(presets: Sequence[TargetPreset], rank: int) -> Table:
         Column("trainable_percent", "of all", show=lambda value: units.percent(value / 100)),
         Column("target_modules", "--target-modules", "name", _names),
     ]
-    rows = [[getattr(preset, column.key) for column in columns] for preset in presets]
-    return Table(f"Presets at rank {rank}", columns, rows)
+    return Table.of(f"Presets at rank {rank}", columns, presets)
 
 
 def _names(names: Sequence[str]) -> str:
@@ -86,8 +87,7 @@ def _skipped(results: TargetsResults) -> Table:
         Column("share_of_parameters", "of all", show=units.percent),
         Column("reason", "because", "prose"),
     ]
-    rows = [[getattr(kind, column.key) for column in columns] for kind in results.skipped]
-    return Table("Left as they are", columns, rows)
+    return Table.of("Left as they are", columns, results.skipped)
 
 
 def _notes(results: TargetsResults) -> list[tuple[str, str]]:
@@ -107,10 +107,3 @@ def _notes(results: TargetsResults) -> list[tuple[str, str]]:
         notes.append(("no role", f"{names}: only all-linear takes these"))
     notes.append(("use", "--target-modules takes names of the first column, joined by commas"))
     return notes
-
-
-def _records(results: TargetsResults) -> Table:
-    """Layers only, so that every value of the first column is a name for --target-modules."""
-    keys = list(LayerKind.model_fields)
-    rows = [[getattr(kind, key) for key in keys] for kind in results.layers]
-    return Table("layers", [Column(key, key) for key in keys], rows)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from loftq_cli.report.escape import visible
@@ -15,7 +16,6 @@ from loftq_cli.report.tables import (
     Sentences,
     Table,
     View,
-    cell,
 )
 
 if TYPE_CHECKING:
@@ -74,44 +74,35 @@ class _Page:
         self.console.print(self.text(text, style), soft_wrap=not wrap)
 
     def section(self, section: Section) -> None:
-        if isinstance(section, Facts):
-            self.facts(section)
-        elif isinstance(section, Table):
-            self.table(section)
-        elif isinstance(section, Heading):
-            self.line(section.title, "bold underline")
-        elif isinstance(section, Sentences):
-            self.sentences(section)
-        elif isinstance(section, Passage):
-            self.line(section.title, "bold")
-            for line in section.text.splitlines():
-                self.line(line, wrap=False)
-            self.line(section.caption, "dim")
-        else:
-            assert isinstance(section, Code)
-            self.line(section.title)
-            for line in section.lines:
-                self.line(f"    {line}", "cyan", wrap=False)
+        match section:
+            case Facts(items):
+                self.grid([(f"  {label}", value) for label, value in items], gap=2, style="dim")
+            case Table():
+                self.table(section)
+            case Heading(title):
+                self.line(title, "bold underline")
+            case Sentences(title, sentences):
+                self.line(title, "bold")
+                self.grid([("  -", sentence) for sentence in sentences], gap=1)
+            case Passage(title, text, caption):
+                self.line(title, "bold")
+                for line in text.splitlines():
+                    self.line(line, wrap=False)
+                self.line(caption, "dim")
+            case Code(title, lines):
+                self.line(title)
+                for line in lines:
+                    self.line(f"    {line}", "cyan", wrap=False)
 
-    def facts(self, facts: Facts) -> None:
+    def grid(self, rows: Sequence[tuple[str, str]], *, gap: int, style: str = "") -> None:
+        """Texts that fold, each beside a short one."""
         from rich.table import Table as Grid
 
-        grid = Grid.grid(padding=(0, 2))
-        grid.add_column(style="dim", no_wrap=True)
+        grid = Grid.grid(padding=(0, gap))
+        grid.add_column(style=style, no_wrap=True)
         grid.add_column(overflow="fold")
-        for label, value in facts.items:
-            grid.add_row(self.text(f"  {label}"), self.text(value))
-        self.console.print(grid)
-
-    def sentences(self, sentences: Sentences) -> None:
-        from rich.table import Table as Grid
-
-        self.line(sentences.title, "bold")
-        grid = Grid.grid(padding=(0, 1))
-        grid.add_column(no_wrap=True)
-        grid.add_column(overflow="fold")
-        for item in sentences.items:
-            grid.add_row("  -", self.text(item))
+        for label, text in rows:
+            grid.add_row(self.text(label), self.text(text))
         self.console.print(grid)
 
     def table(self, table: Table) -> None:
@@ -121,7 +112,7 @@ class _Page:
         titles = [self.text(column.title) for column in table.columns]
         rows = [
             [
-                self.text(cell(column, value), column.style(value))
+                self.text(column.cell(value), column.style(value))
                 for column, value in zip(table.columns, row, strict=True)
             ]
             for row in table.rows
@@ -156,8 +147,8 @@ class _Page:
         self.line(table.title, "bold")
         for row in table.rows:
             self.console.print()
-            shown = [
-                (column.title, cell(column, value))
+            cells = [
+                (column.title, column.cell(value))
                 for column, value in zip(table.columns, row, strict=True)
             ]
-            self.facts(Facts([pair for pair in shown if pair[1]]))
+            self.section(Facts([(title, text) for title, text in cells if text]))

@@ -122,11 +122,12 @@ def nan(run: Run) -> None:
 
 
 COMMANDS = {
-    name: cli.Command(f"fakes:{name}", f"The {name} fake.")
-    for name in ("noisy", "sleepy", "deaf", "failing", "late", "nan")
+    name: f"The {name} fake." for name in ("noisy", "sleepy", "deaf", "failing", "late", "nan")
 }
+# Where `loftq` looks for commands of these names.
+for _name in COMMANDS:
+    sys.modules[f"loftq_cli.commands.{_name}"] = sys.modules[__name__]
 
 if __name__ == "__main__":
-    sys.modules["fakes"] = sys.modules["__main__"]
     cli.COMMANDS.update(COMMANDS)
     sys.exit(cli.main())

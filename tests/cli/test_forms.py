@@ -14,8 +14,7 @@ import pytest
 
 from loftq_cli.console import wants_colour, width_of
 from loftq_cli.report import units
-from loftq_cli.report.render import render
-from loftq_cli.report.views import VIEWS, view_of
+from loftq_cli.report.render import VIEWS, render, view_of
 from loftq_cli.schema import RESULTS, Document, dump_json, load_document
 
 SGR = re.compile(r"\x1b\[[0-9;]*m")

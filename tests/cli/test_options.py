@@ -129,6 +129,7 @@ def test_lists() -> None:
 
 def test_every_option_of_the_table_is_in_use() -> None:
     """One that no command uses would be an option nobody asked for."""
-    commands = typer.main.get_command(cli.app).commands
-    used = {parameter.name for name in cli.COMMANDS for parameter in commands[name].params}
+    group = typer.main.get_command(cli.app)
+    commands = [group.get_command(None, name) for name in cli.COMMANDS]
+    used = {parameter.name for command in commands for parameter in command.params}
     assert set(spellings.OPTIONS) - used == set()
