@@ -199,8 +199,8 @@ def _explain(error: BaseException, arguments: list[str], console: Console) -> in
     return 1
 
 
-# Seconds after which a signal that nobody heard is sent again.
-_A_MOMENT = 0.05
+# A signal whose exception was dropped is sent again after this time.
+_RESEND_SECONDS = 0.05
 
 # What the parser raises. The class has no public name of its own; its public child has.
 _PARSE_ERROR: Any = typer.BadParameter.__base__
@@ -218,7 +218,7 @@ def _signals_raise() -> Iterator[None]:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         raise Terminated
 
-    def heard(dropped: sys.UnraisableHookArgs) -> None:
+    def resend(dropped: sys.UnraisableHookArgs) -> None:
         if dropped.exc_type not in (KeyboardInterrupt, Terminated):
             hook(dropped)
             return
@@ -226,9 +226,9 @@ def _signals_raise() -> Iterator[None]:
         if dropped.exc_type is Terminated:
             number = signal.SIGTERM
             signal.signal(number, handle)
-        threading.Timer(_A_MOMENT, os.kill, (os.getpid(), number)).start()
+        threading.Timer(_RESEND_SECONDS, os.kill, (os.getpid(), number)).start()
 
-    hook, sys.unraisablehook = sys.unraisablehook, heard
+    hook, sys.unraisablehook = sys.unraisablehook, resend
     before = signal.signal(signal.SIGTERM, handle)
     try:
         yield

@@ -58,7 +58,7 @@ class Record:
         self.listener = listener
         self._argv = list(argv)
         self._warnings: list[str] = []
-        self._resolved: dict[str, tuple[Scalar, str]] = {}
+        self._resolved: dict[str, dict[str, Scalar]] = {}
         self._timings: dict[str, float] = {}
         self._began = time.perf_counter()
 
@@ -78,7 +78,7 @@ class Record:
 
     def resolved(self, name: str, value: Scalar, reason: str) -> None:
         """Records what an automatic choice became, and why."""
-        self._resolved[name] = (value, reason)
+        self._resolved[name] = {"value": value, "reason": reason}
 
     @contextmanager
     def timing(self, name: str, doing: str | None = None) -> Iterator[None]:
@@ -114,16 +114,10 @@ class Record:
                 "tool": {"name": "loftq", "version": __version__},
                 "argv": self._argv,
                 "model": model,
-                "resolved": {
-                    name: {"value": value, "reason": reason}
-                    for name, (value, reason) in self._resolved.items()
-                },
+                "resolved": self._resolved,
                 "environment": hardware.environment(),
                 "results": results,
                 "warnings": self._warnings,
-                "timings_seconds": {
-                    **self._timings,
-                    "total": time.perf_counter() - self._began,
-                },
+                "timings_seconds": self._timings | {"total": time.perf_counter() - self._began},
             }
         )

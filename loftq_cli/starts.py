@@ -91,6 +91,16 @@ LORA = Start(
     iterates=False,
     svd="own",
 )
+CALIBRATED = Start(
+    "calibrated",
+    "calibrated",
+    "has a calibrated start: codes and adapter were chosen in turns to leave the least error "
+    "in the layers' outputs on the calibration text",
+    function=_CALIBRATED,
+    arguments={"method": "calibrated"},
+    needs_moments=True,
+    svd="own",
+)
 
 _ROWS = (
     Start(
@@ -136,16 +146,7 @@ _ROWS = (
         svd="own",
         compared=False,
     ),
-    Start(
-        "calibrated",
-        "calibrated",
-        "has a calibrated start: codes and adapter were chosen in turns to leave the least error "
-        "in the layers' outputs on the calibration text",
-        function=_CALIBRATED,
-        arguments={"method": "calibrated"},
-        needs_moments=True,
-        svd="own",
-    ),
+    CALIBRATED,
 )
 STARTS: Mapping[str, Start] = {row.name: row for row in _ROWS}
 

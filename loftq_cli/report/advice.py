@@ -24,7 +24,6 @@ from loftq_cli.schema import (
     SweepRanksResults,
     TargetsResults,
 )
-from loftq_cli.starts import LORA
 
 # Speed-ups and savings below these are not worth a change.
 _WORTH_A_DTYPE = 1.5
@@ -46,7 +45,7 @@ def recommendations(documents: Sequence[Document[Any]]) -> list[Remark]:
     return list(found.values())
 
 
-def _mend(document: Document[Any]) -> Iterator[str]:
+def _hints(document: Document[Any]) -> Iterator[str]:
     """The hints of what failed, of `check` and `verify` alike."""
     for test in document.results.tests:
         if test.status == "failed" and test.hint:
@@ -54,7 +53,7 @@ def _mend(document: Document[Any]) -> Iterator[str]:
 
 
 def _check(document: Document[CheckResults]) -> Iterator[str]:
-    yield from _mend(document)
+    yield from _hints(document)
     rates = figures(document, "matrix products")
     whole = rates.get("flops_per_second_float32")
     alone = rates.get("flops_per_second_float32_one_thread")
@@ -187,9 +186,9 @@ def _sweep_ranks(document: Document[SweepRanksResults]) -> Iterator[str]:
     if rank is not None:
         changed: dict[str, Any] = {"bits": None if usual else settings.bits}
         if not results.quantized_parameters:
-            changed = {"bits": None, "init": LORA.name}
+            changed = {"bits": None, "init": starts.LORA.name}
         if settings.calibration is not None:
-            changed |= {"init": "calibrated", "calibration_text": _FILE}
+            changed |= {"init": starts.CALIBRATED.name, "calibration_text": _FILE}
         changed |= {"model": _model(document), "rank": rank, "output": _OUT}
         yield QuantizeOptions.like(settings, **changed).command_line("model", "bits", "rank")
     elif settings.bits > SweepOptions.bits:
@@ -242,7 +241,7 @@ def _targets(document: Document[TargetsResults]) -> Iterator[str]:
 
 _ADVICE: Rules = {
     "check": _check,
-    "verify": _mend,
+    "verify": _hints,
     "load": _load,
     "quantize": _quantize,
     "sweep-ranks": _sweep_ranks,

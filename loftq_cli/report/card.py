@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shlex
 import textwrap
-from collections.abc import Sequence
 from pathlib import PurePath
 
 from loftq_cli import starts
@@ -97,7 +96,7 @@ def card(document: Document[QuantizeResults]) -> str:
         _WHERE_TO_MERGE if quantized else _MERGE_PLAIN,
         _merging(results, here, auto),
         "## Evaluate",
-        _evaluation(results, auto),
+        _evaluation(results, here),
         "## Serve",
         _serving(results),
     ]
@@ -153,26 +152,21 @@ def _figures(results: QuantizeResults) -> str:
         rows.insert(2, ("precision", bits))
     changes = error_changes(results)
     rows += [(what, units.error_change(before, after)) for what, before, after in changes]
-    lines = ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)]
-    return "\n".join(lines) + _about_errors(results, [what for what, *_ in changes])
-
-
-def _about_errors(results: QuantizeResults, known: Sequence[str]) -> str:
-    if not known:
-        return ""
-    text = (
-        "\n\nErrors are relative, in the Frobenius norm, over all quantized layers; the first is "
-        "what plain quantization (QLoRA) leaves, the second what backbone and adapter leave "
-        "together."
-    )
+    parts = ["\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)])]
+    if changes:
+        parts.append(
+            "Errors are relative, in the Frobenius norm, over all quantized layers; the first is "
+            "what plain quantization (QLoRA) leaves, the second what backbone and adapter leave "
+            "together."
+        )
     calibration = results.settings.calibration
-    if "output error" in known and calibration is not None:
+    if calibration is not None and any(what == "output error" for what, *_ in changes):
         tokens = f" ({units.number(calibration.tokens)} tokens)" if calibration.tokens else ""
-        text += (
+        parts[-1] += (
             f" The output error is that of the layers' outputs for the inputs that the original "
             f"model gives them on the calibration text{tokens}."
         )
-    return text
+    return "\n\n".join(parts)
 
 
 def _merging(results: QuantizeResults, here: str, auto: str) -> str:
@@ -202,13 +196,12 @@ def _merging(results: QuantizeResults, here: str, auto: str) -> str:
     return _python("\n".join(lines))
 
 
-def _evaluation(results: QuantizeResults, auto: str) -> str:
+def _evaluation(results: QuantizeResults, here: str) -> str:
     if results.task_type not in ("CAUSAL_LM", "SEQ_2_SEQ_LM"):
         return (
             "Compare its outputs with those of the original on inputs of your own, before and "
             "after training."
         )
-    here = PurePath(results.output).name
     arguments = shlex.quote(f"pretrained={here},peft={here}/loftq_init")
     return (
         "The loss on a text of yours, to be held against the original model's:\n\n"
@@ -228,16 +221,10 @@ def _evaluation(results: QuantizeResults, auto: str) -> str:
 
 def _serving(results: QuantizeResults) -> str:
     ranks = stored_ranks(results)
-    lines = ["- transformers with PEFT, and TRL: as above."]
-    if not is_quantized(results):
-        vllm = "vLLM reads this directory as a model and the adapter as a LoRA module"
-        more = ""
-        converter = "llama.cpp converts the model and, on its own, the adapter."
-    else:
-        vllm = (
-            "vLLM reads this directory as a pre-quantized bitsandbytes model and the adapter as a "
-            "LoRA module"
-        )
+    kind, more = "model", ""
+    converter = "llama.cpp converts the model and, on its own, the adapter."
+    if is_quantized(results):
+        kind = "pre-quantized bitsandbytes model"
         more = " Pre-quantized bitsandbytes weights cannot be split over several GPUs there."
         converter = "llama.cpp has no such container: merge as above, then convert."
     if len(ranks) > 1:
@@ -245,7 +232,12 @@ def _serving(results: QuantizeResults) -> str:
             " It ignores rank patterns, and this adapter has ranks that differ: for vLLM write it "
             "with `loftq quantize --uniform-rank`, which pads them to one."
         )
-    lines += [f"- {vllm}; give it `--max-lora-rank {max(ranks)}`.{more}", f"- {converter}"]
+    vllm = f"vLLM reads this directory as a {kind} and the adapter as a LoRA module"
+    lines = [
+        "- transformers with PEFT, and TRL: as above.",
+        f"- {vllm}; give it `--max-lora-rank {max(ranks)}`.{more}",
+        f"- {converter}",
+    ]
     return "\n".join(
         textwrap.fill(
             line, 100, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 from loftq_cli.report import units
 from loftq_cli.report.parts import check_records, checks_table, choice, model_name, trouble
 from loftq_cli.report.tables import Column, Facts, Section, Table, View
@@ -39,7 +41,8 @@ def check_view(document: Document[CheckResults]) -> View:
 
 def _rows(test: CheckTest) -> Table:
     """The check's own table; figures that are new to this version show as they are."""
-    known = {column.key: column for column in _ROW_COLUMNS}
-    columns = [known.get(key, Column(key, key)) for key in test.rows[0]]
-    rows = [[row.get(column.key) for column in columns] for row in test.rows]
+    keys = test.rows[0]
+    known = {column.of: column for column in _ROW_COLUMNS}
+    columns = [known.get(key, Column(key, key)) for key in keys]
+    rows = [SimpleNamespace(**(dict.fromkeys(keys) | row)) for row in test.rows]
     return Table(test.name.capitalize(), columns, rows)

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from loftq_cli.report import units
 from loftq_cli.report.formats import code_bits
 from loftq_cli.report.parts import model_name
 from loftq_cli.report.tables import Column, Facts, Records, Section, Table, View
 from loftq_cli.schema import ComparedMethod, CompareResults, Document
-
-_NAME = [Column("init", "start", "name"), Column("bits", "bits"), Column("rank", "rank")]
 
 
 def compare_view(document: Document[CompareResults]) -> View:
@@ -84,9 +80,9 @@ def _table(
     results: CompareResults, title: str, columns: list[Column], methods: list[ComparedMethod]
 ) -> Table:
     in_file = code_bits(results.settings.quant_type)
-
-    def shown(bits: int) -> str:
-        return f"{bits} in {in_file}" if bits < in_file else f"{bits}"
-
-    names = [replace(each, show=shown) if each.key == "bits" else each for each in _NAME]
-    return Table.of(title, [*names, *columns], methods)
+    names = [
+        Column("init", "start", "name"),
+        Column("bits", "bits", show=lambda b: f"{b} in {in_file}" if b < in_file else str(b)),
+        Column("rank", "rank"),
+    ]
+    return Table(title, [*names, *columns], methods)

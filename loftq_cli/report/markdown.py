@@ -47,13 +47,13 @@ def _section(section: Section) -> str:
 
 
 def _table(table: Table) -> str:
-    def shown(column: Column, value: Any) -> str:
-        return (_code if column.kind == "name" else _text)(column.cell(value))
+    def shown(column: Column, item: Any) -> str:
+        return (_code if column.kind == "name" else _text)(column.cell(item))
 
     lines = [
         _row(_text(column.title) for column in table.columns),
         _row("---:" if column.kind == "number" else "---" for column in table.columns),
-        *(_row(map(shown, table.columns, row)) for row in table.rows),
+        *(_row(shown(column, item) for column in table.columns) for item in table.items),
     ]
     return f"### {_text(table.title)}\n\n" + "\n".join(lines)
 

@@ -55,7 +55,7 @@ def checks_table(title: str, tests: Sequence[CheckTest]) -> Table:
         Column("seconds", "time", show=units.seconds),
         Column("detail", "what was found", "prose"),
     ]
-    return Table.of(title, columns, tests)
+    return Table(title, columns, tests)
 
 
 def trouble(test: CheckTest, **more: str) -> Facts:

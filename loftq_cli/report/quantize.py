@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Hashable, Iterable, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
 
 from loftq_cli.report import units
 from loftq_cli.report.formats import (
@@ -19,7 +20,6 @@ from loftq_cli.report.tables import Code, Column, Facts, Records, Section, Table
 from loftq_cli.schema import AdaptedLayer, Document, PlainLayer, QuantizeResults, UntouchedTensor
 
 _Item = TypeVar("_Item")
-_Key = TypeVar("_Key", bound=Hashable)
 
 AUTO_CLASSES = {
     "CAUSAL_LM": "AutoModelForCausalLM",
@@ -31,10 +31,19 @@ AUTO_CLASSES = {
 
 # So many kinds of untouched tensors are named on a page; the document names every tensor.
 _NAMED_KINDS = 8
+
+
+class _Group(NamedTuple):
+    """Layers of one kind that have the same shape, and more in common."""
+
+    kind: str
+    layers: Sequence[Any]
+
+
 _GROUP_COLUMNS = (
     Column("kind", "layer", "name"),
-    Column("count", "count", show=units.number),
-    Column("shape", "out × in", show=units.shape),
+    Column(lambda group: len(group.layers), "count", show=units.number),
+    Column(lambda group: group.layers[0].shape, "out × in", show=units.shape),
 )
 
 
@@ -95,33 +104,38 @@ def _adapted(results: QuantizeResults) -> list[Table]:
 
 
 def _by_kind(results: QuantizeResults, what: str | None) -> Table:
-    groups = _by_shape(results.layers, lambda layer: layer.bits)
+    layers = results.layers
+    columns = [*_GROUP_COLUMNS]
     # What is the same for all stands in the title of the page.
-    varying = [
-        key
-        for key in ("bits", "rank")
-        if len({getattr(layer, key) for layer in results.layers}) > 1
-    ]
-    columns = [*_GROUP_COLUMNS, *(Column(key, key) for key in varying)]
-    errors = () if what is None else ERRORS[what]
+    if len({layer.bits for layer in layers}) > 1:
+        columns.append(Column(lambda group: group.layers[0].bits, "bits"))
+    if len({layer.rank for layer in layers}) > 1:
+        columns.append(Column(_ranks, "rank"))
+    title = "Layers that get an adapter"
     if what is not None:
-        titles = zip((*errors, "removed"), ("quantized", "+ adapter", "removed"), strict=True)
-        columns += [Column(key, title, show=units.percent) for key, title in titles]
-    rows: list[list[object]] = []
-    for (kind, shape, bits), layers in groups.items():
-        settings = {"bits": bits, "rank": _range(layer.rank for layer in layers)}
-        row: list[object] = [kind, len(layers), shape, *(settings[key] for key in varying)]
-        if what is not None:
-            before, after = (_mean(getattr(layer, key) for layer in layers) for key in errors)
-            known = before is not None and after is not None
-            row += [before, after, units.removed(before or 0.0, after or 0.0) if known else None]
-        rows.append(row)
-    title = "Layers that get an adapter" if what is None else f"Mean {what} by kind of layer"
-    return Table(title, columns, rows)
+        before, after = (partial(_mean, key) for key in ERRORS[what])
+
+        def removed(group: _Group) -> float | None:
+            errors = before(group), after(group)
+            return None if None in errors else units.removed(*errors)
+
+        columns += [
+            Column(before, "quantized", show=units.percent),
+            Column(after, "+ adapter", show=units.percent),
+            Column(removed, "removed", show=units.percent),
+        ]
+        title = f"Mean {what} by kind of layer"
+    return Table(title, columns, _by_shape(layers, lambda layer: layer.bits))
 
 
-def _range(ranks: Iterable[int | None]) -> int | str | None:
-    found = {rank for rank in ranks if rank is not None}
+def _mean(key: str, group: _Group) -> Any:
+    values = [getattr(layer, key) for layer in group.layers]
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
+
+
+def _ranks(group: _Group) -> int | str | None:
+    found = {layer.rank for layer in group.layers if layer.rank is not None}
     if len(found) < 2:
         return found.pop() if found else None
     return f"{min(found)} to {max(found)}"
@@ -130,36 +144,33 @@ def _range(ranks: Iterable[int | None]) -> int | str | None:
 def _without_adapter(results: QuantizeResults) -> Table:
     columns = [
         *_GROUP_COLUMNS,
-        Column("share_of_bytes", "of bytes", show=units.percent),
-        Column("reason", "because", "prose"),
-    ]
-    groups = _by_shape(results.without_adapter, lambda layer: layer.reason)
-    rows = [
-        [kind, len(group), shape, sum(layer.share_of_bytes for layer in group), reason]
-        for (kind, shape, reason), group in groups.items()
+        Column(lambda group: _share(group.layers), "of bytes", show=units.percent),
+        Column(lambda group: group.layers[0].reason, "because", "prose"),
     ]
     how = "Quantized" if is_quantized(results) else "Left as it was"
-    return Table(f"{how} without an adapter", columns, rows)
+    groups = _by_shape(results.without_adapter, lambda layer: layer.reason)
+    return Table(f"{how} without an adapter", columns, groups)
 
 
 def _untouched(tensors: Sequence[UntouchedTensor]) -> Table:
-    columns = [
-        Column("names", "tensor", "name"),
-        Column("count", "count", show=units.number),
-        Column("bytes", "size", show=units.size),
-        Column("share_of_bytes", "of bytes", show=units.percent),
-        Column("reason", "because", "prose"),
-    ]
-    rows: list[list[object]] = []
-    for reason, group in _grouped(tensors, lambda tensor: tensor.reason).items():
+    def names(group: Sequence[UntouchedTensor]) -> str:
         kinds = list(dict.fromkeys(_suffix(tensor.name, 2) for tensor in group))
+        more = len(kinds) - _NAMED_KINDS
         named = ", ".join(kinds[:_NAMED_KINDS])
-        if len(kinds) > _NAMED_KINDS:
-            named += f" and {units.plural(len(kinds) - _NAMED_KINDS, 'more kind')}"
-        size = sum(tensor.bytes for tensor in group)
-        share = sum(tensor.share_of_bytes for tensor in group)
-        rows.append([named, len(group), size, share, reason])
-    return Table("Left as it was", columns, rows)
+        return named if more <= 0 else f"{named} and {units.plural(more, 'more kind')}"
+
+    columns = [
+        Column(names, "tensor", "name"),
+        Column(len, "count", show=units.number),
+        Column(lambda group: sum(tensor.bytes for tensor in group), "size", show=units.size),
+        Column(_share, "of bytes", show=units.percent),
+        Column(lambda group: group[0].reason, "because", "prose"),
+    ]
+    return Table("Left as it was", columns, _grouped(tensors, lambda tensor: tensor.reason))
+
+
+def _share(tensors: Iterable[PlainLayer | UntouchedTensor]) -> float:
+    return sum(tensor.share_of_bytes for tensor in tensors)
 
 
 def _snippet(results: QuantizeResults) -> Code:
@@ -195,25 +206,24 @@ def _records(results: QuantizeResults) -> Records:
     return Records(keys, rows)
 
 
-_Layer = TypeVar("_Layer", AdaptedLayer, PlainLayer)
-
-
 def _by_shape(
-    layers: Sequence[_Layer], more: Callable[[_Layer], _Key]
-) -> dict[tuple[str, tuple[int, int], _Key], list[_Layer]]:
+    layers: Sequence[AdaptedLayer | PlainLayer], more: Callable[[Any], object]
+) -> list[_Group]:
     """The layers by kind, shape and what ``more`` says of them.
 
     The kind is the end of a name, and more of it where shapes differ: GPT-2 calls two layers of a
     block `c_proj`, here they are `attn.c_proj` and `mlp.c_proj`.
     """
-    same_end = _grouped(layers, lambda layer: _suffix(layer.name, 1))
-    parts = {end: min(len({each.shape for each in same}), 2) for end, same in same_end.items()}
+    shapes: dict[str, set[tuple[int, int]]] = {}
+    for layer in layers:
+        shapes.setdefault(_suffix(layer.name, 1), set()).add(layer.shape)
 
-    def key(layer: _Layer) -> tuple[str, tuple[int, int], _Key]:
-        kind = _suffix(layer.name, parts[_suffix(layer.name, 1)])
-        return kind, layer.shape, more(layer)
+    def kind(layer: AdaptedLayer | PlainLayer) -> str:
+        end = _suffix(layer.name, 1)
+        return end if len(shapes[end]) == 1 else _suffix(layer.name, 2)
 
-    return _grouped(layers, key)
+    groups = _grouped(layers, lambda layer: (kind(layer), layer.shape, more(layer)))
+    return [_Group(kind(group[0]), group) for group in groups]
 
 
 def _suffix(name: str, count: int) -> str:
@@ -222,13 +232,9 @@ def _suffix(name: str, count: int) -> str:
     return ".".join(parts[-count:]) or name
 
 
-def _grouped(items: Iterable[_Item], key: Callable[[_Item], _Key]) -> dict[_Key, list[_Item]]:
-    groups: dict[_Key, list[_Item]] = {}
+def _grouped(items: Iterable[_Item], key: Callable[[_Item], object]) -> list[list[_Item]]:
+    """Those with the same key together, in the order of the first ones."""
+    groups: dict[object, list[_Item]] = {}
     for item in items:
         groups.setdefault(key(item), []).append(item)
-    return groups
-
-
-def _mean(values: Iterable[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known else None
+    return list(groups.values())

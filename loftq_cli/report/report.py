@@ -7,27 +7,16 @@ from typing import Any
 
 from loftq_cli.report import units
 from loftq_cli.report.tables import Facts, Heading, Records, Section, Sentences, View
-from loftq_cli.schema import (
-    Document,
-    Environment,
-    Remark,
-    ReportedDocument,
-    ReportResults,
-    document_of,
-)
-
-# What one asks of a box first, then how much the model's commands found.
-_ORDER = (
-    *("check", "load", "targets", "sweep-ranks", "compare"),
-    *("quantize", "verify", "generate", "report"),
-)
+from loftq_cli.schema import RESULTS, Document, Environment, Remark, ReportResults, document_of
 
 
 def report_view(
     document: Document[ReportResults], view_of: Callable[[Document[Any]], View]
 ) -> View:
     results = document.results
-    views = [(each.file, view_of(document_of(each.document))) for each in _ordered(results)]
+    read = [(each.file, document_of(each.document)) for each in results.documents]
+    read.sort(key=lambda each: list(RESULTS).index(each[1].command))
+    views = [(file, view_of(each)) for file, each in read]
     sections: list[Section] = []
     for system in results.systems:
         sections.append(Heading("System"))
@@ -37,24 +26,14 @@ def report_view(
         sections.extend(view.sections)
         if view.warnings:
             sections.append(Sentences("Warnings", view.warnings))
-    for title, remarks in (
-        ("Findings", results.findings),
-        ("Recommendations", results.recommendations),
-    ):
+    for kind, remarks in _remarks(results):
         if remarks:
-            sections += [Heading(title), *_by_command(remarks)]
+            sections += [Heading(f"{kind.capitalize()}s"), *_by_command(remarks)]
     if results.skipped:
         sections.append(Heading("Skipped"))
         sections.append(Facts([(each.file, each.reason) for each in results.skipped]))
     count = units.plural(len(results.documents), "result document")
     return View(f"Report on {count}", sections, _records(results, views))
-
-
-def _ordered(results: ReportResults) -> list[ReportedDocument]:
-    def place(each: ReportedDocument) -> int:
-        return _ORDER.index(str(each.document.get("schema")).removeprefix("loftq/"))
-
-    return sorted(results.documents, key=place)
 
 
 def _system(system: Environment) -> Facts:
@@ -72,6 +51,10 @@ def _system(system: Environment) -> Facts:
     return Facts(facts)
 
 
+def _remarks(results: ReportResults) -> list[tuple[str, Sequence[Remark]]]:
+    return [("finding", results.findings), ("recommendation", results.recommendations)]
+
+
 def _by_command(remarks: Sequence[Remark]) -> list[Section]:
     groups: dict[tuple[str, str | None], list[str]] = {}
     for each in remarks:
@@ -85,10 +68,7 @@ def _by_command(remarks: Sequence[Remark]) -> list[Section]:
 def _records(results: ReportResults, views: Sequence[tuple[str, View]]) -> Records:
     """One line for each thing that is said."""
     rows: list[list[Any]] = [["result", file, None, None, view.title] for file, view in views]
-    for kind, remarks in (
-        ("finding", results.findings),
-        ("recommendation", results.recommendations),
-    ):
+    for kind, remarks in _remarks(results):
         rows += [[kind, None, each.command, each.model, each.text] for each in remarks]
     rows += [["skipped", each.file, None, None, each.reason] for each in results.skipped]
     return Records(("kind", "file", "command", "model", "text"), rows)

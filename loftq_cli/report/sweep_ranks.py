@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from loftq_cli.report import units
 from loftq_cli.report.formats import code_bits
 from loftq_cli.report.parts import model_name
@@ -73,7 +71,7 @@ def _trained(results: SweepRanksResults) -> Table:
         Column("reduction_factor", "reduction", show=lambda value: f"{units.significant(value)} ×"),
         Column("adapter_bytes", "adapter", show=units.size),
     ]
-    return Table.of("What is trained", columns, results.ranks)
+    return Table("What is trained", columns, results.ranks)
 
 
 def _errors(results: SweepRanksResults) -> Table:
@@ -87,40 +85,35 @@ def _errors(results: SweepRanksResults) -> Table:
                 Column(f"{what}_error_relative", f"{what} error", show=units.percent),
                 Column(f"{what}_error_removed", "removed", show=units.percent),
             ]
-    return Table.of("What is left of the quantization error", columns, results.ranks)
+    return Table("What is left of the quantization error", columns, results.ranks)
 
 
 def _memory(results: SweepRanksResults) -> Table:
     """The terms in groups: what the rank leaves as it is, and what it decides."""
     columns = [
         Column("rank", "rank"),
-        Column("weights", "weights", show=units.size),
-        Column("state", "adapter state", show=units.size),
-        Column("activations", "activations", show=units.size),
-        Column("other", "other", show=units.size),
-        Column("total_bytes", "total", show=units.size),
-        Column("total_with_checkpointing_bytes", "with gc", show=units.size),
-    ]
-    rows: list[list[Any]] = [
-        [
-            cost.rank,
-            cost.memory.weights_bytes + cost.memory.absmax_bytes + cost.memory.unquantized_bytes,
-            cost.memory.adapter_bytes + cost.memory.gradients_bytes + cost.memory.optimizer_bytes,
-            cost.memory.activations_bytes,
-            cost.memory.logits_bytes + cost.memory.workspace_bytes + cost.memory.context_bytes,
-            cost.memory.total_bytes,
-            cost.memory.total_with_checkpointing_bytes,
-        ]
-        for cost in results.ranks
+        _held("weights", "weights", "absmax", "unquantized"),
+        _held("adapter state", "adapter", "gradients", "optimizer"),
+        _held("activations", "activations"),
+        _held("other", "logits", "workspace", "context"),
+        _held("total", "total"),
+        _held("with gc", "total_with_checkpointing"),
     ]
     title = "Memory to fine-tune"
     limit = results.settings.vram_bytes
     if limit is not None:
         title += f" in {units.size(limit)}"
-        columns.append(Column("fits", "fits", style=lambda value: _STYLES[value]))
-        for row, cost in zip(rows, results.ranks, strict=True):
-            row.append(_fits(cost))
-    return Table(f"{title} (gc: gradient checkpointing)", columns, rows)
+        columns.append(Column(_fits, "fits", style=lambda value: _STYLES[value]))
+    return Table(f"{title} (gc: gradient checkpointing)", columns, results.ranks)
+
+
+def _held(title: str, *terms: str) -> Column:
+    """Bytes of these terms of a `MemoryEstimate` together."""
+
+    def of(cost: RankCost) -> int:
+        return sum(getattr(cost.memory, f"{term}_bytes") for term in terms)
+
+    return Column(of, title, show=units.size)
 
 
 def _fits(cost: RankCost) -> str:

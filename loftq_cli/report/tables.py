@@ -13,31 +13,32 @@ Shown: TypeAlias = Callable[[Any], str]
 
 @dataclass(frozen=True)
 class Column:
-    """`key` heads the column in TSV and carries the unit; `title` and `show` are for people."""
+    """What to show of an item, and how: an attribute by its name, or what a function makes of it.
 
-    key: str
+    A value that is None is shown as nothing.
+    """
+
+    of: str | Callable[[Any], Any]
     title: str
     kind: Literal["name", "prose", "number"] = "number"  # a name is out of the model: verbatim
     show: Shown = str
     style: Shown = lambda value: ""  # on a terminal with colour
 
-    def cell(self, value: Any) -> str:
-        """The value in words."""
+    def value(self, item: Any) -> Any:
+        return getattr(item, self.of) if isinstance(self.of, str) else self.of(item)
+
+    def cell(self, item: Any) -> str:
+        value = self.value(item)
         return "" if value is None else self.show(value)
 
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of raw values. A None is shown as nothing."""
+    """A row for each item."""
 
     title: str
     columns: Sequence[Column]
-    rows: Sequence[Sequence[Any]]
-
-    @staticmethod
-    def of(title: str, columns: Sequence[Column], items: Iterable[Any]) -> Table:
-        """A row for each item, of its attributes that the columns are called after."""
-        return Table(title, columns, fields(items, [column.key for column in columns]))
+    items: Sequence[Any]
 
 
 @dataclass(frozen=True)

@@ -43,23 +43,12 @@ def _layers(kinds: Sequence[LayerKind]) -> Table:
     columns = [
         Column("name", "layer", "name"),
         Column("count", "count", show=units.number),
-        Column("shape", "out × in", show=units.shape),
+        Column(lambda kind: (kind.out_features, kind.in_features), "out × in", show=units.shape),
         Column("parameters", "parameters", show=units.number),
         Column("share_of_parameters", "of all", show=units.percent),
         Column("role", "role", "prose"),
     ]
-    rows = [
-        [
-            kind.name,
-            kind.count,
-            (kind.out_features, kind.in_features),
-            kind.parameters,
-            kind.share_of_parameters,
-            kind.role,
-        ]
-        for kind in kinds
-    ]
-    return Table("Linear layers", columns, rows)
+    return Table("Linear layers", columns, kinds)
 
 
 def _presets(presets: Sequence[TargetPreset], rank: int) -> Table:
@@ -70,7 +59,7 @@ def _presets(presets: Sequence[TargetPreset], rank: int) -> Table:
         Column("trainable_percent", "of all", show=lambda value: units.percent(value / 100)),
         Column("target_modules", "--target-modules", "name", _names),
     ]
-    return Table.of(f"Presets at rank {rank}", columns, presets)
+    return Table(f"Presets at rank {rank}", columns, presets)
 
 
 def _names(names: Sequence[str]) -> str:
@@ -87,7 +76,7 @@ def _skipped(results: TargetsResults) -> Table:
         Column("share_of_parameters", "of all", show=units.percent),
         Column("reason", "because", "prose"),
     ]
-    return Table.of("Left as they are", columns, results.skipped)
+    return Table("Left as they are", columns, results.skipped)
 
 
 def _notes(results: TargetsResults) -> list[tuple[str, str]]:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.text import Text
 
-# Names and prose in columns narrower than this fold into confetti: the table is then laid out one
+# Names and prose in columns narrower than this can hardly be read: the table is then laid out one
 # value a line.
 _NARROWEST = 14
 
@@ -111,11 +111,8 @@ class _Page:
 
         titles = [self.text(column.title) for column in table.columns]
         rows = [
-            [
-                self.text(column.cell(value), column.style(value))
-                for column, value in zip(table.columns, row, strict=True)
-            ]
-            for row in table.rows
+            [self.text(each.cell(item), each.style(each.value(item))) for each in table.columns]
+            for item in table.items
         ]
         need = 0
         for column, *cells in zip(table.columns, titles, *rows, strict=True):
@@ -145,10 +142,7 @@ class _Page:
     def stacked(self, table: Table) -> None:
         """One value a line, for a terminal that is too narrow for the table."""
         self.line(table.title, "bold")
-        for row in table.rows:
+        for item in table.items:
             self.console.print()
-            cells = [
-                (column.title, column.cell(value))
-                for column, value in zip(table.columns, row, strict=True)
-            ]
+            cells = [(column.title, column.cell(item)) for column in table.columns]
             self.section(Facts([(title, text) for title, text in cells if text]))

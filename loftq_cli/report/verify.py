@@ -50,7 +50,7 @@ def _layers(wrong: list[VerifiedLayer]) -> Table:
         Column("reported_weight_error_relative", "reported", show=_figure),
     ]
     more = f", the first {_SHOWN} of {len(wrong)}" if len(wrong) > _SHOWN else ""
-    return Table.of(f"Residuals that differ{more}", columns, wrong[:_SHOWN])
+    return Table(f"Residuals that differ{more}", columns, wrong[:_SHOWN])
 
 
 def _figure(value: float) -> str:

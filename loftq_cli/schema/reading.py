@@ -16,15 +16,17 @@ from loftq_cli.schema.quantizing import QuantizeResults, VerifyResults
 from loftq_cli.schema.reporting import ReportResults
 from loftq_cli.schema.running import CheckResults, GenerateResults, LoadResults
 
+# In the order that a report has them: what one asks of a box first, then how much the model's
+# commands found.
 RESULTS: Mapping[str, type[BaseModel]] = {
-    "quantize": QuantizeResults,
-    "load": LoadResults,
-    "sweep-ranks": SweepRanksResults,
-    "targets": TargetsResults,
-    "generate": GenerateResults,
-    "compare": CompareResults,
     "check": CheckResults,
+    "load": LoadResults,
+    "targets": TargetsResults,
+    "sweep-ranks": SweepRanksResults,
+    "compare": CompareResults,
+    "quantize": QuantizeResults,
     "verify": VerifyResults,
+    "generate": GenerateResults,
     "report": ReportResults,
 }
 
