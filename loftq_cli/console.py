@@ -31,15 +31,6 @@ LIVE_SECONDS = 0.1
 _STYLES = {"error": "1;31", "warning": "33", "cause": "2", "hint": "36", "note": "2"}
 
 
-def _open_if_closed(descriptor: int) -> None:
-    """A file opened later must not become what libraries take for stderr."""
-    try:
-        os.fstat(descriptor)
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_RDWR), descriptor)
-        os.set_inheritable(descriptor, True)
-
-
 def wants_colour(is_terminal: bool, environ: Mapping[str, str] = os.environ) -> bool:
     """Whether escape codes may be written there. An empty variable counts as unset."""
     if environ.get("NO_COLOR"):
@@ -82,7 +73,11 @@ class Console(Listener):
         if sys.stdout is not None:
             with suppress(OSError, ValueError):
                 sys.stdout.flush()
-        _open_if_closed(2)
+        try:
+            os.fstat(2)
+        except OSError:  # closed: a file opened later must not become what libraries write to
+            os.dup2(os.open(os.devnull, os.O_RDWR), 2)
+            os.set_inheritable(2, True)
         try:
             self._result = os.dup(1)
         except OSError as error:

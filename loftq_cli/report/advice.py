@@ -10,8 +10,9 @@ from typing import Any
 from loftq_cli import starts
 from loftq_cli.options import QuantizeOptions, SweepOptions
 from loftq_cli.report import units
+from loftq_cli.report.checks import figures, hints
 from loftq_cli.report.formats import all_layers, code_bits, error_changes
-from loftq_cli.report.parts import Rules, figures, remarks
+from loftq_cli.report.parts import Rules, remarks
 from loftq_cli.schema import (
     BitsVerdict,
     CheckResults,
@@ -45,15 +46,8 @@ def recommendations(documents: Sequence[Document[Any]]) -> list[Remark]:
     return list(found.values())
 
 
-def _hints(document: Document[Any]) -> Iterator[str]:
-    """The hints of what failed, of `check` and `verify` alike."""
-    for test in document.results.tests:
-        if test.status == "failed" and test.hint:
-            yield f"for {test.name}: {test.hint}"
-
-
 def _check(document: Document[CheckResults]) -> Iterator[str]:
-    yield from _hints(document)
+    yield from hints(document)
     rates = figures(document, "matrix products")
     whole = rates.get("flops_per_second_float32")
     alone = rates.get("flops_per_second_float32_one_thread")
@@ -241,7 +235,7 @@ def _targets(document: Document[TargetsResults]) -> Iterator[str]:
 
 _ADVICE: Rules = {
     "check": _check,
-    "verify": _hints,
+    "verify": hints,
     "load": _load,
     "quantize": _quantize,
     "sweep-ranks": _sweep_ranks,

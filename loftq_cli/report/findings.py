@@ -8,7 +8,7 @@ from typing import Any
 
 from loftq_cli import starts
 from loftq_cli.report import units
-from loftq_cli.report.box import FASTER, check_findings, verify_findings
+from loftq_cli.report.checks import FASTER, check_findings, verify_findings
 from loftq_cli.report.formats import all_layers, error_changes, rank_range
 from loftq_cli.report.parts import Rules, remark, remarks
 from loftq_cli.schema import (

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from loftq_cli.report import units
-from loftq_cli.report.parts import check_records, checks_table, choice, model_name, trouble
+from loftq_cli.report.checks import check_records, checks_table, trouble
+from loftq_cli.report.parts import choice, model_name
 from loftq_cli.report.tables import Column, Facts, Section, Table, View
 from loftq_cli.schema import Document, VerifiedLayer, VerifyResults
 

@@ -5,7 +5,6 @@ keys they do not know; a major version may change meaning, and readers refuse it
 are not JSON and not results: they are refused on the way in and on the way out.
 """
 
-from loftq_cli.schema.base import Scalar
 from loftq_cli.schema.comparing import (
     BitsVerdict,
     ComparedMethod,
@@ -22,6 +21,7 @@ from loftq_cli.schema.envelope import (
     ModelIdentity,
     Resolved,
     Results,
+    Scalar,
     Tool,
 )
 from loftq_cli.schema.planning import (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from loftq_cli.schema.base import Model
+from loftq_cli.schema.envelope import Model
 
 
 class CompareSettings(Model):

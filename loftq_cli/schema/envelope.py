@@ -1,14 +1,20 @@
-"""The envelope that every command's results come in."""
+"""The envelope that every command's results come in, and what all models here are made from."""
 
 from __future__ import annotations
 
-from typing import Generic, Literal, TypeVar
+from typing import Generic, Literal, TypeAlias, TypeVar
 
-from pydantic import BaseModel, Field
-
-from loftq_cli.schema.base import Model, Scalar
+from pydantic import BaseModel, ConfigDict, Field
 
 SCHEMA_VERSION = "1.0"
+Scalar: TypeAlias = str | int | float | bool | None
+
+
+class Model(BaseModel):
+    # `protected_namespaces` would claim every field that starts with "model".
+    model_config = ConfigDict(
+        allow_inf_nan=False, extra="ignore", frozen=True, protected_namespaces=()
+    )
 
 
 class Tool(Model):

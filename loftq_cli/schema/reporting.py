@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from loftq_cli.schema.base import Model
-from loftq_cli.schema.envelope import Environment
+from loftq_cli.schema.envelope import Environment, Model
 
 
 class ReportedDocument(Model):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from loftq_cli.schema.base import Model, Scalar
+from loftq_cli.schema.envelope import Model, Scalar
 
 
 class LoadResults(Model):

@@ -1,17 +1,52 @@
-"""What `check` and `verify` say of a box and of a directory."""
+"""What `check` and `verify` found: what their views share, findings, and what helps."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from loftq_cli.report import units
-from loftq_cli.report.parts import figures
+from loftq_cli.report.tables import Column, Facts, Records, Table, fields
 from loftq_cli.schema import CheckResults, CheckTest, Document, VerifyResults
 
 # Below this ratio two speeds are the same, on a box that does other things too.
 FASTER = 1.2
+_STYLES = {"passed": "green", "failed": "bold red", "skipped": "yellow"}
 _KERNELS = ("4-bit quantization", "int8 kernel")
+
+
+def checks_table(title: str, tests: Sequence[CheckTest]) -> Table:
+    columns = [
+        Column("name", "check", "prose"),
+        Column("status", "result", style=lambda value: _STYLES.get(value, "")),
+        Column("seconds", "time", show=units.seconds),
+        Column("detail", "what was found", "prose"),
+    ]
+    return Table(title, columns, tests)
+
+
+def trouble(test: CheckTest, **more: str) -> Facts:
+    """A check that failed, and what helps."""
+    told = {"failed": test.name, "to verify": test.verified, **more}
+    told |= {"cause": test.cause or "", "hint": test.hint or ""}
+    return Facts([(label, text) for label, text in told.items() if text])
+
+
+def check_records(tests: Sequence[CheckTest], *more: str) -> Records:
+    """One line a check; its figures are in one column, as key=value."""
+    keys = ["name", *more, "status", "seconds", "verified", "detail", "cause", "hint"]
+    rows = [
+        [*row, [f"{key}={value}" for key, value in test.figures.items()]]
+        for row, test in zip(fields(tests, keys), tests, strict=True)
+    ]
+    return Records([*keys, "figures"], rows)
+
+
+def figures(document: Document[CheckResults], name: str) -> Mapping[str, Any]:
+    """The figures of a check that passed; none if it did not, or was not there."""
+    tests = {test.name: test for test in document.results.tests}
+    test = tests.get(name)
+    return test.figures if test is not None and test.status == "passed" else {}
 
 
 def _failures(document: Document[Any]) -> Iterator[str]:
@@ -25,6 +60,13 @@ def _failures(document: Document[Any]) -> Iterator[str]:
     if skipped:
         names = ", ".join(test.name for test in skipped)
         yield f"not checked: {names} ({skipped[0].cause})"
+
+
+def hints(document: Document[Any]) -> Iterator[str]:
+    """Those of what failed, of `check` and `verify` alike."""
+    for test in document.results.tests:
+        if test.status == "failed" and test.hint:
+            yield f"for {test.name}: {test.hint}"
 
 
 def verify_findings(document: Document[VerifyResults]) -> Iterator[str]:
