@@ -618,6 +618,7 @@ def test_what_fits_in_16_bits_is_advised_in_16_bits() -> None:
     content["results"]["settings"] |= {
         "bits": 16, "quant_type": None, "block_size": None, "calibration": None,
     }  # fmt: skip
+    content["results"]["quantized_parameters"] = 0
     _, advised = said(content)
     assert any("--init lora" in text and "--bits" not in text for text in advised)
 
