@@ -13,7 +13,8 @@ import hashlib
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +27,7 @@ from loftq_cli.engines.placement import InputMoments, read_weight, with_fallback
 from loftq_cli.engines.plan import Plan, PlannedLayer, Task
 from loftq_cli.engines.settings import Settings
 from loftq_cli.errors import LoftqError
-from loftq_cli.models.layers import LeftTensor
+from loftq_cli.models.layers import LeftTensor, LinearLayer
 from loftq_cli.record import Progress
 from loftq_cli.starts import QLORA
 
@@ -164,6 +165,7 @@ class _RunningTask:
     def _quantized(self, planned: PlannedLayer, W: torch.Tensor) -> Iterator[Chunk]:
         from loftq_cli.core.residual import sum_of_squares
 
+        _warm_up(self.settings, planned.adapted, planned.bits, W.dtype, W.device)
         began = time.perf_counter()
         layer = planned.layer
         input_moments = None if self.input_moments is None else self.input_moments(layer.module)
@@ -249,6 +251,23 @@ def initialize(
         **given,
     )
     return result
+
+
+@cache
+def _warm_up(
+    settings: Settings, adapted: bool, bits: int, dtype: torch.dtype, device: torch.device
+) -> None:
+    """Starts a small weight, once in a process.
+
+    What is imported and compiled for all layers would be in the seconds of the first one.
+    """
+    import torch
+
+    width = max(256, settings.block_size)
+    W = torch.randn(256, width, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+    layer = LinearLayer("", "", 256, width, transposed=False, dtype="")
+    planned = PlannedLayer(layer, bits, 8 if adapted else 0)
+    initialize(W, planned, replace(settings, iterations=2), torch.eye(width))
 
 
 def layer_seed(seed: int, module: str) -> int:

@@ -6,11 +6,13 @@ import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from loftq_cli.checkpoint.index import open_checkpoint
+from loftq_cli.engines import tasks
 from loftq_cli.engines.plan import Plan, make_plan
 from loftq_cli.engines.settings import Settings
 from loftq_cli.engines.tasks import TaskResult, TaskSpec, run_task
@@ -82,3 +84,26 @@ def test_a_task_tells_its_progress_and_needs_nobody_to_hear_it(spec: TaskSpec) -
     run_task(task, spec, progress=Remembering())
     modules = [planned.layer.module for planned in plan.layers]
     assert told == [(what, module) for module in modules for what in ("start", "advance")]
+
+
+def test_no_layers_seconds_hold_what_happens_once(
+    spec: TaskSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a clock that only starts of layers move, the first of them in a process by an hour."""
+    now = [0.0]
+    starts = []
+    real = tasks.initialize
+
+    def initialize(*arguments: Any) -> Any:
+        now[0] += 1 if starts else 3600
+        starts.append(arguments)
+        return real(*arguments)
+
+    monkeypatch.setattr(tasks.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(tasks, "initialize", initialize)
+    tasks._warm_up.cache_clear()
+    spec = replace(spec, settings=Settings(rank=4, lora_alpha=8, iterations=1))
+    (task,) = plan_of(spec).tasks
+    outcomes = run_task(task, spec).outcomes
+    assert [each.seconds for each in outcomes] == [1.0] * len(outcomes)
+    assert len(starts) == len(outcomes) + 1
