@@ -130,6 +130,14 @@ class Staging:
         self.finished[name] = Finished(written.bytes, written.sha256, _as_json(payload))
         self._save()
 
+    def start_over(self) -> None:
+        """Forget every finished file: what is to be made is divided into other files now."""
+        with disk_errors(self.directory):
+            _delete(self.directory)
+            os.makedirs(self.directory)
+        self.finished = {}
+        self._save()
+
     def commit(self) -> None:
         """Give everything its final name, by one rename."""
         with disk_errors(self.target):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 
 from loftq_cli.checkpoint.adapter import ADAPTER_NAME, adapter_part
+from loftq_cli.checkpoint.safetensors import read_header
 from loftq_cli.checkpoint.staging import Staging
 from loftq_cli.engines.placement import InputMoments
 from loftq_cli.engines.plan import Plan
@@ -26,6 +27,9 @@ def run_tasks(
         the result of each task, in the plan's order; of files that were already there, what the
         manifest remembers.
     """
+    if not all(_is_planned(name, plan, staging) for name in staging.finished):
+        record.note("an earlier version of loftq divided the model into other files: starting over")
+        staging.start_over()
     results: list[TaskResult] = []
     joined = ADAPTER_NAME in staging.finished
     for task in plan.tasks:
@@ -44,3 +48,14 @@ def run_tasks(
             staging.record(name, file, payload if name == task.file_name else None)
         results.append(result)
     return results
+
+
+def _is_planned(name: str, plan: Plan, staging: Staging) -> bool:
+    """Whether a finished file is one of the plan's, or none with weights of the model."""
+    if "/" in name or not name.endswith(".safetensors"):
+        return True
+    found = list(read_header(staging.path(name)).tensors)
+    return any(
+        task.file_name == name and [each.name for each in plan.model_tensors(task)] == found
+        for task in plan.tasks
+    )

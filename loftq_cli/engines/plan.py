@@ -15,12 +15,10 @@ from loftq_cli.checkpoint import adapter
 from loftq_cli.checkpoint.writer import PlannedTensor
 from loftq_cli.containers.base import Weight
 from loftq_cli.engines.settings import Settings
+from loftq_cli.engines.shards import shards
 from loftq_cli.errors import InvalidSetting, UnknownTargetModule, UnsupportedModel
 from loftq_cli.formats import ALL_LINEAR
-from loftq_cli.models.layers import Inventory, LeftTensor, LinearLayer, last_part
-
-# One output file is the unit of work that a killed run may lose.
-SHARD_BYTES = 1 << 30
+from loftq_cli.models.layers import Inventory, LeftTensor, LinearLayer, block_of, last_part
 
 
 @dataclass(frozen=True)
@@ -31,6 +29,11 @@ class PlannedLayer:
     bits: int
     rank: int
     padding: int = 0  # rows of A and columns of B beside those that are computed
+
+    @property
+    def tensor(self) -> str:
+        """Its weight's name in the checkpoint."""
+        return self.layer.tensor
 
     @property
     def adapted(self) -> bool:
@@ -166,8 +169,9 @@ def make_plan(inventory: Inventory, settings: Settings) -> Plan:
 
 
 def block_number(module: str) -> int | None:
-    """Which of its stack's blocks a module is in: the first number in its path."""
-    return next((int(part) for part in module.split(".") if part.isdecimal()), None)
+    """Which of its stack's decoder blocks a module is in; None outside of them."""
+    block = block_of(module)
+    return None if block is None else int(block.rpartition(".")[2])
 
 
 def _bits_of(module: str, settings: Settings) -> int:
@@ -220,15 +224,7 @@ def stored(entry: PlannedLayer | LeftTensor, settings: Settings) -> list[Planned
 
 
 def _tasks(entries: Sequence[PlannedLayer | LeftTensor], settings: Settings) -> Iterable[Task]:
-    groups: list[list[PlannedLayer | LeftTensor]] = [[]]
-    filled = 0
-    for entry in entries:
-        size = sum(tensor.nbytes for tensor in stored(entry, settings))
-        if groups[-1] and filled + size > SHARD_BYTES:
-            groups.append([])
-            filled = 0
-        groups[-1].append(entry)
-        filled += size
+    groups = shards(entries, lambda entry: sum(tensor.nbytes for tensor in stored(entry, settings)))
     if len(groups) == 1:
         return [Task("model.safetensors", tuple(groups[0]))]
     return [

@@ -149,3 +149,13 @@ def _reason_to_leave(info: TensorInfo, model_type: str, names: set[str]) -> str 
     if model_type in _SUBCLASSED:
         return SUBCLASSED_LINEAR
     return None
+
+
+def block_of(name: str) -> str | None:
+    """The path of the decoder block that a tensor or module is in, up to its number.
+
+    That is the first number in the path; None for what is in no block.
+    """
+    parts = name.split(".")
+    end = next((place for place, part in enumerate(parts, start=1) if part.isdecimal()), None)
+    return None if end is None else ".".join(parts[:end])

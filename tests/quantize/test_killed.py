@@ -29,11 +29,11 @@ FORKS.set_forkserver_preload(
 def run(argv: list[str], out: Path, err: Path) -> None:
     """What a run of `loftq` does, with many small output files: there is a next to be killed in."""
     from loftq_cli.cli import main
-    from loftq_cli.engines import plan
+    from loftq_cli.engines import shards
 
     for number, path in ((1, out), (2, err)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-    plan.SHARD_BYTES = 20_000
+    shards.SHARD_BYTES = 20_000
     sys.exit(main(argv))
 
 

@@ -301,7 +301,7 @@ def interrupted(source: Path, text: Path, out: Path, loftq: Loftq) -> tuple[obje
     line = ("quantize", "-m", source, "-o", out, "--init", "calibrated", "--rank", 4)
     line = (*line, "--calibration-text", text)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("loftq_cli.engines.plan.SHARD_BYTES", 20_000)
+        patch.setattr("loftq_cli.engines.shards.SHARD_BYTES", 20_000)
         real, calls = tasks.write_behind, []
 
         def failing(*args: Any) -> Any:

@@ -13,7 +13,7 @@ import torch
 from loftq_cli import hardware
 from loftq_cli.checks.written.claims import ClaimedLayer
 from loftq_cli.checks.written.residuals import spread
-from loftq_cli.engines import plan as plan_module
+from loftq_cli.engines import shards
 from tests.battery import BATTERY
 from tests.verify.conftest import Loftq, edit_json, run_verify, statuses
 
@@ -103,7 +103,7 @@ def test_a_report_from_before_there_was_a_search(
 def test_several_weight_files(
     source: Path, tmp_path: Path, loftq: Loftq, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(plan_module, "SHARD_BYTES", 40_000)
+    monkeypatch.setattr(shards, "SHARD_BYTES", 40_000)
     loftq("quantize", "-m", source, "-o", tmp_path / "out", "--rank", 4, "--iterations", 1)
     assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 1
     outcome, results = run_verify(loftq, tmp_path / "out")

@@ -1,0 +1,122 @@
+"""Which tensors share an output file."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from loftq_cli.checkpoint.staging import Staging
+from loftq_cli.engines import shards as module
+from loftq_cli.engines.plan import PlannedLayer
+from loftq_cli.engines.shards import shards
+from loftq_cli.errors import LoftqError
+from loftq_cli.models.layers import LeftTensor, LinearLayer, block_of
+from tests.battery import BATTERY
+from tests.conftest import Outcome
+
+Entry = PlannedLayer | LeftTensor
+
+
+def layer(name: str) -> PlannedLayer:
+    return PlannedLayer(LinearLayer(name, f"{name}.weight", 8, 8, "BF16", False), 4, 2)
+
+
+def copied(name: str) -> LeftTensor:
+    return LeftTensor(name, (8,), "BF16", "a norm", 16)
+
+
+def names(groups: list[list[Entry]]) -> list[list[str]]:
+    return [[entry.tensor for entry in group] for group in groups]
+
+
+def model(blocks: int) -> list[Entry]:
+    """In the alphabetical order of many checkpoints."""
+    entries: list[Entry] = [copied("lm_head.weight"), copied("model.embed_tokens.weight")]
+    for number in sorted(range(blocks), key=str):
+        entries += [copied(f"model.layers.{number}.norm.weight"), layer(f"model.layers.{number}.q")]
+    return [*entries, copied("model.norm.weight")]
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "SHARD_BYTES", 100)
+
+
+def test_a_model_of_less_is_one_file_in_the_order_it_came() -> None:
+    entries = model(3)
+    assert shards(entries, lambda _: 100 // len(entries)) == [entries]
+
+
+@pytest.mark.parametrize(("size", "together"), [(10, 5), (20, 2), (30, 1), (500, 1)])
+def test_a_file_has_as_many_whole_blocks_as_fit(size: int, together: int) -> None:
+    entries = model(12)
+    first, *rest = shards(entries, lambda _: size)
+    assert names([first]) == [["lm_head.weight", "model.embed_tokens.weight", "model.norm.weight"]]
+    found = [{block_of(entry.tensor) for entry in group} for group in rest]
+    assert [len(blocks) for blocks in found[:-1]] == [together] * (len(found) - 1)
+    assert Counter(block for blocks in found for block in blocks) == Counter(
+        f"model.layers.{number}" for number in range(12)
+    )
+
+
+def test_every_entry_is_in_one_file_and_stacks_are_told_apart() -> None:
+    entries: list[Entry] = [
+        layer(f"{stack}.block.{number}.q") for stack in ("decoder", "encoder") for number in (0, 1)
+    ]
+    groups = shards(entries, lambda _: 60)
+    assert names(groups) == [[entry.tensor] for entry in entries]
+
+
+def test_layers_outside_come_when_their_turn_is() -> None:
+    """In the order of a calibration: what is only copied first, then layers as they are run."""
+    entries: list[Entry] = [
+        copied("blocks.1.norm.weight"),
+        copied("norm.weight"),
+        layer("stem"),
+        layer("blocks.0.q"),
+        layer("blocks.1.q"),
+        layer("pooler"),
+        layer("head"),
+    ]
+    assert names(shards(entries, lambda _: 60)) == [
+        ["norm.weight", "stem.weight"],
+        ["blocks.0.q.weight"],
+        ["blocks.1.norm.weight", "blocks.1.q.weight"],
+        ["pooler.weight", "head.weight"],
+    ]
+
+
+def test_the_block_of_a_name() -> None:
+    assert block_of("model.layers.3.mlp.experts.7.w1.weight") == "model.layers.3"
+    assert block_of("h.11.attn.c_attn.weight") == "h.11"
+    assert block_of("lm_head.weight") is None
+
+
+def test_a_run_that_was_divided_into_other_files_is_begun_anew(
+    tmp_path: Path, loftq: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tmp_path / "source"
+    BATTERY["llama"].build().save_pretrained(source)
+    line = ("quantize", "-m", source, "--rank", 2, "--iterations", 1, "-o")
+    monkeypatch.setattr(module, "SHARD_BYTES", 40_000)
+    assert loftq(*line, tmp_path / "whole").code == 0
+
+    def stop(_: Staging) -> None:
+        raise LoftqError("stopped")
+
+    with monkeypatch.context() as earlier:
+        earlier.setattr(module, "SHARD_BYTES", 20_000)
+        earlier.setattr(Staging, "commit", stop)
+        assert loftq(*line, tmp_path / "out").code == 1
+    outcome = loftq(*line, tmp_path / "out")
+    assert outcome.code == 0
+    assert "starting over" in outcome.err
+    whole, out = (
+        {path.name: path.read_bytes() for path in (tmp_path / name).rglob("*.safetensors")}
+        for name in ("whole", "out")
+    )
+    assert len(whole) > 2
+    assert out == whole
