@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 
 import loftq_cli
-from loftq_cli import quantize, verify
-from loftq_cli.cli import _Commands
+from loftq_cli import cli, quantize, verify
 from loftq_cli.errors import CheckFailed, OutputExists, UsageError
 from loftq_cli.record import Listener, Progress
 from tests.conftest import Outcome
@@ -50,7 +50,7 @@ class Remembering(Listener):
 
 @pytest.mark.parametrize("function", [quantize, verify])
 def test_arguments_are_the_options_of_the_command(function: Callable[..., Any]) -> None:
-    command = _Commands()[function.__name__]
+    command = typer.main.get_command(cli.app).get_command(None, function.__name__)
     options = {each.name: each.default for each in command.params if each.name not in SHOWING}
     arguments = inspect.signature(function).parameters
     assert set(arguments) == {*options, "listener"}
