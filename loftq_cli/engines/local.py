@@ -54,8 +54,10 @@ def _is_planned(name: str, plan: Plan, staging: Staging) -> bool:
     """Whether a finished file is one of the plan's, or none with weights of the model."""
     if "/" in name or not name.endswith(".safetensors"):
         return True
-    found = list(read_header(staging.path(name)).tensors)
+    found = read_header(staging.path(name)).tensors.values()
     return any(
-        task.file_name == name and [each.name for each in plan.model_tensors(task)] == found
+        task.file_name == name
+        and {(each.name, each.dtype, each.shape) for each in plan.model_tensors(task)}
+        == {(each.name, each.dtype, each.shape) for each in found}
         for task in plan.tasks
     )

@@ -7,11 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from loftq_cli.checkpoint.staging import Staging
+from loftq_cli.engines import local
 from loftq_cli.engines import shards as module
 from loftq_cli.engines.plan import PlannedLayer
 from loftq_cli.engines.shards import shards
+from loftq_cli.engines.tasks import run_task
 from loftq_cli.errors import LoftqError
 from loftq_cli.models.layers import LeftTensor, LinearLayer, block_of
 from tests.battery import BATTERY
@@ -95,11 +98,12 @@ def test_the_block_of_a_name() -> None:
     assert block_of("lm_head.weight") is None
 
 
-def test_a_run_that_was_divided_into_other_files_is_begun_anew(
-    tmp_path: Path, loftq: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("earlier", [40_000, 10_000_000])
+def test_only_a_run_that_was_divided_into_other_files_is_begun_anew(
+    earlier: int, tmp_path: Path, loftq: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = tmp_path / "source"
-    BATTERY["llama"].build().save_pretrained(source)
+    BATTERY["gpt2"].build(dtype=torch.bfloat16).save_pretrained(source)
     line = ("quantize", "-m", source, "--rank", 2, "--iterations", 1, "-o")
     monkeypatch.setattr(module, "SHARD_BYTES", 40_000)
     assert loftq(*line, tmp_path / "whole").code == 0
@@ -107,13 +111,16 @@ def test_a_run_that_was_divided_into_other_files_is_begun_anew(
     def stop(_: Staging) -> None:
         raise LoftqError("stopped")
 
-    with monkeypatch.context() as earlier:
-        earlier.setattr(module, "SHARD_BYTES", 20_000)
-        earlier.setattr(Staging, "commit", stop)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "SHARD_BYTES", earlier)
+        patch.setattr(Staging, "commit", stop)
         assert loftq(*line, tmp_path / "out").code == 1
+    made = []
+    monkeypatch.setattr(local, "run_task", lambda *given: made.append(given) or run_task(*given))
     outcome = loftq(*line, tmp_path / "out")
     assert outcome.code == 0
-    assert "starting over" in outcome.err
+    assert ("starting over" in outcome.err) == (earlier != 40_000)
+    assert bool(made) == (earlier != 40_000)
     whole, out = (
         {path.name: path.read_bytes() for path in (tmp_path / name).rglob("*.safetensors")}
         for name in ("whole", "out")
