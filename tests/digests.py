@@ -5,8 +5,8 @@
 
 Floating point differs between machines, so FILE belongs to the one it was made on. Of documents,
 seconds, rates, memory and versions are left out; the rest is kept whole, so that a difference can
-be shown. Run from a checkout's root, this measures that checkout. Run by hand; takes about four
-minutes on two cores, with ``--quick`` (the small Llama alone) one.
+be shown. Run from a checkout's root, this measures that checkout. Run by hand; takes about
+twenty minutes on two cores, with ``--quick`` (the small Llama alone) five.
 """
 
 from __future__ import annotations
