@@ -13,6 +13,7 @@ import hashlib
 import math
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -264,10 +265,11 @@ def _warm_up(
     import torch
 
     width = max(256, settings.block_size)
-    W = torch.randn(256, width, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+    W = torch.randn(256, width, generator=torch.Generator().manual_seed(0)).to(dtype)
     layer = LinearLayer("", "", 256, width, transposed=False, dtype="")
     planned = PlannedLayer(layer, bits, 8 if adapted else 0)
-    initialize(W, planned, replace(settings, iterations=2), torch.eye(width))
+    with suppress(torch.OutOfMemoryError):  # as for the layers, which go to the CPU then
+        initialize(W.to(device), planned, replace(settings, iterations=2), torch.eye(width))
 
 
 def layer_seed(seed: int, module: str) -> int:
