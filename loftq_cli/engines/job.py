@@ -129,6 +129,8 @@ def make_directory(job: Job, record: Record) -> Made:
             ready.checkpoint,
             output=str(job.output),
             architecture=ready.architecture.class_name,
+            auto_class=ready.architecture.auto_class,
+            own_code=ready.architecture.own_code,
             task_type=ready.architecture.task_type,
             outcomes=[outcome for result in done for outcome in result.outcomes],
             files=output.written_files(staging),
@@ -159,7 +161,6 @@ def foresee_directory(
         checkpoint,
         output="" if output is None else str(output),
         architecture=found.outline.architecture,
-        task_type=None,
         seconds=estimates.seconds(plan),
         peak_memory_bytes=memory.peak_bytes,
     )

@@ -34,7 +34,9 @@ def quantize_results(
     *,
     output: str,
     architecture: str,
-    task_type: str | None,
+    auto_class: str | None = None,
+    own_code: bool = False,
+    task_type: str | None = None,
     outcomes: Sequence[LayerOutcome] = (),
     files: Sequence[WrittenFile] = (),
     fingerprint: str | None = None,
@@ -51,6 +53,8 @@ def quantize_results(
         output=output,
         dry_run=not outcomes,
         architecture=architecture,
+        auto_class=auto_class,
+        own_code=own_code,
         task_type=task_type,
         conv1d=sorted(
             {last_part(each.layer.module) for each in plan.layers if each.layer.transposed}

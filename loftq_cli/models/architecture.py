@@ -16,6 +16,7 @@ from loftq_cli.checkpoint.safetensors import TensorInfo
 from loftq_cli.errors import CorruptCheckpoint, UnsafeCheckpoint, UnsupportedModel, told_as
 from loftq_cli.formats import DTYPE_NAMES
 from loftq_cli.models import layers
+from loftq_cli.models.auto_classes import auto_class, has_own_code, task_type
 from loftq_cli.models.layers import Inventory, LeftTensor, LinearLayer
 
 if TYPE_CHECKING:
@@ -26,15 +27,6 @@ ASSEMBLED = "put together from several tensors when the model is loaded"
 NOT_IN_MODEL = "not a parameter of the model class"
 SKIPPED_BY_NAME = "its name ends like that of a module which transformers leaves in 16 bits"
 
-# PEFT's task types, by how transformers names its classes.
-_TASK_TYPES = (
-    ("ForCausalLM", "CAUSAL_LM"),
-    ("LMHeadModel", "CAUSAL_LM"),
-    ("ForSequenceClassification", "SEQ_CLS"),
-    ("ForTokenClassification", "TOKEN_CLS"),
-    ("ForQuestionAnswering", "QUESTION_ANS"),
-    ("ForConditionalGeneration", "CAUSAL_LM"),
-)
 # The names PEFT and transformers give to the head of a model without output embeddings.
 _HEADS = ("score", "classifier", "qa_outputs", "cls")
 
@@ -48,11 +40,9 @@ class Architecture:
 
         self.model = model
         self.class_name = type(model).__name__
-        self.task_type = next(
-            (task for suffix, task in _TASK_TYPES if self.class_name.endswith(suffix)), None
-        )
-        if model.config.is_encoder_decoder and self.task_type == "CAUSAL_LM":
-            self.task_type = "SEQ_2_SEQ_LM"
+        self.auto_class = auto_class(model)
+        self.own_code = has_own_code(model)
+        self.task_type = task_type(self.auto_class, model)
         self._state: dict[str, Tensor] = model.state_dict()
         self._linear = _linear_modules(model)
         self._heads = _head_modules(model)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import textwrap
 from pathlib import PurePath
@@ -19,7 +18,7 @@ from loftq_cli.report.formats import (
     rank_range,
     stored_ranks,
 )
-from loftq_cli.report.quantize import auto_class
+from loftq_cli.report.loading import auto_class, base_call, quoted
 from loftq_cli.schema import Document, QuantizeResults
 
 _INT8 = """\
@@ -76,7 +75,7 @@ def card(document: Document[QuantizeResults]) -> str:
             from peft import PeftModel
             from transformers import {auto}
 
-            model = {auto}.from_pretrained({quoted(here)})
+            model = {base_call(results, quoted(here))}
             model = PeftModel.from_pretrained(
                 model, {quoted(here)}, subfolder="loftq_init", is_trainable=True
             )
@@ -94,7 +93,7 @@ def card(document: Document[QuantizeResults]) -> str:
         _DROPOUT if corrects else _UNCORRECTED,
         "## Merge",
         _WHERE_TO_MERGE if quantized else _MERGE_PLAIN,
-        _merging(results, here, auto),
+        _merging(results, here),
         "## Evaluate",
         _evaluation(results, here),
         "## Serve",
@@ -169,15 +168,15 @@ def _figures(results: QuantizeResults) -> str:
     return "\n\n".join(parts)
 
 
-def _merging(results: QuantizeResults, here: str, auto: str) -> str:
+def _merging(results: QuantizeResults, here: str) -> str:
     if not is_quantized(results):
         return _python(f"""
-            base = {auto}.from_pretrained({quoted(here)})
+            base = {base_call(results, quoted(here))}
             merged = PeftModel.from_pretrained(base, "trained-adapter").merge_and_unload()
             merged.save_pretrained("merged")
             """)
     lines = [
-        f"base = {auto}.from_pretrained({quoted(here)}).dequantize()",
+        f"base = {base_call(results, quoted(here))}.dequantize()",
         'merged = PeftModel.from_pretrained(base, "trained-adapter").merge_and_unload()',
     ]
     state = ""
@@ -244,11 +243,6 @@ def _serving(results: QuantizeResults) -> str:
         )
         for line in lines
     )
-
-
-def quoted(name: str) -> str:
-    """A directory's name as a Python string."""
-    return json.dumps(name, ensure_ascii=False)
 
 
 def _python(code: str) -> str:

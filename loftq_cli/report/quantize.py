@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
@@ -16,18 +15,11 @@ from loftq_cli.report.formats import (
     is_quantized,
     number_type,
 )
+from loftq_cli.report.loading import auto_class, base_call, quoted
 from loftq_cli.report.tables import Code, Column, Facts, Records, Section, Table, View
 from loftq_cli.schema import AdaptedLayer, Document, PlainLayer, QuantizeResults, UntouchedTensor
 
 _Item = TypeVar("_Item")
-
-AUTO_CLASSES = {
-    "CAUSAL_LM": "AutoModelForCausalLM",
-    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
-    "SEQ_CLS": "AutoModelForSequenceClassification",
-    "TOKEN_CLS": "AutoModelForTokenClassification",
-    "QUESTION_ANS": "AutoModelForQuestionAnswering",
-}
 
 # So many kinds of untouched tensors are named on a page; the document names every tensor.
 _NAMED_KINDS = 8
@@ -62,11 +54,6 @@ def quantize_view(document: Document[QuantizeResults]) -> View:
     if not results.dry_run:
         sections.append(_snippet(results))
     return View(title, sections, _records(results))
-
-
-def auto_class(results: QuantizeResults) -> str:
-    """The transformers class that loads the output."""
-    return AUTO_CLASSES.get(results.task_type or "", results.architecture)
 
 
 def _facts(results: QuantizeResults) -> list[tuple[str, str]]:
@@ -174,15 +161,14 @@ def _share(tensors: Iterable[PlainLayer | UntouchedTensor]) -> float:
 
 
 def _snippet(results: QuantizeResults) -> Code:
-    auto = auto_class(results)
-    place = json.dumps(results.output, ensure_ascii=False)
+    place = quoted(results.output)
     adapter = f'model, {place}, subfolder="loftq_init", is_trainable=True'
     return Code(
         "Load it",
         [
             "from peft import PeftModel",
-            f"from transformers import {auto}",
-            f"model = {auto}.from_pretrained({place})",
+            f"from transformers import {auto_class(results)}",
+            f"model = {base_call(results, place)}",
             f"model = PeftModel.from_pretrained({adapter})",
         ],
     )

@@ -128,6 +128,10 @@ class QuantizeResults(Model):
     output: str  # empty in a dry run that names no directory
     dry_run: bool = False
     architecture: str
+    # The class of transformers whose `from_pretrained` opens the output; null in a dry run, and in
+    # reports of before it was recorded. With `own_code` that needs `trust_remote_code=True`.
+    auto_class: str | None = None
+    own_code: bool = False
     task_type: str | None = None  # PEFT's name for what the model does; null where it has none
     # The last names of layers that the source stores as (in, out), as GPT-2 does.
     conv1d: list[str] = []

@@ -13,7 +13,8 @@ from loftq_cli.checks.battery import Finding, NothingToCheck
 from loftq_cli.checks.written.directory import WRITE_AGAIN, Written
 from loftq_cli.containers import layer_classes
 from loftq_cli.errors import CheckFailed, first_line
-from loftq_cli.report.quantize import auto_class
+from loftq_cli.models.auto_classes import class_named
+from loftq_cli.report.loading import auto_class
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -75,8 +76,14 @@ def _load(written: Written) -> Any:
     import transformers
     from peft import PeftModel
 
-    auto = auto_class(written.claims.results)
-    auto = getattr(transformers, auto, transformers.AutoModelForCausalLM)
+    name = auto_class(written.claims.results)
+    auto = class_named(name)
+    if auto is None:
+        raise CheckFailed(
+            f"transformers {transformers.__version__} has no model class {name:.80}",
+            cause="the report says that it loads this directory",
+            hint="pip install -U transformers",
+        )
     options: dict[str, Any] = {"trust_remote_code": True} if written.trust_remote_code else {}
     if written.dtype is not None:
         options["dtype"] = getattr(torch, written.dtype)
