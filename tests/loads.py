@@ -1,0 +1,220 @@
+"""Whether what `quantize` writes of a model loads as its README says, and is what was planned."""
+
+from __future__ import annotations
+
+import os
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from transformers import PreTrainedModel
+
+import loftq_cli
+from loftq_cli.errors import CheckFailed, LoftqError
+from tests.battery import VOCABULARY, Entry
+from tests.zoo import ONLY_FLOAT32, UNREACHED, ZOO, structured
+
+OPTIONS = {"rank": 4, "init": "pissa", "iterations": 1}
+
+
+@dataclass
+class Outcome:
+    """What came of one architecture: refused with a reason, or loaded, with all that is amiss."""
+
+    refused: str | None = None
+    adapters: int = 0
+    linear: int = 0  # the model's linear layers, heads and experts included
+    backbone: float = 0.0  # relative error of the outputs without the adapter
+    together: float = 0.0  # and with it
+    amiss: list[str] = field(default_factory=list)
+
+
+def outcome_of(name: str, directory: Path) -> Outcome:
+    """Quantizes a model of this architecture in an empty directory and tries what came out."""
+    entry = ZOO[name]
+    dtype = torch.float32 if name in ONLY_FLOAT32 else torch.bfloat16
+    model = structured(entry.build(dtype=dtype))
+    inputs = entry.inputs()
+    with _quiet_in(directory):
+        model.save_pretrained("source")
+        outcome = Outcome()
+        try:
+            document = loftq_cli.quantize("source", output="out", **OPTIONS)
+        except LoftqError as error:
+            outcome.refused = error.what
+            if error.exit_code != 1:
+                outcome.amiss.append(f"exit code {error.exit_code}")
+            if error.hint is None:
+                outcome.amiss.append("refused without a word on what would work")
+            if sorted(os.listdir()) != ["source"]:
+                outcome.amiss.append(f"left behind: {sorted(os.listdir())}")
+            return outcome
+        results = document.results
+        planned = {layer.name for layer in results.layers}
+        outcome.adapters = len(planned)
+        foreseen = loftq_cli.quantize("source", dry_run=True, **OPTIONS).results.totals
+        if foreseen.trainable_parameters != results.totals.trainable_parameters:
+            outcome.amiss.append(
+                f"--dry-run says {foreseen.trainable_parameters} trainable parameters, "
+                f"the report {results.totals.trainable_parameters}"
+            )
+        outcome.amiss += _unverified("out")
+        try:
+            loaded = _loaded_by_the_card(Path("out"))
+        except Exception as error:
+            outcome.amiss.append(f"the card's lines fail: {type(error).__name__}: {error}")
+            return outcome
+        outcome.amiss += _unlike(loaded, planned, results.totals.trainable_parameters)
+        outcome.amiss += _untrained(loaded, {**inputs, **_labels(entry, inputs)}, UNREACHED.get(name))
+        wanted = _first(model(**_as(model, inputs)))
+        try:
+            together = _first(loaded.eval()(**_as(model, inputs)))
+            with loaded.disable_adapter():
+                backbone = _first(loaded(**_as(model, inputs)))
+        except Exception as error:
+            outcome.amiss.append(f"no outputs: {type(error).__name__}: {error}")
+            return outcome
+        outcome.together = _error(wanted, together)
+        outcome.backbone = _error(wanted, backbone)
+        if not outcome.together < min(0.25, 0.7 * outcome.backbone):
+            outcome.amiss.append(
+                f"outputs are {outcome.together:.3f} off, {outcome.backbone:.3f} without adapter"
+            )
+    return outcome
+
+
+def _unverified(out: str) -> list[str]:
+    try:
+        tests = loftq_cli.verify(out).results.tests
+    except CheckFailed as error:
+        tests = error.document.results.tests
+    except LoftqError as error:
+        return [f"verify: {error.what}"]
+    return [
+        f"verify: {test.name} {test.status}: {test.detail} ({test.cause})"
+        for test in tests
+        if test.status != "passed"
+    ]
+
+
+def _loaded_by_the_card(out: Path) -> Any:
+    """What the code under "## Load" makes, run from the directory that holds the output."""
+    section = (out / "README.md").read_text("utf-8").partition("## Load")[2]
+    found = re.search(r"```python\n(.*?)```", section, flags=re.DOTALL)
+    assert found is not None
+    names: dict[str, Any] = {}
+    exec(found[1], names)
+    return names["model"]
+
+
+def _unlike(model: Any, planned: set[str], trainable: int) -> Iterator[str]:
+    """What differs between the plan, the file and what is loaded."""
+    with safe_open("out/loftq_init/adapter_model.safetensors", "pt") as file:
+        names = list(file.keys())
+        held = {
+            name.removeprefix("base_model.model."): file.get_tensor(name)
+            for name in names
+            if ".lora_" in name
+        }
+    attached = {
+        name.removeprefix("base_model.model."): module
+        for name, module in model.named_modules()
+        if hasattr(module, "lora_A") and len(module.lora_A)
+    }
+    for what, found in (
+        ("in the file", {name.partition(".lora_")[0] for name in held}),
+        ("attached", set(attached)),
+    ):
+        if planned - found:
+            yield f"{len(planned - found)} not {what}, as {min(planned - found)}"
+        if found - planned:
+            yield f"{len(found - planned)} {what} beyond the plan, as {min(found - planned)}"
+    for name, tensor in held.items():
+        module, _, which = name.partition(".lora_")
+        if module in attached:
+            layer = getattr(attached[module], f"lora_{which[0]}")["default"]
+            if not torch.equal(layer.weight.cpu(), tensor):
+                yield f"{name} is not what the file holds"
+    adapters = [p for name, p in model.named_parameters() if "lora_" in name]
+    count = sum(p.numel() for p in adapters)
+    if count != trainable:
+        yield f"PEFT trains {count} parameters, the report says {trainable}"
+    if not all(p.requires_grad for p in adapters):
+        yield "an adapter is frozen"
+
+
+def _untrained(
+    model: Any, inputs: dict[str, torch.Tensor], unreached: str | None
+) -> Iterator[str]:
+    """Adapters that one step of training gives no gradient, or why there is no step."""
+    try:
+        outputs = model.train()(**_as(model.get_base_model(), inputs))
+        loss = outputs.loss if "labels" in inputs or "start_positions" in inputs else None
+        if loss is None:
+            loss = sum(each.float().square().mean() for each in outputs.to_tuple())
+        loss.backward()
+    except Exception as error:
+        yield f"no step of training: {type(error).__name__}: {error}"
+        return
+    without = sorted(
+        name.removeprefix("base_model.model.")
+        for name, p in model.named_parameters()
+        if "lora_" in name and (p.grad is None or not p.grad.any() or not p.grad.isfinite().all())
+        if unreached is None or unreached not in name
+    )
+    model.zero_grad()
+    if without:
+        yield f"{len(without)} without a gradient, as {without[0]}"
+
+
+def _labels(entry: Entry, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What this class calls the right answers."""
+    name = entry.model_class
+    if name.endswith("ForQuestionAnswering"):
+        return {"start_positions": torch.tensor([1, 2]), "end_positions": torch.tensor([3, 3])}
+    if name.endswith(("ForSequenceClassification", "ForImageClassification")):
+        return {"labels": torch.tensor([0, 2])}
+    if name.endswith("ForTokenClassification"):
+        return {"labels": inputs["input_ids"] % 3}
+    if name.endswith("ForPreTraining"):
+        return {"labels": inputs["input_ids"] % 2}
+    if name.endswith("ForCTC"):
+        return {"labels": torch.tensor([[5, 6, 7], [8, 9, 10]])}
+    if name.endswith("Model") and not name.endswith(("LMHeadModel", "MTModel", "DecoderModel")):
+        return {}
+    return {"labels": inputs.get("decoder_input_ids", inputs.get("input_ids")).contiguous()}
+
+
+def _as(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {k: v.to(model.dtype) if v.is_floating_point() else v for k, v in inputs.items()}
+
+
+def _first(outputs: Any) -> torch.Tensor:
+    """The logits, or what stands for them in a model without."""
+    logits = outputs.get("logits", outputs.get("start_logits"))
+    return outputs.to_tuple()[0] if logits is None else logits
+
+
+def _error(wanted: torch.Tensor, found: torch.Tensor) -> float:
+    return float((wanted - found).float().norm() / wanted.float().norm())
+
+
+@contextmanager
+def _quiet_in(directory: Path) -> Iterator[None]:
+    """In this directory, where the card's relative paths lead; without the libraries' advice."""
+    from loftq_cli.libraries import quietly
+
+    before = Path.cwd()
+    os.chdir(directory)
+    try:
+        with warnings.catch_warnings(), quietly():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        os.chdir(before)
