@@ -1,9 +1,16 @@
-"""Whether what `quantize` writes of a model loads as its README says, and is what was planned."""
+"""Whether what `quantize` writes of a model loads as its README says, and is what was planned.
+
+python -m tests.loads                        # every architecture of the zoo, a line each
+python -m tests.loads "Llama 4" Mamba        # these
+python -m tests.loads --write README.md      # all, as the table between the README's marks
+"""
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
+import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,8 +23,8 @@ from safetensors import safe_open
 from transformers import PreTrainedModel
 
 import loftq_cli
-from loftq_cli.errors import CheckFailed, LoftqError
-from tests.battery import VOCABULARY, Entry
+from loftq_cli.errors import CheckFailed, LoftqError, first_line
+from tests.battery import Entry
 from tests.zoo import ONLY_FLOAT32, UNREACHED, ZOO, structured
 
 OPTIONS = {"rank": 4, "init": "pissa", "iterations": 1}
@@ -52,8 +59,9 @@ def outcome_of(name: str, directory: Path) -> Outcome:
                 outcome.amiss.append(f"exit code {error.exit_code}")
             if error.hint is None:
                 outcome.amiss.append("refused without a word on what would work")
-            if sorted(os.listdir()) != ["source"]:
-                outcome.amiss.append(f"left behind: {sorted(os.listdir())}")
+            left = sorted(path.name for path in Path().iterdir() if path.name != "source")
+            if left:
+                outcome.amiss.append(f"left behind: {', '.join(left)}")
             return outcome
         results = document.results
         planned = {layer.name for layer in results.layers}
@@ -68,17 +76,19 @@ def outcome_of(name: str, directory: Path) -> Outcome:
         try:
             loaded = _loaded_by_the_card(Path("out"))
         except Exception as error:
-            outcome.amiss.append(f"the card's lines fail: {type(error).__name__}: {error}")
+            outcome.amiss.append(f"the card's lines fail: {first_line(error)}")
             return outcome
         outcome.amiss += _unlike(loaded, planned, results.totals.trainable_parameters)
-        outcome.amiss += _untrained(loaded, {**inputs, **_labels(entry, inputs)}, UNREACHED.get(name))
+        outcome.amiss += _untrained(
+            loaded, {**inputs, **_labels(entry, inputs)}, UNREACHED.get(name)
+        )
         wanted = _first(model(**_as(model, inputs)))
         try:
             together = _first(loaded.eval()(**_as(model, inputs)))
             with loaded.disable_adapter():
                 backbone = _first(loaded(**_as(model, inputs)))
         except Exception as error:
-            outcome.amiss.append(f"no outputs: {type(error).__name__}: {error}")
+            outcome.amiss.append(f"no outputs: {first_line(error)}")
             return outcome
         outcome.together = _error(wanted, together)
         outcome.backbone = _error(wanted, backbone)
@@ -149,9 +159,7 @@ def _unlike(model: Any, planned: set[str], trainable: int) -> Iterator[str]:
         yield "an adapter is frozen"
 
 
-def _untrained(
-    model: Any, inputs: dict[str, torch.Tensor], unreached: str | None
-) -> Iterator[str]:
+def _untrained(model: Any, inputs: dict[str, torch.Tensor], unreached: str | None) -> Iterator[str]:
     """Adapters that one step of training gives no gradient, or why there is no step."""
     try:
         outputs = model.train()(**_as(model.get_base_model(), inputs))
@@ -160,7 +168,7 @@ def _untrained(
             loss = sum(each.float().square().mean() for each in outputs.to_tuple())
         loss.backward()
     except Exception as error:
-        yield f"no step of training: {type(error).__name__}: {error}"
+        yield f"no step of training: {first_line(error)}"
         return
     without = sorted(
         name.removeprefix("base_model.model.")
@@ -218,3 +226,50 @@ def _quiet_in(directory: Path) -> Iterator[None]:
             yield
     finally:
         os.chdir(before)
+
+
+BEGIN, END = "<!-- python -m tests.loads --write README.md -->\n", "<!-- end -->\n"
+_HEADER = """\
+| architecture | class | adapters | outputs off: without | with |
+|---|---|---:|---:|---:|
+"""
+
+
+def row(name: str, outcome: Outcome) -> str:
+    """A line of the README's table."""
+    model_class = ZOO[name].model_class
+    if outcome.refused is not None:
+        return f"| {name} | {model_class} | refused: {outcome.refused} | | |\n"
+    errors = f"{outcome.backbone:.0%} | {outcome.together:.1%}"
+    return f"| {name} | {model_class} | {outcome.adapters} | {errors} |\n"
+
+
+def rows_of(readme: Path) -> list[str]:
+    """The lines of the table in a README."""
+    table = readme.read_text("utf-8").partition(BEGIN)[2].partition(END)[0]
+    return table.removeprefix(_HEADER).splitlines(keepends=True)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="*", help="of the zoo; all without")
+    parser.add_argument("--write", type=Path, help="a README whose table is replaced")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    rows, amiss = [], 0
+    for name in options.names or ZOO:
+        with tempfile.TemporaryDirectory() as directory:
+            outcome = outcome_of(name, Path(directory))
+        rows.append(row(name, outcome))
+        print(rows[-1], *(f"    {what}\n" for what in outcome.amiss), sep="", end="", flush=True)
+        amiss += bool(outcome.amiss)
+    if options.write is not None:
+        text = options.write.read_text("utf-8")
+        before, _, rest = text.partition(BEGIN)
+        table = BEGIN + _HEADER + "".join(rows) + END
+        options.write.write_text(before + table + rest.partition(END)[2], "utf-8")
+    return int(amiss > 0)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

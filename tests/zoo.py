@@ -210,7 +210,14 @@ ZOO: dict[str, Entry] = {
     "BLOOM": BATTERY["bloom"],
     "MPT": entry(
         "MptForCausalLM",
-        {**TEXT, "d_model": 64, "n_heads": 4, "n_layers": 2, "expansion_ratio": 2, "max_seq_len": 64},
+        {
+            **TEXT,
+            "d_model": 64,
+            "n_heads": 4,
+            "n_layers": 2,
+            "expansion_ratio": 2,
+            "max_seq_len": 64,
+        },
     ),
     "Falcon": BATTERY["falcon"],
     "StableLM": llama_like("StableLm"),
@@ -518,7 +525,9 @@ ZOO: dict[str, Entry] = {
     # Speech
     "Whisper": entry("WhisperForConditionalGeneration", SPEECH, spectrogram_inputs),
     "Speech2Text": entry(
-        "Speech2TextForConditionalGeneration", {**SPEECH, "input_feat_per_channel": 16}, frames_inputs
+        "Speech2TextForConditionalGeneration",
+        {**SPEECH, "input_feat_per_channel": 16},
+        frames_inputs,
     ),
     "Wav2Vec2, CTC": entry("Wav2Vec2ForCTC", WAVEFORM, waveform_inputs),
     "HuBERT, CTC": entry("HubertForCTC", WAVEFORM, waveform_inputs),
