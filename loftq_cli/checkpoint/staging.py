@@ -121,9 +121,14 @@ class Staging:
     def path(self, name: str) -> Path:
         """Where to write the file that will be OUT/`name`; its directory is made."""
         path = self.directory / name
-        with disk_errors(path):
-            os.makedirs(path.parent, exist_ok=True)
+        self.make_folder(path.parent)
         return path
+
+    def make_folder(self, name: str | Path) -> None:
+        """Make the folder that will be OUT/`name`, which may stay empty."""
+        path = self.directory / name
+        with disk_errors(path):
+            os.makedirs(path, exist_ok=True)
 
     def record(self, name: str, written: WrittenFile, payload: Any = None) -> None:
         """Note a file as finished: no later run makes it again."""

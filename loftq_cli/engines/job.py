@@ -28,9 +28,10 @@ from loftq_cli.engines.results import calibrated_on, quantize_results
 from loftq_cli.engines.settings import Settings
 from loftq_cli.engines.tasks import TaskResult, TaskSpec
 from loftq_cli.errors import LoftqError
+from loftq_cli.models.companions import Companions, companions
 from loftq_cli.models.layers import linear_layers
 from loftq_cli.models.lookup import find_model
-from loftq_cli.models.source import TOKENIZER, companions, read_config, refuse_quantized
+from loftq_cli.models.source import read_config, refuse_quantized
 from loftq_cli.models.spec import ResolvedModel, resolve_model
 from loftq_cli.record import Record
 from loftq_cli.report import units
@@ -80,13 +81,11 @@ class _Prepared:
     device: str
     plan: Plan
     memory: estimates.MemoryPlan
+    beside: Companions
 
     def fingerprint(self) -> dict[str, Any]:
         """What decides the bytes of the result (see `output.fingerprint`)."""
-        seen_through = []
-        if self.job.settings.calibration:
-            with_code = self.job.trust_remote_code
-            seen_through = companions(self.found.directory, TOKENIZER, with_code=with_code)
+        seen_through = self.beside.tokenizer if self.job.settings.calibration else []
         return output.fingerprint(
             self.checkpoint, self.config, self.job.settings, self.device, seen_through
         )
@@ -122,8 +121,7 @@ def make_directory(job: Job, record: Record) -> Made:
             output.join_adapter(
                 plan, ready.checkpoint, staging, ready.architecture, job.output.name
             )
-            beside = companions(found.directory, with_code=job.trust_remote_code)
-            output.write_model_files(plan, staging, ready.architecture, ready.config, beside)
+            output.write_model_files(plan, staging, ready.architecture, ready.config, ready.beside)
         results = quantize_results(
             plan,
             ready.checkpoint,
@@ -134,6 +132,7 @@ def make_directory(job: Job, record: Record) -> Made:
             task_type=ready.architecture.task_type,
             outcomes=[outcome for result in done for outcome in result.outcomes],
             files=output.written_files(staging),
+            not_copied=ready.beside.left_out,
             fingerprint=digest(fingerprint),
             calibration=calibration,
             seconds=time.perf_counter() - began,
@@ -188,7 +187,25 @@ def _prepare(job: Job, record: Record) -> _Prepared:
             )
         plan = make_plan(architecture.inventory(checkpoint.infos), job.settings)
         memory = _plan_memory(plan, job.memory_limit, record)
-    return _Prepared(job, found, config, checkpoint, architecture, device, plan, memory)
+    beside = _beside(job, found, checkpoint, record)
+    return _Prepared(job, found, config, checkpoint, architecture, device, plan, memory, beside)
+
+
+def _beside(job: Job, found: ResolvedModel, checkpoint: Checkpoint, record: Record) -> Companions:
+    """The files that go with the weights; it is said where some that may be needed do not."""
+    beside = companions(
+        found.directory,
+        with_code=job.trust_remote_code,
+        weights=checkpoint.headers,
+        not_fetched=found.not_fetched,
+    )
+    if missed := beside.missed:
+        first = ", ".join(f"{each.name} ({each.reason})" for each in missed[:3])
+        more = f" and {len(missed) - 3} more" if len(missed) > 3 else ""
+        record.warn(
+            f"not copied: {first}{more}; not_copied in the report lists all that was left out"
+        )
+    return beside
 
 
 def _choose_device(job: Job, record: Record) -> str:
@@ -227,7 +244,7 @@ def _run_tasks(
     """All tasks, in the order in which their inputs are known; the plan has that order then."""
     plan, settings = ready.plan, ready.job.settings
     kept = sum(entry.bytes for entry in staging.finished.values())
-    needed = int(1.02 * (plan.model_bytes + 2 * plan.adapter_bytes)) - kept
+    needed = int(1.02 * (plan.model_bytes + 2 * plan.adapter_bytes)) + ready.beside.bytes - kept
     require_free_space(ready.job.output, needed)
     spec = TaskSpec(settings, ready.checkpoint, staging.directory, ready.device, ready.memory.ahead)
     with (

@@ -6,7 +6,6 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loftq_cli import __version__
@@ -25,6 +24,7 @@ from loftq_cli.checkpoint.writer import (
     PlannedTensor,
     WrittenFile,
     copy_file,
+    hash_file,
     write_bytes_atomically,
     write_safetensors,
 )
@@ -33,6 +33,7 @@ from loftq_cli.engines.settings import Settings
 
 if TYPE_CHECKING:
     from loftq_cli.models.architecture import Architecture
+    from loftq_cli.models.companions import Companion, Companions
 
 
 def join_adapter(
@@ -116,12 +117,13 @@ def write_model_files(
     staging: Staging,
     architecture: Architecture,
     config: dict[str, Any],
-    companions: Sequence[Path],
+    beside: Companions,
 ) -> None:
-    """Config, index, tokenizer, licences."""
-    for source in companions:
-        if source.name not in staging.finished:
-            staging.record(source.name, copy_file(source, staging.path(source.name)))
+    """Config, index, and the files that go with the weights."""
+    for each in beside.files:
+        staging.record(each.name, copy_file(each.path, staging.path(each.name)))
+    for name in beside.empty:
+        staging.make_folder(name)
     if len(plan.tasks) > 1:
         files = {
             tensor.name: task.file_name
@@ -171,13 +173,13 @@ def fingerprint(
     config: dict[str, Any],
     settings: Settings,
     device: str,
-    tokenizer: Sequence[Path] = (),
+    tokenizer: Sequence[Companion] = (),
 ) -> dict[str, Any]:
     """What decides the bytes of the result: two runs with the same one can share their work.
 
     ``tokenizer`` are the files that say which tokens a calibration text has.
     """
-    files = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in tokenizer}
+    files = {each.name: hash_file(each.path).sha256 for each in tokenizer}
     return {
         "loftq": __version__,
         "source": {

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from loftq_cli.checkpoint.writer import WrittenFile
     from loftq_cli.engines.tasks import LayerOutcome
     from loftq_cli.models.calibration import Calibration
+    from loftq_cli.models.companions import LeftOut
 
 # Relative errors by their name in the document: what an outcome calls them, and the norm that they
 # are relative to.
@@ -39,6 +40,7 @@ def quantize_results(
     task_type: str | None = None,
     outcomes: Sequence[LayerOutcome] = (),
     files: Sequence[WrittenFile] = (),
+    not_copied: Sequence[LeftOut] = (),
     fingerprint: str | None = None,
     calibration: schema.CalibratedOn | None = None,
     seconds: float | None = None,
@@ -78,6 +80,7 @@ def quantize_results(
             schema.SourceFile(name=name, bytes=header.file_bytes, header_sha256=header.sha256)
             for name, header in sorted(checkpoint.headers.items())
         ],
+        not_copied=[schema.NotCopied(name=each.name, reason=each.reason) for each in not_copied],
         totals=schema.QuantizeTotals(
             **{field: _overall(outcomes, *names) for field, names in _ERRORS.items()},
             **_bits_a_weight(plan, measured=bool(outcomes)),

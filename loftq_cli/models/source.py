@@ -1,8 +1,7 @@
-"""The source of a `quantize` run: its config, and the files that go with the weights."""
+"""The source of a `quantize` run: its config, and what it may not be."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,34 +10,10 @@ from loftq_cli.errors import AlreadyQuantized, CorruptCheckpoint, LoftqError, Mo
 
 CONFIG_FILE = "config.json"
 REPORT_FILE = "loftq_report.json"
+README_FILE = "README.md"
 
 # Weights in these formats execute code when they are opened.
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-
-# Tokenizer, processor, generation settings; and licences, which copies of weights must carry on.
-# Those that decide which tokens a text has.
-TOKENIZER = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "*.model",
-    "*.tiktoken",
-)
-COMPANIONS = (
-    *TOKENIZER,
-    "generation_config.json",
-    "*.jinja",
-    "chat_template*",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "image_processor_config.json",
-    "video_preprocessor_config.json",
-    "LICENSE*",
-    "NOTICE*",
-    "USE_POLICY*",
-)
 
 
 def read_config(directory: Path) -> dict[str, Any]:
@@ -124,21 +99,6 @@ def refuse_quantized(directory: Path, config: dict[str, Any]) -> None:
         cause="LoftQ measures what quantization loses, and needs the full-precision weights",
         hint=f"--model {original}" if original else "give the checkpoint it was made from",
     )
-
-
-def companions(
-    directory: Path, patterns: Sequence[str] = COMPANIONS, *, with_code: bool
-) -> list[Path]:
-    """The files that are copied beside the weights, by name; Python files only if asked for."""
-    patterns = [*patterns, *(["*.py"] if with_code else [])]
-    found = {path for pattern in patterns for path in directory.glob(pattern) if path.is_file()}
-    unwanted = no_companions(with_code=with_code)
-    return sorted(path for path in found if path.suffix not in unwanted)
-
-
-def no_companions(*, with_code: bool) -> tuple[str, ...]:
-    """How files end that are neither fetched nor copied, though they be called tokenizer.pkl."""
-    return (*PICKLE_SUFFIXES, ".safetensors", *(() if with_code else (".py",)))
 
 
 def _original(directory: Path, config: dict[str, Any]) -> str | None:

@@ -15,14 +15,11 @@ from pathlib import Path
 
 from loftq_cli.checkpoint.index import INDEX_FILE, SINGLE_FILE, read_index
 from loftq_cli.errors import LoftqError, ModelNotFound, UnsafeCheckpoint, UsageError, first_line
-from loftq_cli.models.source import COMPANIONS, CONFIG_FILE, PICKLE_SUFFIXES, no_companions
+from loftq_cli.models.companions import LeftOut, wanted
+from loftq_cli.models.source import CONFIG_FILE, PICKLE_SUFFIXES
 from loftq_cli.schema import ModelIdentity
 
 DEMO_DIRECTORY = Path(__file__).parent.parent / "demo"
-
-# Everything that describes a model or its tokenizer: all that is copied later, the config and the
-# index among the JSON, and what else a tokenizer may look for.
-DESCRIPTION_FILES = ("*.json", "*.txt", *COMPANIONS)
 
 _LONGEST_NAME = 4096  # no path is longer either
 _TRUE = {"1", "ON", "YES", "TRUE"}
@@ -31,10 +28,11 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 @dataclass(frozen=True)
 class ResolvedModel:
-    """A model whose files are on this disk."""
+    """A model whose files are on this disk; ``not_fetched`` is what its repository has more."""
 
     identity: ModelIdentity
     directory: Path
+    not_fetched: tuple[LeftOut, ...] = ()
 
 
 def resolve_model(
@@ -153,21 +151,18 @@ def _is_complete(snapshot: Path) -> bool:
 def _from_hub(
     repository: str, revision: str | None, with_code: bool, with_weights: bool
 ) -> ResolvedModel:
-    """Downloads config, tokenizer and exactly the weight files that the index names."""
+    """Downloads what is copied later, and exactly the weight files that the index names."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 
-    def fetch(patterns: list[str], unwanted: list[str] | None = None) -> Path:
-        found = snapshot_download(
-            repository, revision=revision, allow_patterns=patterns, ignore_patterns=unwanted
-        )
-        return Path(found)
+    def fetch(names: list[str]) -> Path:
+        # They are taken for patterns, in which only a bracket needs escaping: no name has a star.
+        patterns = [name.replace("[", "[[]") for name in names]
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns))
 
     try:
-        directory = fetch(
-            [*DESCRIPTION_FILES, *(["*.py"] if with_code else [])],
-            [f"*{suffix}" for suffix in no_companions(with_code=with_code)],
-        )
+        names, left = wanted(_files_of(repository, revision), with_code=with_code)
+        directory = fetch([CONFIG_FILE, INDEX_FILE, *names])
         if with_weights:
             # Names from an index become patterns of what is downloaded, so it is checked first.
             indexed = (directory / INDEX_FILE).exists()
@@ -186,7 +181,17 @@ def _from_hub(
     if with_weights and not any(directory.glob("*.safetensors")):
         _refuse_pickle_repository(repository, revision)
     identity = ModelIdentity(id=repository, revision=directory.name, source="hub")
-    return ResolvedModel(identity, directory)
+    return ResolvedModel(identity, directory, tuple(left))
+
+
+def _files_of(repository: str, revision: str | None) -> dict[str, int]:
+    """The bytes of each file of a repository; none without the network: what is cached will do."""
+    from huggingface_hub import HfApi
+
+    with suppress(Exception):  # whatever it is, the download meets it too, and says it better
+        entries = HfApi().list_repo_tree(repository, revision=revision, recursive=True)
+        return {entry.path: entry.size for entry in entries if hasattr(entry, "size")}
+    return {}
 
 
 def _refuse_pickle_repository(repository: str, revision: str | None) -> None:

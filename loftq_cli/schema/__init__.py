@@ -38,6 +38,7 @@ from loftq_cli.schema.planning import (
 from loftq_cli.schema.quantizing import (
     AdaptedLayer,
     CalibratedOn,
+    NotCopied,
     PlainLayer,
     QuantizeResults,
     QuantizeSettings,

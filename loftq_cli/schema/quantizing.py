@@ -101,6 +101,13 @@ class WrittenFile(Model):
     sha256: str | None = None
 
 
+class NotCopied(Model):
+    """A file or folder of the source that is not in the output, though it is no weight of it."""
+
+    name: str
+    reason: str
+
+
 class QuantizeTotals(Model):
     """In a dry run the errors are null and the bytes and memory are estimates.
 
@@ -142,6 +149,7 @@ class QuantizeResults(Model):
     untouched: list[UntouchedTensor] = []
     files: list[WrittenFile] = []
     source_files: list[SourceFile] = []
+    not_copied: list[NotCopied] = []
     totals: QuantizeTotals
 
 

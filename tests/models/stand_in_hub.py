@@ -1,7 +1,11 @@
-"""A hub on loopback that counts what it serves, and has no weights behind its headers."""
+"""A hub on loopback that counts what it serves, and has no weights behind its headers.
+
+It lists a repository's files too, so huggingface_hub's `snapshot_download` works with it.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import threading
@@ -101,8 +105,13 @@ def _handler(hub: StandInHub) -> type[BaseHTTPRequestHandler]:
 
         def do_GET(self) -> None:
             path = unquote(self.path)
-            match = re.fullmatch(r"/(.+)/resolve/([^/]+)/([^/]+)", path)
-            if path.startswith("/where-the-bytes-are/"):
+            match = re.fullmatch(r"/(.+?)/resolve/([^/]+)/(.+)", path)
+            asked = re.fullmatch(
+                r"/api/models/(.+?)(/revision/[^/]+|/tree/[^/]+)?", path.split("?")[0]
+            )
+            if asked is not None:
+                self.listing(asked[1], asked[2] or "")
+            elif path.startswith("/where-the-bytes-are/"):
                 self.file(hub.files[path.removeprefix("/where-the-bytes-are/")])
             elif match is None:
                 self.answer(404, {"X-Error-Code": "RepoNotFound"})
@@ -120,6 +129,36 @@ def _handler(hub: StandInHub) -> type[BaseHTTPRequestHandler]:
                 )
             else:
                 self.file(hub.files[name])
+
+        def do_HEAD(self) -> None:
+            match = re.fullmatch(r"/(.+?)/resolve/[^/]+/(.+)", unquote(self.path))
+            file = None if match is None else hub.files.get(f"{match[1]}/{match[2]}")
+            self.send_response(404 if file is None else 200)
+            if file is None:
+                self.send_header("X-Error-Code", "EntryNotFound")
+            else:
+                self.send_header("X-Repo-Commit", COMMIT)
+                self.send_header("ETag", f'"{hashlib.sha1(file.beginning).hexdigest()}"')
+                self.send_header("Content-Length", str(file.size))
+            self.end_headers()
+
+        def listing(self, repository: str, what: str) -> None:
+            """What is in the repository, or at which commit it is."""
+            files = {
+                name.removeprefix(f"{repository}/"): file
+                for name, file in hub.files.items()
+                if name.startswith(f"{repository}/")
+            }
+            if not files:
+                self.answer(404, {"X-Error-Code": "RepoNotFound"})
+                return
+            found: Any = {"id": repository, "sha": COMMIT, "siblings": []}
+            if what.startswith("/tree/"):
+                found = [
+                    {"type": "file", "path": name, "size": file.size, "oid": "0"}
+                    for name, file in files.items()
+                ]
+            self.answer(200, {"Content-Type": "application/json"}, json.dumps(found).encode())
 
         def file(self, file: RemoteFile) -> None:
             asked = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))

@@ -13,7 +13,6 @@ from test_remote import loftq_process
 from loftq_cli.errors import CorruptCheckpoint, ModelNotFound, UnsafeCheckpoint
 from loftq_cli.models import spec
 from loftq_cli.models.lookup import find_model
-from loftq_cli.models.source import companions
 from loftq_cli.models.spec import cached_model
 
 CONFIG = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
@@ -100,43 +99,6 @@ def test_quantized_models_and_empty_files_are_refused(tmp_path: Path) -> None:
     assert "its weight files hold no tensor" in done.stderr
 
 
-# fmt: off
-COPIED = (
-    "LICENSE", "LICENSE.md", "NOTICE", "USE_POLICY.md", "chat_template.jinja", "merges.txt",
-    "generation_config.json", "preprocessor_config.json", "qwen.tiktoken", "spiece.model",
-    "tokenizer.json", "vocab.bpe",
-)
-# fmt: on
-DESCRIBED = ("config.json", "model.safetensors.index.json")
-CODE = ("modeling_own.py", "tokenizer.py")
-NEVER = ("pytorch_model.bin", "tokenizer.bin", "tokenizer.safetensors", "vocab.pkl")
-
-
-@pytest.mark.parametrize("with_code", [False, True])
-def test_what_is_copied_is_fetched_and_no_pickle_or_code(
-    with_code: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    import huggingface_hub
-    from huggingface_hub.utils import filter_repo_objects
-
-    names = [*COPIED, *DESCRIBED, *CODE, *NEVER]
-
-    def download(repository: str, *, revision: str | None, **patterns: Any) -> str:
-        for name in filter_repo_objects(names, **patterns):
-            (tmp_path / name).touch()
-        return str(tmp_path)
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    spec.resolve_model("org/name", with_code=with_code, with_weights=False)
-    code = CODE if with_code else ()
-    fetched = sorted(path.name for path in tmp_path.iterdir())
-    assert fetched == sorted([*COPIED, *DESCRIBED, *code])
-    for name in names:
-        (tmp_path / name).touch()
-    copied = [path.name for path in companions(tmp_path, with_code=with_code)]
-    assert copied == sorted([*COPIED, *code])
-
-
 @pytest.mark.parametrize(
     ("weight_map", "error"),
     [
@@ -164,6 +126,7 @@ def test_a_hostile_index_is_no_list_of_patterns(
         return str(snapshot)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    monkeypatch.setattr(spec, "_files_of", lambda *_: {})
     with pytest.raises(error):
         spec.resolve_model("org/evil")
     assert len(asked) == 1, "nothing but the description was asked for"
