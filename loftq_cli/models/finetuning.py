@@ -72,9 +72,6 @@ def finetune(
 ) -> Trained:
     """Trains the adapter of a PEFT model, which stays as the training left it.
 
-    A 4-bit model must come freshly loaded: a forward pass in evaluation mode rearranges its
-    weights on some CPUs, and what is rearranged passes no gradients on.
-
     Args:
         windows: token ids to train on (n × length); they start again when all have been seen.
         heldout: token ids to evaluate on.
@@ -172,7 +169,6 @@ def _make_trainable(model: Any) -> None:
 
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("lora_" in name)
-    # Everything stays in training mode from here on, where 4-bit layers pass gradients.
     model.train()
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):

@@ -83,6 +83,7 @@ def load_model(
         model = read_weights(directory, architecture, dtype, device_map={"": device})
         if "quantization_config" in config:
             _unify(model, getattr(torch, dtype))
+            keep_layout(model)
         name = None
         if adapter is not None:
             model, name = attach_adapter(model, adapter), str(adapter)
@@ -132,6 +133,18 @@ def read_weights(directory: Path, architecture: Architecture, dtype: str, **opti
             "download the checkpoint again",
         )
     return model
+
+
+def keep_layout(model: Any) -> None:
+    """Lets anything be done with a model after a forward pass, on every CPU.
+
+    On a CPU with native bfloat16, bitsandbytes 0.50 rearranges 4-bit weights in place in the first
+    forward pass outside of training, for a faster kernel. Nothing but that kernel reads them
+    rightly from then on: training fails, and what is saved or gets an adapter is wrong in silence.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def _unify(model: Any, dtype: Any) -> None:

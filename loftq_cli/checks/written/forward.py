@@ -14,6 +14,7 @@ from loftq_cli.checks.written.directory import WRITE_AGAIN, Written
 from loftq_cli.containers import layer_classes
 from loftq_cli.errors import CheckFailed, first_line
 from loftq_cli.models.auto_classes import class_named
+from loftq_cli.models.loading import keep_layout
 from loftq_cli.report.loading import auto_class
 
 if TYPE_CHECKING:
@@ -105,6 +106,7 @@ def _load(written: Written) -> Any:
                     hint=WRITE_AGAIN,
                 )
         _require_layers(written, "quantized", _quantized(model))
+        keep_layout(model)
         model = PeftModel.from_pretrained(
             model, written.directory, subfolder=ADAPTER_DIRECTORY, is_trainable=True
         )
