@@ -176,6 +176,8 @@ def _proved(job: Job, made: Made, record: Record) -> VerifyResults:
     for test in certificate.tests:
         if test.status == "skipped":
             record.note(f"verify: {test.name} {test.detail}")
+        for note in test.notes:
+            record.note(f"verify: {test.name}: {note}")
     return certificate
 
 

@@ -18,11 +18,15 @@ Figures: TypeAlias = dict[str, Any]
 
 @dataclass(frozen=True)
 class Finding:
-    """What a check found: in words, as figures with the unit in the name, and as a table."""
+    """What a check found: in words, as figures with the unit in the name, and as a table.
+
+    ``notes`` tell what it did not look at.
+    """
 
     detail: str
     figures: Figures = field(default_factory=dict)
     rows: Sequence[Figures] = ()
+    notes: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -98,6 +102,7 @@ def _run(check: Check, earlier: Sequence[CheckTest], trace: Callable[[], None]) 
         detail=finding.detail,
         figures=finding.figures,
         rows=list(finding.rows),
+        notes=list(finding.notes),
         cause=cause,
         hint=hint,
     )

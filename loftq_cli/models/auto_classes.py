@@ -24,7 +24,7 @@ _USUAL = (
     "AutoModelForCTC",
 )
 # What says least of a model comes last.
-_LEAST = ("AutoModelForPreTraining", "AutoModel")
+_LEAST = ("AutoModelForPreTraining", "AutoModel", "AutoModelForTextEncoding")
 
 # PEFT's word for what an Auto class' models do. Of those that write text, the config says whether
 # they have an encoder.

@@ -56,6 +56,8 @@ def _failures(document: Document[Any]) -> Iterator[str]:
         if test.status == "failed":
             more = "" if test.cause in (None, test.detail) else f": {test.cause}"
             yield f"{test.name} failed: {test.detail}{more}"
+        for note in test.notes:
+            yield f"{test.name}: {note}"
     skipped = [test for test in tests if test.status == "skipped"]
     if skipped:
         names = ", ".join(test.name for test in skipped)

@@ -15,6 +15,9 @@ _SHOWN = 10
 def verify_view(document: Document[VerifyResults]) -> View:
     results = document.results
     sections: list[Section] = [Facts(_facts(document)), checks_table("Checks", results.tests)]
+    notes = [(test.name, note) for test in results.tests for note in test.notes]
+    if notes:
+        sections.append(Facts(notes))
     wrong = [layer for layer in results.layers if not layer.agrees]
     if wrong:
         sections.append(_layers(wrong))

@@ -60,6 +60,7 @@ class CheckTest(Model):
     detail: str
     figures: dict[str, Scalar] = {}
     rows: list[dict[str, Scalar]] = []  # where the finding is a table
+    notes: list[str] = []  # what a check that passed did not look at
     cause: str | None = None
     hint: str | None = None
 

@@ -60,6 +60,7 @@ CASES: list[tuple[str, t.PreTrainedConfig, str, str | None]] = [
     ("BertForQuestionAnswering", t.BertConfig(**BERT_LIKE), "AutoModelForQuestionAnswering",
      "QUESTION_ANS"),
     ("BertForMaskedLM", t.BertConfig(**BERT_LIKE), "AutoModelForMaskedLM", None),
+    ("BertModel", t.BertConfig(**BERT_LIKE), "AutoModel", None),
     ("BertForPreTraining", t.BertConfig(**BERT_LIKE), "AutoModelForPreTraining", None),
     ("BertForMultipleChoice", t.BertConfig(**BERT_LIKE), "AutoModelForMultipleChoice", None),
     ("GPT2DoubleHeadsModel", t.GPT2Config(n_embd=32, n_layer=1, n_head=2),

@@ -1,78 +1,53 @@
-"""The directory as its README says to load it, and one pass through it."""
+"""The directory as its README says to load it, and one pass through it, forth and back."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from loftq_cli import hardware
 from loftq_cli.checkpoint.adapter import ADAPTER_DIRECTORY, ADAPTER_NAME
 from loftq_cli.checkpoint.safetensors import read_header
 from loftq_cli.checks.battery import Finding, NothingToCheck
 from loftq_cli.checks.written.directory import WRITE_AGAIN, Written
+from loftq_cli.checks.written.passes import adapters_of, run_through
 from loftq_cli.containers import layer_classes
-from loftq_cli.errors import CheckFailed, first_line
+from loftq_cli.errors import CheckFailed
 from loftq_cli.models.auto_classes import class_named
 from loftq_cli.models.loading import keep_layout
 from loftq_cli.report.loading import auto_class
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-_TOKENS = 8
 # Beside the weights: the libraries, what is read while it is unpacked, the activations.
 _ROOM = 1.25
 
 
 def forward(written: Written) -> Finding:
-    """Loads backbone and adapter, looks at their layers, and runs a few inputs through them."""
-    import torch
-
-    inputs = _inputs(written.architecture.model, written.claims.results.task_type)
+    """Loads backbone and adapter, and runs a few inputs through them, forth and back."""
     _require_room(written)
     model = _load(written)
-    dtype = model.get_base_model().dtype
-    given = {
-        name: each.to(written.device, dtype if each.is_floating_point() else None)
-        for name, each in inputs.items()
-    }
-    try:
-        with torch.no_grad():
-            outputs = model(**given)
-    except RuntimeError as error:
-        if written.dtype is None:
-            raise
-        raise CheckFailed(
-            f"loaded with dtype={written.dtype} it does not run",
-            cause=first_line(error),
-            hint=f"load it without a dtype, or make it with loftq quantize --dtype {written.dtype}",
-        ) from error
-    values = 0
-    for name, output in _floats(outputs):
-        values += output.numel()
-        if not bool(output.isfinite().all()):
-            raise CheckFailed(
-                f"the model's {name} are NaN or infinite",
-                cause=f"{int((~output.isfinite()).sum()):,} of {output.numel():,} values, for an "
-                "input that any model of this class takes",
-                hint="run the original model on the same dtype: if it does this too, it is not "
-                "the quantization",
-            )
+    done = run_through(
+        model, written.architecture.auto_class, device=written.device, asked_dtype=written.dtype
+    )
+    inputs = done.inputs
     shapes = ", ".join(
-        f"{name} {list(each.shape)}" for name, each in inputs.items() if name != "attention_mask"
+        f"{name} {list(each.shape)}"
+        for name, each in inputs.tensors.items()
+        if name != "attention_mask"
     )
     claims = written.claims
     kind = claims.container.layer_class or "layers as they were"
+    labels = f" with {' and '.join(inputs.labels)}" if inputs.labels else ""
     return Finding(
         f"{auto_class(claims.results)} and PEFT load it: {len(claims.layers)} {kind}, "
-        f"{len(claims.adapted)} with an adapter; {shapes} give {values:,} finite values",
-        {"output_values": values},
+        f"{len(claims.adapted)} with an adapter; {shapes}{labels} give {done.values:,} finite "
+        f"values, and {done.reached} adapters a finite gradient",
+        {"output_values": done.values, "adapters_with_gradient": done.reached},
+        notes=done.notes,
     )
 
 
 def _load(written: Written) -> Any:
-    """The two lines of the README, and what they made of the layers."""
+    """The README's lines: the same calls in the same order, and what they made of the layers."""
     import torch
     import transformers
     from peft import PeftModel
@@ -110,12 +85,7 @@ def _load(written: Written) -> Any:
         model = PeftModel.from_pretrained(
             model, written.directory, subfolder=ADAPTER_DIRECTORY, is_trainable=True
         )
-    base = model.get_base_model()
-    _require_layers(
-        written,
-        "adapted",
-        {name for name, module in base.named_modules() if hasattr(module, "lora_A")},
-    )
+    _require_layers(written, "adapted", set(adapters_of(model.get_base_model())))
     return model.eval()
 
 
@@ -149,53 +119,3 @@ def _require_room(written: Written) -> None:
         raise NothingToCheck(
             f"the loaded model takes about {needed / 1e9:.3g} GB, and {place} has {room / 1e9:.3g}"
         )
-
-
-def _inputs(model: Any, task_type: str | None) -> dict[str, Tensor]:
-    """A few tokens, or an image of noise.
-
-    Raises:
-        NothingToCheck: the class takes something else, or more.
-    """
-    config, main = model.config, model.main_input_name
-    several = any(hasattr(config, f"{each}_config") for each in ("vision", "audio"))
-    if main == "pixel_values" and not several:
-        return _image(config, type(model).__name__)
-    if main != "input_ids" or (several and task_type is None):
-        raise NothingToCheck(f"nothing is known about the inputs of {type(model).__name__}")
-    return _tokens(config, task_type)
-
-
-def _tokens(config: Any, task_type: str | None) -> dict[str, Tensor]:
-    import torch
-
-    text = config.get_text_config()
-    tokens = torch.arange(_TOKENS).mul(7).add(3).remainder(text.vocab_size).view(1, -1)
-    end = getattr(text, "eos_token_id", None)
-    if isinstance(end, int) and 0 <= end < text.vocab_size:
-        tokens[0, -1] = end  # where BART's classifiers look
-    inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
-    if task_type == "SEQ_2_SEQ_LM":
-        inputs["decoder_input_ids"] = tokens[:, : _TOKENS // 2]
-    return inputs
-
-
-def _image(config: Any, name: str) -> dict[str, Tensor]:
-    import torch
-
-    size, channels = getattr(config, "image_size", None), getattr(config, "num_channels", None)
-    height, width = size if isinstance(size, list | tuple) else (size, size)
-    if not all(isinstance(each, int) for each in (height, width, channels)):
-        raise NothingToCheck(f"the config of {name} does not say how large its images are")
-    generator = torch.Generator().manual_seed(0)
-    return {"pixel_values": torch.randn(1, channels, height, width, generator=generator)}
-
-
-def _floats(outputs: Any) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of numbers among a model's outputs, by name."""
-    import torch
-
-    named = outputs.items() if hasattr(outputs, "items") else enumerate(outputs)
-    for name, output in named:
-        if isinstance(output, torch.Tensor) and output.is_floating_point():
-            yield str(name), output
