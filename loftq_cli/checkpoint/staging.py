@@ -255,9 +255,9 @@ class Staging:
         if differences:
             if finished and not self._force:  # without a finished file nothing is lost
                 raise OutputExists(
-                    f"{self.partial} holds an unfinished run with other settings",
+                    f"{self.partial} holds an unfinished run of other weights or settings",
                     cause="; ".join(differences[:5]) + ("; …" if len(differences) > 5 else ""),
-                    hint="run with the settings it began with, or add --force to start over",
+                    hint="run with what it began with, or add --force to start over",
                 )
             _delete(self.directory)
             finished = {}

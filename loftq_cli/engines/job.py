@@ -15,11 +15,11 @@ from loftq_cli.checkpoint.staging import Staging, refuse_existing
 from loftq_cli.checkpoint.writer import require_free_space
 from loftq_cli.engines import estimates, output
 from loftq_cli.engines.allocation import allocate
+from loftq_cli.engines.fingerprint import digest, fingerprint, require_unchanged, state
 from loftq_cli.engines.local import run_tasks
 from loftq_cli.engines.plan import Plan, make_plan
 from loftq_cli.engines.report_file import (
     Report,
-    digest,
     finished_run,
     refuse_to_replace_foreign,
     write_report,
@@ -84,9 +84,9 @@ class _Prepared:
     beside: Companions
 
     def fingerprint(self) -> dict[str, Any]:
-        """What decides the bytes of the result (see `output.fingerprint`)."""
+        """What decides the bytes of the result (see `fingerprint.py`)."""
         seen_through = self.beside.tokenizer if self.job.settings.calibration else []
-        return output.fingerprint(
+        return fingerprint(
             self.checkpoint, self.config, self.job.settings, self.device, seen_through
         )
 
@@ -104,12 +104,15 @@ def make_directory(job: Job, record: Record) -> Made:
     elif not job.resume:
         refuse_existing(job.output, job.force)
     ready = _prepare(job, record)
-    found, fingerprint = ready.found, ready.fingerprint()
-    if job.resume and (document := finished_run(job.output, fingerprint)) is not None:
+    found, identity = ready.found, ready.fingerprint()
+    if job.resume and (document := finished_run(job.output, identity)) is not None:
         record.note(f"{job.output} is already complete")
         return Made(document, found, ready.device, [])
     with Staging(
-        job.output, fingerprint=fingerprint, force=job.force, protected=[found.directory]
+        job.output,
+        fingerprint={**identity, "source_state": state(found, ready.checkpoint)},
+        force=job.force,
+        protected=[found.directory],
     ) as staging:
         if staging.finished:
             files = len(staging.finished)
@@ -122,6 +125,7 @@ def make_directory(job: Job, record: Record) -> Made:
                 plan, ready.checkpoint, staging, ready.architecture, job.output.name
             )
             output.write_model_files(plan, staging, ready.architecture, ready.config, ready.beside)
+            require_unchanged(found.directory, ready.checkpoint, identity)
         results = quantize_results(
             plan,
             ready.checkpoint,
@@ -133,7 +137,7 @@ def make_directory(job: Job, record: Record) -> Made:
             outcomes=[outcome for result in done for outcome in result.outcomes],
             files=output.written_files(staging),
             not_copied=ready.beside.left_out,
-            fingerprint=digest(fingerprint),
+            fingerprint=digest(identity),
             calibration=calibration,
             seconds=time.perf_counter() - began,
             peak_memory_bytes=hardware.peak_memory_bytes(),

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from loftq_cli import __version__
 from loftq_cli.checkpoint.adapter import (
     ADAPTER_CONFIG,
     ADAPTER_DIRECTORY,
@@ -24,16 +22,14 @@ from loftq_cli.checkpoint.writer import (
     PlannedTensor,
     WrittenFile,
     copy_file,
-    hash_file,
     write_bytes_atomically,
     write_safetensors,
 )
 from loftq_cli.engines.plan import Plan, PlannedLayer
-from loftq_cli.engines.settings import Settings
 
 if TYPE_CHECKING:
     from loftq_cli.models.architecture import Architecture
-    from loftq_cli.models.companions import Companion, Companions
+    from loftq_cli.models.companions import Companions
 
 
 def join_adapter(
@@ -166,31 +162,6 @@ def written_files(staging: Staging) -> list[WrittenFile]:
         for name, entry in sorted(staging.finished.items())
         if not name.startswith(parts)
     ]
-
-
-def fingerprint(
-    checkpoint: Checkpoint,
-    config: dict[str, Any],
-    settings: Settings,
-    device: str,
-    tokenizer: Sequence[Companion] = (),
-) -> dict[str, Any]:
-    """What decides the bytes of the result: two runs with the same one can share their work.
-
-    ``tokenizer`` are the files that say which tokens a calibration text has.
-    """
-    files = {each.name: hash_file(each.path).sha256 for each in tokenizer}
-    return {
-        "loftq": __version__,
-        "source": {
-            name: {"bytes": header.file_bytes, "header_sha256": header.sha256}
-            for name, header in sorted(checkpoint.headers.items())
-        },
-        "config_sha256": hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest(),
-        "settings": settings.as_dict(),
-        **({"tokenizer_sha256": files} if files else {}),
-        "device": device.partition(":")[0],
-    }
 
 
 def write_json(staging: Staging, name: str, content: dict[str, Any]) -> None:

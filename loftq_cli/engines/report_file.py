@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ from loftq_cli import schema
 from loftq_cli.checkpoint.index import parse_json
 from loftq_cli.checkpoint.safetensors import read_file
 from loftq_cli.checkpoint.staging import Staging
+from loftq_cli.engines.fingerprint import digest
 from loftq_cli.engines.output import write_text
 from loftq_cli.errors import LoftqError, ModelNotFound, OutputExists
 from loftq_cli.models.source import REPORT_FILE
@@ -22,11 +21,6 @@ Report = schema.Document[schema.QuantizeResults]
 # A model of a thousand layers has a report of about a megabyte.
 _MAX_REPORT_BYTES = 200_000_000
 NOT_OURS = "give the directory that `loftq quantize --output` wrote"
-
-
-def digest(fingerprint: Mapping[str, Any]) -> str:
-    """A fingerprint as one word, to be compared with that of another run."""
-    return hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()
 
 
 def write_report(staging: Staging, document: Report) -> None:
