@@ -226,7 +226,9 @@ def _result(problem: _Problem, found: _Found, errors: list[float], scaling: floa
     if not R.isfinite().all():
         raise NonFiniteWeight("the quantized values overflow the dtype of the runtime")
     plain_error, plain_output_error = math.sqrt(sum_of_squares(R)) / norm, problem.output_error(R)
-    R = problem.residual(found.quantized).addmm_(B * problem.unit, A, alpha=-scaling)
+    R = problem.residual(found.quantized)
+    backbone_error = math.sqrt(sum_of_squares(R)) / norm
+    R = R.addmm_(B * problem.unit, A, alpha=-scaling)
     errors[found.iteration - 1] = problem.output_error(R)
     return LoftqResult(
         found.quantized,
@@ -234,6 +236,7 @@ def _result(problem: _Problem, found: _Found, errors: list[float], scaling: floa
         B,
         math.sqrt(sum_of_squares(R)) / norm,
         plain_error,
+        backbone_error,
         found.iteration,
         errors,
         output_error=errors[found.iteration - 1],

@@ -79,6 +79,8 @@ class LoftqResult:
     lora_B: Tensor  # float32 (out, r)
     error: float  # of the three above, measured on them
     quantized_only_error: float  # ‖W − q(W)‖ / ‖W‖: what plain quantization leaves
+    # ‖W − Q‖ / ‖W‖: what this Q leaves, which was chosen to go with the adapter, without it
+    backbone_error: float
     best_iteration: int  # counted from 1; 0 when there was none
     errors: list[float] = field(default_factory=list)  # of every iterate
     # After a calibration: the same of the outputs, relative to ``output_norm``, the root mean
@@ -178,14 +180,15 @@ class _Alternation:
             A, B = plain_adapter((self.W.shape[0], self.W.shape[1]), self.rank, self.generator)
             A, B = A.to(self.W.device), B.to(self.W.device)
             error = self._relative(residual.energy)
-            return LoftqResult(quantized, A, B, error, plain_error, 0)
+            return LoftqResult(quantized, A, B, error, plain_error, error, 0)
         A, B = split(best.low_rank, scaling)
         randomize_unused(A, B, best.low_rank.S, self.generator)
         error = self._relative(self.steps.remainder(best.quantized, Factors(scaling * B, A)))
         best_iteration = 1 + errors.index(min(errors)) if errors else 0
         if errors:
             errors[best_iteration - 1] = error
-        return LoftqResult(best.quantized, A, B, error, plain_error, best_iteration, errors)
+        alone = self._relative(self.steps.remainder(best.quantized, Factors(B[:, :0], A[:0])))
+        return LoftqResult(best.quantized, A, B, error, plain_error, alone, best_iteration, errors)
 
     def _plainly(self) -> tuple[Any, Residual]:
         """q(W) without a search, and W − q(W)."""

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 _ERRORS = {
     "weight_error_relative": ("error", "norm"),
     "quantized_only_error_relative": ("quantized_only_error", "norm"),
+    "backbone_error_relative": ("backbone_error", "norm"),
     "output_error_relative": ("output_error", "output_norm"),
     "quantized_only_output_error_relative": ("quantized_only_output_error", "output_norm"),
 }

@@ -56,6 +56,7 @@ class LayerOutcome:
     output_error: float | None = None
     quantized_only_output_error: float | None = None
     output_norm: float | None = None
+    backbone_error: float | None = None
 
 
 @dataclass(frozen=True)
@@ -192,6 +193,7 @@ class _RunningTask:
                 result.output_error,
                 result.quantized_only_output_error,
                 result.output_norm,
+                result.backbone_error,
             )
         )
         if planned.adapted:

@@ -19,6 +19,7 @@ from loftq_cli.report.formats import (
     stored_ranks,
 )
 from loftq_cli.report.loading import auto_class, base_call, quoted
+from loftq_cli.report.serving import serving
 from loftq_cli.schema import Document, QuantizeResults
 
 _INT8 = """\
@@ -32,12 +33,46 @@ Give no `quantization_config` of your own and leave the `loftq` options of PEFT 
 off: they would quantize once more, and the adapter corrects exactly the weights stored here."""
 
 _DTYPE = """\
-Give no `dtype` either. transformers takes what is quantized as it is stored and converts only a
-part of the rest, and the first forward pass fails where the two meet. """
+Give no `dtype` either, or "auto", which is the same. With any other transformers takes what is
+quantized as it is stored and converts only a part of the rest, and the first forward pass fails
+where the two meet. """
 
 _OTHER_DTYPE = """\
 For a card without bfloat16 (T4, V100, RTX 20) make the directory with `loftq quantize --dtype
 float16`."""
+
+_WHERE_IT_IS = """\
+The last line says where the backbone is. PEFT looks there when it saves embeddings that you
+resized (do that before the adapter goes on), and `AutoPeftModel...` when it loads what you
+trained."""
+
+_ADAPTER_LEFT_OUT = """\
+What loads the directory in one call, such as `pipeline`, loads the backbone without its adapter and
+does not say so. Give it the `model` of above instead."""
+
+_ON_A_CPU = """\
+On a CPU with native bfloat16, bitsandbytes rearranges 4-bit weights in place in the first forward
+pass outside of training. An adapter that is put on after that, training and saving would be wrong
+in silence; the loop over the layers prevents it."""
+
+_WITHOUT_ADAPTER = """\
+So `disable_adapter()` is not the original model. The reference model that DPO and its like need is
+one with the untrained adapter: recent TRL copies it, if it is given the `model` of above; elsewhere
+there is `model.load_adapter(here, "reference", subfolder="loftq_init")`."""
+
+_MERGED_IN_PLACE = """\
+On the quantized layers themselves `merge_adapter()`, `unmerge_adapter()` and `merge_and_unload()`
+round the weights again, in silence, and a part of the correction is lost."""
+
+_ANOTHER_HEAD = """\
+Classes with another head on the same inner model open this directory too, where transformers has
+them for this architecture, and make a fresh head: `AutoModelForSequenceClassification`, or for
+tokens `AutoModelForTokenClassification` with the task type "TOKEN_CLS". PEFT trains and saves the
+head with the adapter:"""
+
+_HIDDEN_STATES = """\
+Hidden states are those of `model.get_base_model().base_model`; the class `AutoModel` has other
+names for its layers than the adapter."""
 
 _DROPOUT = """\
 Only the adapter is trained. Keep its dropout at 0: dropout drops part of the correction too."""
@@ -61,7 +96,6 @@ def card(document: Document[QuantizeResults]) -> str:
     """Markdown whose code runs as it stands, from the directory that holds the output."""
     results = document.results
     here = PurePath(results.output).name
-    auto = auto_class(results)
     quantized = is_quantized(results)
     corrects = starts.of_report(results.settings.init).corrects
     dtype = results.settings.dtype
@@ -71,33 +105,31 @@ def card(document: Document[QuantizeResults]) -> str:
         _introduction(document),
         _figures(results),
         "## Load",
-        _python(f"""
-            from peft import PeftModel
-            from transformers import {auto}
-
-            model = {base_call(results, quoted(here))}
-            model = PeftModel.from_pretrained(
-                model, {quoted(here)}, subfolder="loftq_init", is_trainable=True
-            )
-            """),
+        _loading(results, here),
+        _WHERE_IT_IS,
+        _ADAPTER_LEFT_OUT,
+        *([_ON_A_CPU] if _is_repacked(results) else []),
         *([_NO_SECOND_QUANTIZATION, _DTYPE + stored] if quantized else []),
         "## Fine-tune",
         _python("""
             from transformers import Trainer, TrainingArguments
 
             arguments = TrainingArguments("runs", learning_rate=2e-4, num_train_epochs=1)
-            trainer = Trainer(model, arguments, train_dataset=train_dataset)  # your tokenized data
+            trainer = Trainer(model, arguments, train_dataset=train_dataset)  # your prepared data
             trainer.train()
             model.save_pretrained("trained-adapter")
             """),
         _DROPOUT if corrects else _UNCORRECTED,
+        *(["## The backbone alone", _backbone(results)] if quantized and corrects else []),
         "## Merge",
         _WHERE_TO_MERGE if quantized else _MERGE_PLAIN,
-        _merging(results, here),
+        *([_MERGED_IN_PLACE] if quantized else []),
+        _merging(results),
+        *_another_head(results),
         "## Evaluate",
         _evaluation(results, here),
         "## Serve",
-        _serving(results),
+        serving(results),
     ]
     if results.settings.quant_type == "int8":
         parts.insert(3, _INT8)
@@ -105,6 +137,70 @@ def card(document: Document[QuantizeResults]) -> str:
     if any((layer.bits or in_file) < in_file for layer in all_layers(results)):
         parts.insert(3, _FEWER_BITS)
     return "\n\n".join(parts) + "\n"
+
+
+def _loading(results: QuantizeResults, here: str) -> str:
+    lines = [
+        "from pathlib import Path",
+        "",
+        "from peft import PeftModel",
+        f"from transformers import {auto_class(results)}",
+        "",
+        f"here = Path({quoted(here)}).resolve()",
+        f"model = {base_call(results, 'here')}",
+        *_keeping_layout(results, "model"),
+        'model = PeftModel.from_pretrained(model, here, subfolder="loftq_init", is_trainable=True)',
+        'model.peft_config["default"].base_model_name_or_path = str(here)',
+    ]
+    return _python("\n".join(lines))
+
+
+def _is_repacked(results: QuantizeResults) -> bool:
+    return is_quantized(results) and code_bits(results.settings.quant_type) == 4
+
+
+def _keeping_layout(results: QuantizeResults, model: str) -> list[str]:
+    if not _is_repacked(results):
+        return []
+    return [
+        f"for layer in {model}.modules():  # before anything else",
+        "    layer.support_avx512bf16_for_cpu = False",
+    ]
+
+
+def _backbone(results: QuantizeResults) -> str:
+    totals = results.totals
+    alone, together = totals.backbone_error_relative, totals.weight_error_relative
+    figures = ""
+    if alone is not None and together is not None:
+        figures = (
+            f" Without it the quantized weights are {units.percent(alone)} off those of the "
+            f"original, with it {units.percent(together)}."
+        )
+    return f"The adapter is part of this model.{figures}\n\n{_WITHOUT_ADAPTER}"
+
+
+def _another_head(results: QuantizeResults) -> list[str]:
+    if (auto_class(results), results.task_type) != ("AutoModelForCausalLM", "CAUSAL_LM"):
+        return []
+    own_code = ", trust_remote_code=True" if results.own_code else ""
+    lines = [
+        "from peft import LoraConfig, get_peft_model",
+        "from peft import get_peft_model_state_dict, set_peft_model_state_dict",
+        "from safetensors.torch import load_file",
+        "from transformers import AutoModelForSequenceClassification",
+        "",
+        "kind = AutoModelForSequenceClassification",
+        f"classifier = kind.from_pretrained(here, num_labels=2{own_code})",
+        *_keeping_layout(results, "classifier"),
+        'config = LoraConfig.from_pretrained(here, subfolder="loftq_init")',
+        'config.task_type, config.base_model_name_or_path = "SEQ_CLS", str(here)',
+        "classifier = get_peft_model(classifier, config)",
+        "state = get_peft_model_state_dict(classifier)",
+        'state |= load_file(here / "loftq_init" / "adapter_model.safetensors")',
+        "set_peft_model_state_dict(classifier, state)",
+    ]
+    return ["## Another head", _ANOTHER_HEAD, _python("\n".join(lines)), _HIDDEN_STATES]
 
 
 def _introduction(document: Document[QuantizeResults]) -> str:
@@ -168,15 +264,16 @@ def _figures(results: QuantizeResults) -> str:
     return "\n\n".join(parts)
 
 
-def _merging(results: QuantizeResults, here: str) -> str:
+def _merging(results: QuantizeResults) -> str:
+    base = base_call(results, "here")
     if not is_quantized(results):
         return _python(f"""
-            base = {base_call(results, quoted(here))}
+            base = {base}
             merged = PeftModel.from_pretrained(base, "trained-adapter").merge_and_unload()
             merged.save_pretrained("merged")
             """)
     lines = [
-        f"base = {base_call(results, quoted(here))}.dequantize()",
+        f"base = {base}.dequantize()",
         'merged = PeftModel.from_pretrained(base, "trained-adapter").merge_and_unload()',
     ]
     state = ""
@@ -196,7 +293,7 @@ def _merging(results: QuantizeResults, here: str) -> str:
 
 
 def _evaluation(results: QuantizeResults, here: str) -> str:
-    if results.task_type not in ("CAUSAL_LM", "SEQ_2_SEQ_LM"):
+    if results.task_type not in ("CAUSAL_LM", "SEQ_2_SEQ_LM") or not _has_tokenizer(results):
         return (
             "Compare its outputs with those of the original on inputs of your own, before and "
             "after training."
@@ -204,10 +301,10 @@ def _evaluation(results: QuantizeResults, here: str) -> str:
     arguments = shlex.quote(f"pretrained={here},peft={here}/loftq_init")
     return (
         "The loss on a text of yours, to be held against the original model's:\n\n"
-        + _python(f"""
+        + _python("""
             from transformers import AutoTokenizer
 
-            tokenizer = AutoTokenizer.from_pretrained({quoted(here)})
+            tokenizer = AutoTokenizer.from_pretrained(here)
             inputs = tokenizer(text, return_tensors="pt")  # your text
             loss = model(**inputs, labels=inputs["input_ids"]).loss
             """)
@@ -218,31 +315,10 @@ def _evaluation(results: QuantizeResults, here: str) -> str:
     )
 
 
-def _serving(results: QuantizeResults) -> str:
-    ranks = stored_ranks(results)
-    kind, more = "model", ""
-    converter = "llama.cpp converts the model and, on its own, the adapter."
-    if is_quantized(results):
-        kind = "pre-quantized bitsandbytes model"
-        more = " Pre-quantized bitsandbytes weights cannot be split over several GPUs there."
-        converter = "llama.cpp has no such container: merge as above, then convert."
-    if len(ranks) > 1:
-        more += (
-            " It ignores rank patterns, and this adapter has ranks that differ: for vLLM write it "
-            "with `loftq quantize --uniform-rank`, which pads them to one."
-        )
-    vllm = f"vLLM reads this directory as a {kind} and the adapter as a LoRA module"
-    lines = [
-        "- transformers with PEFT, and TRL: as above.",
-        f"- {vllm}; give it `--max-lora-rank {max(ranks)}`.{more}",
-        f"- {converter}",
-    ]
-    return "\n".join(
-        textwrap.fill(
-            line, 100, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
-        )
-        for line in lines
-    )
+def _has_tokenizer(results: QuantizeResults) -> bool:
+    """Whether one lies there, as far as the report says."""
+    names = [file.name for file in results.files]
+    return not names or any(name.startswith(("tokenizer", "vocab", "spiece")) for name in names)
 
 
 def _python(code: str) -> str:

@@ -42,7 +42,9 @@ class AdaptedLayer(Model):
     from that: `bits` with --target-bits, `rank` with --rank-budget.
 
     `bits` is what a code tells, whatever it takes in the file; the errors of outputs are of the
-    calibration's inputs and null without one. `stored_rank` counts the padding of --uniform-rank.
+    calibration's inputs and null without one. `backbone_error_relative` is what the stored weight
+    leaves without the adapter that it was chosen for. `stored_rank` counts the padding of
+    --uniform-rank.
     """
 
     name: str
@@ -54,6 +56,7 @@ class AdaptedLayer(Model):
     quantized_only_error_relative: float | None = None
     output_error_relative: float | None = None
     quantized_only_output_error_relative: float | None = None
+    backbone_error_relative: float | None = None
     iterations: int
     best_iteration: int | None = None
     error_curve: list[float] = []
@@ -120,6 +123,7 @@ class QuantizeTotals(Model):
     quantized_only_error_relative: float | None = None
     output_error_relative: float | None = None
     quantized_only_output_error_relative: float | None = None
+    backbone_error_relative: float | None = None
     stored_bits: float | None = None
     information_bits: float | None = None
     input_bytes: int

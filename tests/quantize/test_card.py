@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -10,20 +11,34 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+import transformers
+from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification, PeftModel
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from loftq_cli import schema
+from loftq_cli.checks.written.inputs import inputs_of
+from loftq_cli.models.auto_classes import auto_class
 from loftq_cli.models.spec import DEMO_DIRECTORY
 from loftq_cli.report import units
 from loftq_cli.report.card import card
 from loftq_cli.starts import STARTS
 from tests.cli import documents
 from tests.conftest import Outcome
-from tests.reload import reload
+from tests.reload import reload, weights
+from tests.zoo import ZOO
 
 
 def blocks(card: str) -> list[str]:
     return re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
+
+
+def with_score_left_alone(directory: Path) -> None:
+    """Until the list of what is not quantized names every head."""
+    path = directory / "config.json"
+    config = json.loads(path.read_text())
+    config["quantization_config"]["llm_int8_skip_modules"].append("score")
+    path.write_text(json.dumps(config))
 
 
 def test_load_train_merge_and_evaluate_as_the_readme_says(
@@ -32,7 +47,7 @@ def test_load_train_merge_and_evaluate_as_the_readme_says(
     monkeypatch.chdir(tmp_path)
     options = ("--rank", 8, "--iterations", 1, "--lora-alpha", 32)
     assert loftq("quantize", "-o", "out", *options).code == 0
-    load, train, merge, evaluate = blocks((tmp_path / "out/README.md").read_text())
+    load, train, merge, head, evaluate = blocks((tmp_path / "out/README.md").read_text())
 
     names: dict[str, Any] = {"text": "def main():\n    return 0\n"}
     exec(load, names)
@@ -56,6 +71,156 @@ def test_load_train_merge_and_evaluate_as_the_readme_says(
     error = (merged.double() - expected).abs().max() / expected.abs().max()
     assert float(error) < 2**-7
 
+    # A fresh head on the same layers with the same adapters, trained and saved with them.
+    with_score_left_alone(tmp_path / "out")
+    exec(head, names)
+    classifier = names["classifier"]
+    inputs = torch.tensor([tokens])
+    classifier(input_ids=inputs, labels=torch.tensor([1])).loss.backward()
+    assert classifier.base_model.model.score.modules_to_save["default"].weight.grad.any()
+    module = classifier.base_model.model.get_submodule(name)
+    started = untrained.model.base_model.model.get_submodule(name)
+    for which in ("lora_A", "lora_B"):
+        found = getattr(module, which)["default"].weight
+        assert torch.equal(found, getattr(started, which)["default"].weight)
+        assert found.grad is not None
+    classifier.save_pretrained("trained-classifier")
+    monkeypatch.chdir(tmp_path.parent)
+    again = AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "trained-classifier")
+    assert torch.equal(again.eval()(inputs).logits, classifier.eval()(inputs).logits)
+
+
+@pytest.fixture
+def demo(
+    tmp_path: Path, loftq: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
+) -> dict[str, Any]:
+    """What the code under "Load" makes of the demo model, in `out`, and then from elsewhere."""
+    monkeypatch.chdir(tmp_path)
+    assert loftq("quantize", "-o", "out", "--rank", 4, "--init", "pissa",
+                 "--iterations", 1).code == 0  # fmt: skip
+    names: dict[str, Any] = {}
+    exec(blocks(Path("out/README.md").read_text())[0], names)
+    Path("elsewhere").mkdir()
+    monkeypatch.chdir("elsewhere")
+    return names
+
+
+def test_what_was_trained_is_found_and_saved_from_any_folder(
+    demo: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Resized embeddings too, which PEFT saves where it can hold them against the backbone."""
+    load = blocks((tmp_path / "out/README.md").read_text())[0]
+    before, line, after = load.partition("model = PeftModel")
+    resized = f"{before}model.resize_token_embeddings(len(tokenizer))\n{line}{after}"
+    monkeypatch.chdir(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained("out")
+    tokenizer.add_tokens(["<new>"])
+    names: dict[str, Any] = {"tokenizer": tokenizer}
+    exec(resized, names)
+    monkeypatch.chdir("elsewhere")
+    model = names["model"]
+    tokens = torch.tensor([[5, 6, len(tokenizer) - 1, 7]])
+    model(input_ids=tokens, labels=tokens).loss.backward()
+    torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1).step()
+    with pytest.warns(UserWarning, match="the embedding layer has been resized"):
+        model.save_pretrained("trained")
+    tokenizer.save_pretrained("trained")
+    with safe_open("trained/adapter_model.safetensors", "pt") as file:
+        saved = {name for name in file.keys() if "lora_" not in name}  # noqa: SIM118
+    assert "base_model.model.transformer.wte.weight" in saved
+    Path("further").mkdir()
+    monkeypatch.chdir("further")
+    again = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "elsewhere" / "trained")
+    assert torch.equal(again.eval()(tokens).logits, model.eval()(tokens).logits)
+
+
+def test_a_pipeline_of_the_directory_has_no_adapter_and_one_of_the_model_has(
+    demo: dict[str, Any],
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(demo["here"])
+    alone = transformers.pipeline("text-generation", model=str(demo["here"]))
+    assert not any("lora_" in name for name, _ in alone.model.named_parameters())
+    whole = transformers.pipeline("text-generation", model=demo["model"], tokenizer=tokenizer)
+    tokens = torch.arange(12)[None] + 5
+    with torch.no_grad():
+        expected = demo["model"].eval()(tokens).logits
+        assert torch.equal(whole.model(tokens).logits, expected)
+        with demo["model"].disable_adapter():
+            assert torch.equal(demo["model"](tokens).logits, alone.model(tokens).logits)
+        assert not torch.allclose(alone.model(tokens).logits, expected, atol=0.1)
+
+
+def test_a_reference_is_the_untrained_adapter_a_second_time(demo: dict[str, Any]) -> None:
+    model, tokens = demo["model"], torch.arange(12)[None] + 5
+    with torch.no_grad():
+        expected = model.eval()(tokens).logits
+        model.load_adapter(demo["here"], "reference", subfolder="loftq_init")
+        for name, parameter in model.named_parameters():
+            if "lora_B.default" in name:
+                parameter.add_(0.1)
+        assert not torch.allclose(model(tokens).logits, expected, atol=0.1)
+        model.set_adapter("reference")
+        assert torch.equal(model(tokens).logits, expected)
+
+
+def test_the_backbone_alone_is_as_far_off_as_the_readme_says(
+    demo: dict[str, Any], tmp_path: Path
+) -> None:
+    original = weights(AutoModelForCausalLM.from_pretrained(DEMO_DIRECTORY))
+    loaded = reload(tmp_path / "out")
+    lost = sum(float((original[name] - Q).square().sum()) for name, Q in loaded.dequantized.items())
+    whole = sum(float(original[name].square().sum()) for name in loaded.dequantized)
+    text = " ".join((tmp_path / "out/README.md").read_text().split())
+    told = f"Without it the quantized weights are {units.percent((lost / whole) ** 0.5)} off"
+    assert told in text
+
+
+@pytest.mark.parametrize("dtype", ["auto", torch.bfloat16, torch.float16, torch.float32])
+def test_only_the_stored_dtype_runs(demo: dict[str, Any], dtype: Any) -> None:
+    """The demo is stored in bfloat16."""
+    model = AutoModelForCausalLM.from_pretrained(demo["here"], dtype=dtype)
+    model = PeftModel.from_pretrained(model, demo["here"], subfolder="loftq_init")
+    tokens = torch.arange(12)[None] + 5
+    with torch.no_grad():
+        if dtype in ("auto", torch.bfloat16):
+            assert torch.equal(model(tokens).logits, demo["model"].eval()(tokens).logits)
+        else:
+            with pytest.raises(RuntimeError, match="expected scalar type"):
+                model(tokens)
+
+
+@pytest.mark.parametrize("name", ["LLaVA", "Whisper", "BERT to BERT", "BERT, classifier", "T5"])
+@pytest.mark.filterwarnings("ignore:Version v4.12.0 introduces:FutureWarning")
+def test_every_block_runs_for_models_of_other_kinds(
+    name: str, tmp_path: Path, loftq: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    ZOO[name].build().save_pretrained("source")
+    outcome = loftq("quantize", "-m", "source", "-o", "out", "--rank", 4, "--iterations", 1)
+    assert outcome.code == 0, outcome.err
+    load, train, merge = blocks(Path("out/README.md").read_text())
+    names: dict[str, Any] = {}
+    exec(load, names)
+    model = names["model"]
+    inputs = inputs_of(model.get_base_model(), auto_class(model.get_base_model()))
+    given = {**inputs.tensors, **inputs.labels}
+    names["train_dataset"] = [{key: value[0] for key, value in given.items()}]
+    before = {key: value.clone() for key, value in model.state_dict().items() if "lora_B" in key}
+    exec(train.replace('"runs", ', '"runs", report_to=[], use_cpu=True, '), names)
+    after = model.state_dict()
+    moved = sum(not torch.equal(after[key], value) for key, value in before.items())
+    assert moved == len(before) - {"LLaVA": 6, "BERT to BERT": 1}.get(name, 0)
+
+    exec(merge, names)
+    opener = getattr(transformers, auto_class(model.get_base_model()))
+    merged = opener.from_pretrained("merged").eval()
+    assert type(merged) is type(model.get_base_model())
+    assert not hasattr(merged.config, "quantization_config")
+    with torch.no_grad():
+        expected, found = model.eval()(**given), merged(**given)
+    for key in ("logits", "loss"):
+        torch.testing.assert_close(found[key], expected[key], atol=1e-4, rtol=1e-4)
+
 
 def test_eight_bits_say_what_little_there_is_to_gain(
     tmp_path: Path, loftq: Callable[..., Outcome]
@@ -73,27 +238,51 @@ def card_of(**changes: Any) -> str:
     return " ".join(card(schema.document_of(data)).split())
 
 
-def test_ranks_that_differ_are_no_matter_but_for_vllm() -> None:
+def test_ranks_that_differ_are_no_matter_but_for_sglang() -> None:
     text = card_of()
     assert "NF4/NF2, 3.24 bits on average (blocks of 64, double quantization)" in text
     assert "a LoRA adapter of ranks 4 to 40." in text
-    assert "--max-lora-rank 40" in text
-    assert "It ignores rank patterns" in text
-    assert "--uniform-rank" in text
+    assert "--max-lora-rank 64" in text
+    assert "SGLang ignores rank patterns and alpha patterns, and would" in text
+    assert "write the directory with `--uniform-rank`." in text
     assert "3.46 bits of information a weight, stored in 4.13" in text
     assert "| weight error | 9.36 % → 7.02 % with the adapter (25.0 % of it removed) |" in text
     assert "| output error | 5.00 % → 2.00 % with the adapter (60.0 % of it removed) |" in text
     assert "calibration text (4,096 tokens)" in text
 
 
-def test_padded_ranks_are_one_for_vllm() -> None:
+@pytest.mark.parametrize(
+    ("rank", "told"),
+    [
+        (1, "`--max-lora-rank 1`"),
+        (9, "`--max-lora-rank 16`"),
+        (257, "`--max-lora-rank 320`"),
+        (512, "`--max-lora-rank 512`"),
+        (513, "but no adapter of a rank above 512."),
+    ],
+)
+def test_vllm_takes_some_ranks(rank: int, told: str) -> None:
+    data = copy.deepcopy(documents.ALL["quantize"])
+    for layer in data["results"]["layers"]:
+        layer["rank"] = rank
+    text = " ".join(card(schema.document_of(data)).split())
+    assert told in text
+    assert "vllm-bnb-plugin" in text
+    assert "SGLang" not in text
+    data["results"]["settings"]["rslora"] = True
+    text = " ".join(card(schema.document_of(data)).split())
+    assert "SGLang ignores rsLoRA, and would" in text
+    assert "without `--rslora`." in text
+
+
+def test_padded_ranks_are_one_for_sglang() -> None:
     data = copy.deepcopy(documents.ALL["quantize-calibrated"])
     for layer in data["results"]["layers"]:
         layer["stored_rank"] = 64
     text = " ".join(card(schema.document_of(data)).split())
     assert "ranks 4 to 40, padded to 64 where B is zero." in text
     assert "--max-lora-rank 64`" in text
-    assert "rank pattern" not in text
+    assert "SGLang" not in text
 
 
 @pytest.mark.parametrize("init", STARTS)
@@ -115,7 +304,7 @@ def test_what_was_not_quantized_is_loaded_and_merged_like_any_model(
     assert "its weights as they were" in text
     for word in ("quantiz", "dequantize", "nf4", "error"):
         assert word not in text.lower()
-    load, _, merge, _ = blocks(text)
+    load, _, merge, _, _ = blocks(text)
     names: dict[str, Any] = {}
     exec(load, names)
     names["model"].save_pretrained("trained-adapter")
