@@ -163,9 +163,9 @@ def _untrained(model: Any, inputs: dict[str, torch.Tensor], unreached: str | Non
     """Adapters that one step of training gives no gradient, or why there is no step."""
     try:
         outputs = model.train()(**_as(model.get_base_model(), inputs))
-        loss = outputs.loss if "labels" in inputs or "start_positions" in inputs else None
+        loss = outputs.get("loss")
         if loss is None:
-            loss = sum(each.float().square().mean() for each in outputs.to_tuple())
+            loss = sum(each.square().mean() for each in _floats(outputs.to_tuple()))
         loss.backward()
     except Exception as error:
         yield f"no step of training: {first_line(error)}"
@@ -182,21 +182,29 @@ def _untrained(model: Any, inputs: dict[str, torch.Tensor], unreached: str | Non
 
 
 def _labels(entry: Entry, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """What this class calls the right answers."""
+    """What this class calls the right answers; nothing where any number in its outputs will do."""
     name = entry.model_class
     if name.endswith("ForQuestionAnswering"):
         return {"start_positions": torch.tensor([1, 2]), "end_positions": torch.tensor([3, 3])}
-    if name.endswith(("ForSequenceClassification", "ForImageClassification")):
-        return {"labels": torch.tensor([0, 2])}
-    if name.endswith("ForTokenClassification"):
-        return {"labels": inputs["input_ids"] % 3}
-    if name.endswith("ForPreTraining"):
-        return {"labels": inputs["input_ids"] % 2}
+    if name.endswith("Classification") and not name.endswith("ForTokenClassification"):
+        return {"labels": torch.tensor([0, 1])}
     if name.endswith("ForCTC"):
         return {"labels": torch.tensor([[5, 6, 7], [8, 9, 10]])}
-    if name.endswith("Model") and not name.endswith(("LMHeadModel", "MTModel", "DecoderModel")):
-        return {}
-    return {"labels": inputs.get("decoder_input_ids", inputs.get("input_ids")).contiguous()}
+    tokens = inputs.get("decoder_input_ids", inputs.get("input_ids"))
+    if tokens is not None and name.endswith(("ForTokenClassification", "ForPreTraining")):
+        return {"labels": tokens % 2}
+    generates = ("LM", "LMHeadModel", "MTModel", "DecoderModel", "ForConditionalGeneration")
+    if tokens is not None and name.endswith(generates):
+        return {"labels": tokens.contiguous()}
+    return {}
+
+
+def _floats(outputs: Any) -> Iterator[torch.Tensor]:
+    for output in outputs:
+        if isinstance(output, tuple):
+            yield from _floats(output)
+        elif isinstance(output, torch.Tensor) and output.is_floating_point():
+            yield output.float()
 
 
 def _as(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -206,11 +214,11 @@ def _as(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> dict[str, to
 def _first(outputs: Any) -> torch.Tensor:
     """The logits, or what stands for them in a model without."""
     logits = outputs.get("logits", outputs.get("start_logits"))
-    return outputs.to_tuple()[0] if logits is None else logits
+    return next(_floats(outputs.to_tuple())) if logits is None else logits.float()
 
 
 def _error(wanted: torch.Tensor, found: torch.Tensor) -> float:
-    return float((wanted - found).float().norm() / wanted.float().norm())
+    return float((wanted - found).norm() / wanted.norm())
 
 
 @contextmanager

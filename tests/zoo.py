@@ -158,6 +158,7 @@ WAVEFORM = {
     "num_conv_pos_embeddings": 16,
     "num_conv_pos_embedding_groups": 4,
     "mask_time_prob": 0.0,
+    "layerdrop": 0.0,
 }
 BERT_PARTS = {"model_type": "bert", **BERT_LIKE}
 
