@@ -1,0 +1,63 @@
+"""Every architecture of the zoo, a line each.
+
+python -m tests.zoo
+python -m tests.zoo "Llama 4" Mamba          # these
+python -m tests.zoo --write README.md        # all, as the table between the README's marks
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+
+import torch
+
+from tests.zoo import ZOO
+from tests.zoo.proof import Outcome, outcome_of
+
+BEGIN, END = "<!-- python -m tests.zoo --write README.md -->\n", "<!-- end -->\n"
+_HEADER = """\
+| architecture | class | adapters | outputs off: without | with |
+|---|---|---:|---:|---:|
+"""
+
+
+def row(name: str, outcome: Outcome) -> str:
+    """A line of the README's table."""
+    model_class = ZOO[name].model_class
+    if outcome.refused is not None:
+        return f"| {name} | {model_class} | refused: {outcome.refused} | | |\n"
+    errors = f"{outcome.backbone:.0%} | {outcome.together:.1%}"
+    return f"| {name} | {model_class} | {outcome.adapters} | {errors} |\n"
+
+
+def rows_of(readme: Path) -> list[str]:
+    """The lines of the table in a README."""
+    table = readme.read_text("utf-8").partition(BEGIN)[2].partition(END)[0]
+    return table.removeprefix(_HEADER).splitlines(keepends=True)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="*", help="of the zoo; all without")
+    parser.add_argument("--write", type=Path, help="a README whose table is replaced")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    rows, amiss = [], 0
+    for name in options.names or ZOO:
+        with tempfile.TemporaryDirectory() as directory:
+            outcome = outcome_of(name, Path(directory))
+        rows.append(row(name, outcome))
+        print(rows[-1], *(f"    {what}\n" for what in outcome.amiss), sep="", end="", flush=True)
+        amiss += bool(outcome.amiss)
+    if options.write is not None:
+        text = options.write.read_text("utf-8")
+        before, _, rest = text.partition(BEGIN)
+        table = BEGIN + _HEADER + "".join(rows) + END
+        options.write.write_text(before + table + rest.partition(END)[2], "utf-8")
+    return int(amiss > 0)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
