@@ -32,8 +32,10 @@ UNREACHED = {
     "BigBird": "bert.pooler",
     "DeepSeek-V3.2": ".indexer.",  # it chooses tokens, which has no gradient
     "LED": "_global.",
+    "LLaVA": "vision_tower.encoder.layers.1.",  # the last but one is what it looks at
     "LayoutLM, tokens": "layoutlm.pooler.",
     "Longformer": "_global.",
+    "MusicGen, decoder": ".encoder_attn.",
     "NLLB-MoE": ".experts.",
     "Gemma 3, images": "vision_tower.head.",
     "PaliGemma": "vision_tower.head.",

@@ -18,18 +18,18 @@ from tests.zoo.proof import Outcome, outcome_of
 
 BEGIN, END = "<!-- python -m tests.zoo --write README.md -->\n", "<!-- end -->\n"
 _HEADER = """\
-| architecture | class | adapters | outputs off: without | with |
-|---|---|---:|---:|---:|
+| architecture | class | in 4 bits | adapters | off without | with |
+|---|---|---:|---:|---:|---:|
 """
 
 
 def row(name: str, outcome: Outcome) -> str:
     """A line of the README's table."""
-    model_class = ZOO[name].model_class
+    begin = f"| {name} | {ZOO[name].model_class} |"
     if outcome.refused is not None:
-        return f"| {name} | {model_class} | refused: {outcome.refused} | | |\n"
-    errors = f"{outcome.backbone:.0%} | {outcome.together:.1%}"
-    return f"| {name} | {model_class} | {outcome.adapters} | {errors} |\n"
+        return f"{begin} refused: {outcome.refused} | | | |\n"
+    errors = f"{outcome.without:.0%} | {outcome.together:.1%}"
+    return f"{begin} {outcome.quantized} | {outcome.adapted} | {errors} |\n"
 
 
 def rows_of(readme: Path) -> list[str]:
