@@ -9,12 +9,9 @@ from __future__ import annotations
 import errno
 import importlib
 import os
-import signal
 import sys
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
-from types import FrameType
+from collections.abc import Sequence
+from contextlib import suppress
 from typing import Annotated, Any, cast
 
 import typer
@@ -24,6 +21,7 @@ from loftq_cli import __version__
 from loftq_cli.commands.run import Invocation
 from loftq_cli.console import Console
 from loftq_cli.errors import DoesNotFit, LoftqError
+from loftq_cli.signals import Signals, Terminated
 
 # Each with its line in `loftq --help`. A command is the function of its name, in the module of its
 # name in `loftq_cli.commands`.
@@ -122,10 +120,6 @@ def _root(
         raise typer.Exit(2)
 
 
-class Terminated(BaseException):
-    """SIGTERM arrived. Like KeyboardInterrupt it passes `except Exception` and runs `finally`."""
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command line and returns its exit code."""
     if "_LOFTQ_COMPLETE" in os.environ:
@@ -135,12 +129,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     arguments = list(sys.argv[1:] if argv is None else argv)
     console = Console()
+    signals = Signals()
     try:
-        with _signals_raise():
-            return _dispatch(arguments, console)
+        with signals:
+            code = _dispatch(arguments, console)
+            # Some library swallowed it; whoever sent it must not take this for a finished run.
+            return code if signals.heard is None else _explain(signals.heard, arguments, console)
     except BaseException as error:
-        # The traceback, if any is wanted, goes first: what helps stands last.
-        return _explain(error, arguments, console)
+        # Once a signal was heard, an error is what some library made of it.
+        return _explain(signals.heard or error, arguments, console)
     finally:
         _flush()
 
@@ -171,7 +168,7 @@ def _explain(error: BaseException, arguments: list[str], console: Console) -> in
             return 0
         if isinstance(error, SystemExit):
             return int(error.code or 0)
-    console.trace()
+    console.trace()  # if it is wanted; before the rest, since what helps stands last
     if isinstance(error, LoftqError):
         console.error(error.what, error.cause, error.hint)
         return error.exit_code
@@ -199,42 +196,8 @@ def _explain(error: BaseException, arguments: list[str], console: Console) -> in
     return 1
 
 
-# A signal whose exception was dropped is sent again after this time.
-_RESEND_SECONDS = 0.05
-
 # What the parser raises. The class has no public name of its own; its public child has.
 _PARSE_ERROR: Any = typer.BadParameter.__base__
-
-
-@contextmanager
-def _signals_raise() -> Iterator[None]:
-    """Turns the first SIGTERM into `Terminated`, so that staged files are cleaned up.
-
-    Python drops an exception that a signal's handler raises while an object is being collected.
-    The signal is then sent again, a moment later.
-    """
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        raise Terminated
-
-    def resend(dropped: sys.UnraisableHookArgs) -> None:
-        if dropped.exc_type not in (KeyboardInterrupt, Terminated):
-            hook(dropped)
-            return
-        number = signal.SIGINT
-        if dropped.exc_type is Terminated:
-            number = signal.SIGTERM
-            signal.signal(number, handle)
-        threading.Timer(_RESEND_SECONDS, os.kill, (os.getpid(), number)).start()
-
-    hook, sys.unraisablehook = sys.unraisablehook, resend
-    before = signal.signal(signal.SIGTERM, handle)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-        sys.unraisablehook = hook
 
 
 def _flush() -> None:

@@ -22,7 +22,7 @@ MODULES = sorted(ROOT.rglob("*.py"))
 MAY_IMPORT = {
     "__init__": "api",
     "__main__": "cli",
-    "cli": "commands console errors",
+    "cli": "commands console signals errors",
     "api": "record engines checks schema options formats libraries errors",
     "commands": (
         "api record engines checks containers models checkpoint core report hardware console "
@@ -44,6 +44,7 @@ MAY_IMPORT = {
     "hardware": "errors",
     "libraries": "errors",
     "console": "record report.escape errors",
+    "signals": "",
     "report": "schema options starts formats errors",
     "schema": "starts formats errors",
     "options": "formats errors",

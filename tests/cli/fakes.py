@@ -88,6 +88,26 @@ def deaf(run: Run, number: int) -> None:
     time.sleep(30)
 
 
+@command("load", how=option(str))
+def swallowing(run: Run, how: str) -> None:
+    """Get a signal in code that catches whatever is raised, as some libraries do on import."""
+    try:
+        os.kill(os.getpid(), int(os.environ["NUMBER"]))
+        time.sleep(1)
+    except BaseException as error:
+        if how == "other":
+            raise ImportError("no module of this name") from error
+    if how == "finishes":
+        finish(run, "demo")
+        return
+    try:
+        time.sleep(30)
+    finally:
+        # Long enough to be sent another one, which must not get in here.
+        time.sleep(0.3)
+        os.write(2, b"cleaned up\n")
+
+
 FAILURES = {
     "loftq": LoftqError("it broke", cause="it was old", hint="loftq load --model demo"),
     "bare": LoftqError("it broke"),
@@ -122,7 +142,8 @@ def nan(run: Run) -> None:
 
 
 COMMANDS = {
-    name: f"The {name} fake." for name in ("noisy", "sleepy", "deaf", "failing", "late", "nan")
+    name: f"The {name} fake."
+    for name in ("noisy", "sleepy", "deaf", "swallowing", "failing", "late", "nan")
 }
 # Where `loftq` looks for commands of these names.
 for _name in COMMANDS:

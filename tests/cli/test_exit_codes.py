@@ -157,7 +157,55 @@ def test_a_signal_that_nobody_heard_is_sent_again(
     assert (done.returncode, done.stdout, done.stderr) == (code, "", message)
 
 
-def test_the_handler_for_sigterm_is_put_back(loftq: Callable[..., Any]) -> None:
-    before = signal.getsignal(signal.SIGTERM)
+@pytest.mark.parametrize(
+    ("how", "number", "code", "message"),
+    [
+        ("on", signal.SIGINT, 130, "cleaned up\nerror: interrupted\n"),
+        ("on", signal.SIGTERM, 143, "cleaned up\nerror: terminated\n"),
+        ("other", signal.SIGINT, 130, "error: interrupted\n"),
+        ("finishes", signal.SIGINT, 130, "error: interrupted\n"),
+    ],
+)
+def test_a_signal_that_a_library_swallowed(
+    how: str, number: signal.Signals, code: int, message: str
+) -> None:
+    done = subprocess.run(
+        [sys.executable, FAKES, "swallowing", "--json", "--how", how],
+        capture_output=True,
+        text=True,
+        timeout=25,  # it would sleep for longer
+        env={key: value for key, value in os.environ.items() if key != "LOFTQ_DEBUG"}
+        | {"NUMBER": str(int(number))},
+    )
+    assert (done.returncode, done.stderr) == (code, message)
+
+
+def test_ctrl_c_while_libraries_are_imported() -> None:
+    for wait in (0.4, 0.7, 1.0):
+        process = subprocess.Popen(
+            [sys.executable, "-m", "loftq_cli", "compare", "--json"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={key: value for key, value in os.environ.items() if key != "LOFTQ_DEBUG"},
+        )
+        time.sleep(wait)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+        assert (process.returncode, out, err) == (130, "", "error: interrupted\n"), wait
+
+
+def test_a_signal_that_is_ignored_stays_ignored() -> None:
+    """A shell script starts what it sends to the background with SIGINT ignored."""
+    line = "import os, sys; from loftq_cli.signals import Signals\nwith Signals() as signals:\n"
+    line += "    os.kill(os.getpid(), 2)\nsys.exit(signals.heard is not None)"
+    command = 'trap "" INT; exec "$@"'
+    done = subprocess.run(["sh", "-c", command, "sh", sys.executable, "-c", line], timeout=25)
+    assert done.returncode == 0
+
+
+def test_the_handlers_are_put_back(loftq: Callable[..., Any]) -> None:
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [*map(signal.getsignal, numbers), sys.unraisablehook]
     loftq("--version")
-    assert signal.getsignal(signal.SIGTERM) is before
+    assert [*map(signal.getsignal, numbers), sys.unraisablehook] == before
