@@ -43,6 +43,7 @@ def quantize(
     max_memory: int | str | None = None,
     seed: int = 0,
     dry_run: bool = False,
+    preflight: bool = False,
     resume: bool = False,
     force: bool = False,
     verify: bool = False,
@@ -136,6 +137,10 @@ def run_quantize(asked: QuantizeOptions, record: Record) -> tuple[Report, Verify
                 f"--max-memory counts memory of the CPU: not with --device {asked.device}",
                 hint="--device cpu",
             )
+    if asked.preflight and not asked.dry_run:
+        raise UsageError(
+            "--preflight is for --dry-run", cause="a run always asks", hint="leave it out"
+        )
     from loftq_cli.engines.job import Job, foresee_directory, make_directory
     from loftq_cli.engines.settings import settings_of
 
@@ -143,7 +148,16 @@ def run_quantize(asked: QuantizeOptions, record: Record) -> tuple[Report, Verify
     if settings.container.warning is not None:
         record.warn(settings.container.warning)
     if asked.dry_run:
-        return foresee_directory(asked.model, settings, limit, record, asked.output), None
+        foreseen = foresee_directory(
+            asked.model,
+            settings,
+            limit,
+            record,
+            asked.output,
+            preflight=asked.preflight,
+            trust_remote_code=asked.trust_remote_code,
+        )
+        return foreseen, None
     assert asked.output is not None
     job = Job(
         model=asked.model,

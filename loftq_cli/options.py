@@ -81,6 +81,7 @@ class QuantizeOptions(Options):
     max_memory: str | int | None = None
     seed: int = 0
     dry_run: bool = False
+    preflight: bool = False
     resume: bool = False
     force: bool = False
     verify: bool = False
@@ -105,6 +106,7 @@ class SweepOptions(Options):
     error: bool = False
     calibration_text: Path | None = None
     device: str = "auto"
+    preflight: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

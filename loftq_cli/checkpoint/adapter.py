@@ -46,7 +46,7 @@ def adapter_config(
     rank: int,
     lora_alpha: float,
     use_rslora: bool,
-    target_modules: list[str],
+    target_modules: list[str] | str,
     rank_pattern: dict[str, int],
     alpha_pattern: dict[str, float],
     fan_in_fan_out: bool,

@@ -56,7 +56,7 @@ def _cast(header: Header, info: TensorInfo) -> Iterator[torch.Tensor]:
             raise InvalidSetting(
                 f"{shown(info.name)} does not fit into {name}",
                 cause=f"it has values as large as {largest:.3g}, and {name} ends at {most:.5g}",
-                hint="leave --dtype out, or take --dtype bfloat16",
+                hint="--dtype bfloat16 or --dtype float32",
             )
         yield cast
 

@@ -177,6 +177,12 @@ OPTIONS = {
     "error": option(
         bool, "--error", help="Read the weights and measure the LoftQ error at every rank."
     ),
+    "preflight": option(
+        bool,
+        "--preflight",
+        help="Ask the model class, the library that loads it and PEFT which layers they take, "
+        "instead of going by names: some seconds.",
+    ),
     # --- output ----------------------------------------------------------------------------------
     "output": option(Path | None, "--output", "-o", metavar="DIR", help="The directory to write."),
     "dry_run": option(bool, "--dry-run", help="Say what would be written; write nothing."),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
 from loftq_cli.commands.run import Run, command
@@ -62,9 +63,20 @@ def sweep_ranks(run: Run, asked: SweepOptions) -> None:
     container = settings.container
     _require_meaning(asked, container)
     with run.timing("resolve"):
-        found = fetch_model(asked.model) if asked.error else find_model(asked.model, run.note)
+        if asked.error:
+            found = fetch_model(asked.model)
+        else:
+            found = find_model(asked.model, run.note, with_headers=asked.preflight)
     run.resolved("model", found.identity.source, found.reason)
-    planned = make_plan(found.outline.inventory, settings).layers
+    if asked.preflight:
+        from loftq_cli.engines.preflight import ask_found, outline_asked
+
+        with run.timing("plan"):
+            plan = ask_found(found, settings).plan
+        found = replace(found, outline=outline_asked(found.outline, plan))
+    else:
+        plan = make_plan(found.outline.inventory, settings)
+    planned = plan.layers
     _warn_of_large_ranks(run, planned, wanted)
     measured, calibration = None, None
     if asked.error:
@@ -83,6 +95,7 @@ def sweep_ranks(run: Run, asked: SweepOptions) -> None:
     outcome = verdict(costs, plain_error, vram_bytes, plain_output_error)
     results = SweepRanksResults(
         architecture=found.outline.architecture,
+        counted_by="class" if asked.preflight else "names",
         base_parameters=found.outline.parameters,
         quantized_parameters=sum(each.layer.parameters * container.quantizes for each in planned),
         modules=sum(each.adapted for each in planned),

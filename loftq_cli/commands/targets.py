@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from loftq_cli.commands.run import Run, command
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
 
 
 @command("targets")
-def targets(run: Run, model: str = "demo", rank: int = 16) -> None:
+def targets(run: Run, model: str = "demo", rank: int = 16, preflight: bool = False) -> None:
     """
     \b
     loftq targets --model gpt2
@@ -22,7 +23,8 @@ def targets(run: Run, model: str = "demo", rank: int = 16) -> None:
 
     Lists every kind of linear layer, the target presets in this model's own names with what they
     would train, and what is skipped with the reason. Only configs and headers are read, and
-    well-known models need no files at all.
+    well-known models need no files at all. Layers are told by their names and shapes; with
+    --preflight the model class, its loader and PEFT are asked, as `loftq quantize` asks them.
     """
     from loftq_cli.models import presets
     from loftq_cli.models.costs import trainable_parameters
@@ -31,13 +33,22 @@ def targets(run: Run, model: str = "demo", rank: int = 16) -> None:
     from loftq_cli.schema import LayerKind, TargetsResults
 
     with run.timing("resolve"):
-        found = find_model(model, run.note)
+        found = find_model(model, run.note, with_headers=preflight)
     run.resolved("model", found.identity.source, found.reason)
     outline = found.outline
+    if preflight:
+        from loftq_cli.engines.preflight import ask_found, outline_asked
+        from loftq_cli.engines.settings import Settings
+
+        with run.timing("plan"):
+            plan = ask_found(found, Settings(rank=1)).plan
+        outline = outline_asked(outline, plan)
+    outline = replace(outline, inventory=outline.inventory.adaptable())
     # Attention before the feed-forward part, in before out, and last what has no role.
     groups = sorted(kinds(outline.layers), key=lambda kind: (not _roles(kind), _roles(kind)))
     results = TargetsResults(
         architecture=outline.architecture,
+        counted_by="class" if preflight else "names",
         base_parameters=outline.parameters,
         rank=rank,
         layers=[

@@ -84,9 +84,9 @@ def allocate(
     if settings.rank_budget:
         layers = _with_ranks(layers, found, settings)
     changed = {planned.layer.module: planned for planned in layers}
-    return Plan(
-        settings,
-        tuple(
+    return replace(
+        plan,
+        tasks=tuple(
             replace(
                 task,
                 entries=tuple(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -17,7 +18,8 @@ from loftq_cli.engines import estimates, output
 from loftq_cli.engines.allocation import allocate
 from loftq_cli.engines.fingerprint import digest, fingerprint, require_unchanged, state
 from loftq_cli.engines.local import run_tasks
-from loftq_cli.engines.plan import Plan, make_plan
+from loftq_cli.engines.plan import NOT_A_TARGET, Plan, make_plan
+from loftq_cli.engines.preflight import Asked, ask, ask_found
 from loftq_cli.engines.report_file import (
     Report,
     finished_run,
@@ -130,10 +132,7 @@ def make_directory(job: Job, record: Record) -> Made:
             plan,
             ready.checkpoint,
             output=str(job.output),
-            architecture=ready.architecture.class_name,
-            auto_class=ready.architecture.auto_class,
-            own_code=ready.architecture.own_code,
-            task_type=ready.architecture.task_type,
+            **_described(ready.architecture),
             outcomes=[outcome for result in done for outcome in result.outcomes],
             files=output.written_files(staging),
             not_copied=ready.beside.left_out,
@@ -149,25 +148,54 @@ def make_directory(job: Job, record: Record) -> Made:
 
 
 def foresee_directory(
-    spec: str, settings: Settings, memory_limit: int | None, record: Record, output: Path | None
+    spec: str,
+    settings: Settings,
+    memory_limit: int | None,
+    record: Record,
+    output: Path | None,
+    *,
+    preflight: bool = False,
+    trust_remote_code: bool = False,
 ) -> Report:
-    """What a run would give, estimated. Reads headers and config only, and imports no torch."""
+    """What a run would give, estimated. Reads headers and config only.
+
+    Without ``preflight`` what is a layer is told by names and shapes, and no torch is imported;
+    with it the model class, its loader and PEFT are asked as a run asks them.
+    """
     found = find_model(spec, record.note, with_headers=True)
     record.resolved("model", found.identity.source, found.reason)
     assert found.checkpoint is not None
     assert found.config is not None
     checkpoint = found.checkpoint.cast(settings.dtype)
-    plan = make_plan(linear_layers(checkpoint.infos, found.config), settings)
+    described: dict[str, Any]
+    if preflight:
+        with record.timing("plan"):
+            asked = ask_found(found, settings, trust_remote_code=trust_remote_code)
+        _tell(asked, record)
+        plan, checkpoint, architecture, _ = asked
+        described = _described(architecture)
+    else:
+        plan = make_plan(linear_layers(checkpoint.infos, found.config), settings)
+        described = {"architecture": found.outline.architecture, "counted_by": "names"}
     memory = _plan_memory(plan, memory_limit, record)
     results = quantize_results(
         plan,
         checkpoint,
         output="" if output is None else str(output),
-        architecture=found.outline.architecture,
+        **described,
         seconds=estimates.seconds(plan),
         peak_memory_bytes=memory.peak_bytes,
     )
     return record.document(results, model=found.identity)
+
+
+def _described(architecture: Architecture) -> dict[str, Any]:
+    """What the results say of the model class."""
+    return {
+        "architecture": architecture.class_name,
+        "auto_class": architecture.auto_class,
+        "task_type": architecture.task_type,
+    }
 
 
 def _prepare(job: Job, record: Record) -> _Prepared:
@@ -178,18 +206,16 @@ def _prepare(job: Job, record: Record) -> _Prepared:
         refuse_quantized(found.directory, config)
         checkpoint = open_checkpoint(found.directory).cast(job.settings.dtype)
     with record.timing("plan"):
-        from loftq_cli.models.architecture import read_architecture
-
         device = _choose_device(job, record)
-        architecture = read_architecture(
-            found.directory, config, trust_remote_code=job.trust_remote_code
+        asked = ask(
+            found.directory,
+            config,
+            checkpoint,
+            job.settings,
+            trust_remote_code=job.trust_remote_code,
         )
-        if unused := architecture.require_weights(checkpoint.infos):
-            record.warn(
-                f"{len(unused)} tensors belong to nothing in {architecture.class_name} and are "
-                f"only copied, {unused[0]} among them"
-            )
-        plan = make_plan(architecture.inventory(checkpoint.infos), job.settings)
+        _tell(asked, record)
+        plan, checkpoint, architecture, _ = asked
         memory = _plan_memory(plan, job.memory_limit, record)
     beside = _beside(job, found, checkpoint, record)
     return _Prepared(job, found, config, checkpoint, architecture, device, plan, memory, beside)
@@ -210,6 +236,19 @@ def _beside(job: Job, found: ResolvedModel, checkpoint: Checkpoint, record: Reco
             f"not copied: {first}{more}; not_copied in the report lists all that was left out"
         )
     return beside
+
+
+def _tell(asked: Asked, record: Record) -> None:
+    """What someone who expected otherwise should hear before the run."""
+    if unused := asked.unused:
+        record.warn(
+            f"{len(unused)} tensors belong to nothing in {asked.architecture.class_name} and are "
+            f"only copied, {unused[0]} among them"
+        )
+    reasons = Counter(each.reason for each in asked.plan.layers)
+    for reason, count in reasons.items():
+        if reason not in ("", NOT_A_TARGET):
+            record.warn(f"no adapter on {units.plural(count, 'layer')}: {reason}")
 
 
 def _choose_device(job: Job, record: Record) -> str:

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from loftq_cli.checkpoint.adapter import (
     ADAPTER_CONFIG,
     ADAPTER_DIRECTORY,
     ADAPTER_NAME,
-    adapter_config,
     adapter_part,
 )
 from loftq_cli.checkpoint.index import INDEX_FILE, Checkpoint
@@ -25,7 +23,8 @@ from loftq_cli.checkpoint.writer import (
     write_bytes_atomically,
     write_safetensors,
 )
-from loftq_cli.engines.plan import Plan, PlannedLayer
+from loftq_cli.engines.adapter_settings import adapter_settings
+from loftq_cli.engines.plan import Plan
 
 if TYPE_CHECKING:
     from loftq_cli.models.architecture import Architecture
@@ -39,10 +38,17 @@ def join_adapter(
     architecture: Architecture,
     base_model: str,
 ) -> None:
-    """Joins the tasks' shares to one `adapter_model.safetensors`, tensor by tensor."""
+    """Joins the tasks' shares to one `adapter_model.safetensors`, tensor by tensor.
+
+    After them come the heads that PEFT trains beside the adapter, as they are in the checkpoint.
+    """
+    tensors_of = {
+        parameter: tensor
+        for tensor, parameter in architecture.parameters_of(checkpoint.tensors).items()
+    }
     heads = {
-        f"base_model.model.{parameter}": checkpoint.tensors[tensor]
-        for tensor, parameter in architecture.trained_heads(checkpoint.tensors).items()
+        f"base_model.model.{parameter}": checkpoint.tensors[tensors_of[parameter]]
+        for parameter in plan.trained_heads
     }
 
     def tensors() -> Iterator[tuple[str, memoryview | bytes]]:
@@ -64,48 +70,8 @@ def join_adapter(
         )
     for task in plan.tasks:
         staging.path(adapter_part(task.file_name)).unlink(missing_ok=True)
-    settings = plan.settings
-    adapted = [planned for planned in plan.layers if planned.adapted]
-    # Ranks that are all the same, though another than was asked for, need no pattern.
-    same = {planned.stored_rank for planned in adapted}
-    rank = same.pop() if len(same) == 1 else settings.rank
-    others = {
-        _pattern(planned.layer.module, adapted): planned.stored_rank
-        for planned in adapted
-        if planned.stored_rank != rank
-    }
-    config = adapter_config(
-        base_model=base_model,
-        task_type=architecture.task_type,
-        rank=rank,
-        lora_alpha=settings.alpha_of(rank),
-        use_rslora=settings.use_rslora,
-        target_modules=_target_modules(plan, architecture),
-        rank_pattern=others,
-        alpha_pattern={name: settings.alpha_of(other) for name, other in others.items()},
-        fan_in_fan_out=not settings.container.quantizes
-        and any(planned.layer.transposed for planned in adapted),
-    )
+    config = adapter_settings(plan, architecture, base_model)
     write_json(staging, f"{ADAPTER_DIRECTORY}/{ADAPTER_CONFIG}", config)
-
-
-def _pattern(module: str, adapted: Sequence[PlannedLayer]) -> str:
-    """What PEFT finds this module by, and no other that is adapted: its path where that will do.
-
-    PEFT takes a key for a regular expression that the end of a path has to match, so the path of
-    one module may be found in that of another (`layers.0.fc1` in `vision.layers.0.fc1`).
-    """
-    rule = re.compile(rf"(.*\.)?({module})")
-    found = [each.layer.module for each in adapted if rule.fullmatch(each.layer.module)]
-    return module if found == [module] else f"^{re.escape(module)}"
-
-
-def _target_modules(plan: Plan, architecture: Architecture) -> list[str]:
-    """The adapted modules: the ends of their names where those say it all, else whole paths."""
-    adapted = {planned.layer.module for planned in plan.layers if planned.adapted}
-    ends = {name.rpartition(".")[2] for name in adapted}
-    hit = {name for name in architecture.module_names if name.rpartition(".")[2] in ends}
-    return sorted(ends if hit == adapted else adapted)
 
 
 def write_model_files(
@@ -133,7 +99,7 @@ def write_model_files(
         write_json(staging, INDEX_FILE, index)
     container = plan.settings.container
     if container.quantizes:
-        skipped = architecture.skip_modules([planned.layer for planned in plan.layers])
+        skipped = architecture.skip_modules(planned.layer.module for planned in plan.layers)
         dtypes = [planned.layer.dtype for planned in plan.layers]
         quantization = container.quantization_config(skipped, max(set(dtypes), key=dtypes.count))
         config = {**config, "quantization_config": quantization}

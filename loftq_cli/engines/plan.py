@@ -8,8 +8,8 @@ process or many, and again after a crash.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from loftq_cli.checkpoint import adapter
 from loftq_cli.checkpoint.writer import PlannedTensor
@@ -20,15 +20,21 @@ from loftq_cli.errors import InvalidSetting, UnknownTargetModule, UnsupportedMod
 from loftq_cli.formats import ALL_LINEAR
 from loftq_cli.models.layers import Inventory, LeftTensor, LinearLayer, block_of, last_part
 
+NOT_A_TARGET = "not among --target-modules"
+
 
 @dataclass(frozen=True)
 class PlannedLayer:
-    """A linear layer in ``bits`` bits, with an adapter of rank ``rank`` or, at 0, without one."""
+    """A linear layer in ``bits`` bits, with an adapter of rank ``rank`` or, at 0, without one.
+
+    ``reason`` says why there is none.
+    """
 
     layer: LinearLayer
     bits: int
     rank: int
     padding: int = 0  # rows of A and columns of B beside those that are computed
+    reason: str = ""
 
     @property
     def tensor(self) -> str:
@@ -72,10 +78,14 @@ class Task:
 
 @dataclass(frozen=True)
 class Plan:
-    """All tasks of a run."""
+    """All tasks of a run.
+
+    ``trained_heads`` are the parameters that PEFT trains beside the adapter and keeps with it.
+    """
 
     settings: Settings
     tasks: tuple[Task, ...]
+    trained_heads: tuple[str, ...] = ()
 
     @property
     def layers(self) -> list[PlannedLayer]:
@@ -94,7 +104,7 @@ class Plan:
         entries.sort(
             key=lambda entry: places[entry.layer.module] if isinstance(entry, PlannedLayer) else -1
         )
-        return Plan(self.settings, tuple(_tasks(entries, self.settings)))
+        return replace(self, tasks=tuple(_tasks(entries, self.settings)))
 
     def model_tensors(self, task: Task) -> list[PlannedTensor]:
         """What the task's output file will hold."""
@@ -143,11 +153,7 @@ def make_plan(inventory: Inventory, settings: Settings) -> Plan:
         )
     adapted = match_targets(inventory, settings.target_modules)
     entries = [
-        PlannedLayer(
-            entry,
-            _bits_of(entry.module, settings),
-            settings.rank if entry.module in adapted else 0,
-        )
+        _planned(entry, settings, adapted, inventory.unadapted)
         if isinstance(entry, LinearLayer)
         else entry
         for entry in inventory.entries
@@ -166,6 +172,14 @@ def make_plan(inventory: Inventory, settings: Settings) -> Plan:
     if settings.leading is not None:
         _require_others(inventory.layers, *settings.leading, settings.bits)
     return Plan(settings, tuple(_tasks(entries, settings)))
+
+
+def _planned(
+    layer: LinearLayer, settings: Settings, adapted: set[str], unadapted: Mapping[str, str]
+) -> PlannedLayer:
+    bits = _bits_of(layer.module, settings)
+    reason = NOT_A_TARGET if layer.module not in adapted else unadapted.get(layer.module, "")
+    return PlannedLayer(layer, bits, 0 if reason else settings.rank, reason=reason)
 
 
 def block_number(module: str) -> int | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from loftq_cli import schema
 from loftq_cli.engines.plan import Plan, stored
@@ -39,6 +39,7 @@ def quantize_results(
     auto_class: str | None = None,
     own_code: bool = False,
     task_type: str | None = None,
+    counted_by: Literal["class", "names"] = "class",
     outcomes: Sequence[LayerOutcome] = (),
     files: Sequence[WrittenFile] = (),
     not_copied: Sequence[LeftOut] = (),
@@ -59,6 +60,7 @@ def quantize_results(
         auto_class=auto_class,
         own_code=own_code,
         task_type=task_type,
+        counted_by=counted_by,
         conv1d=sorted(
             {last_part(each.layer.module) for each in plan.layers if each.layer.transposed}
         ),
@@ -117,7 +119,7 @@ def _layers(
             "share_of_bytes": nbytes / total_bytes,
         }
         if not planned.adapted:
-            found.append(schema.PlainLayer(reason="not among --target-modules", **fields))
+            found.append(schema.PlainLayer(reason=planned.reason, **fields))
             continue
         found.append(
             schema.AdaptedLayer(

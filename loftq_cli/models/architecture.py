@@ -8,16 +8,17 @@ what `from_pretrained` replaces by 4-bit layers cannot drift apart.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loftq_cli.checkpoint.safetensors import TensorInfo
 from loftq_cli.errors import CorruptCheckpoint, UnsafeCheckpoint, UnsupportedModel, told_as
-from loftq_cli.formats import DTYPE_NAMES
+from loftq_cli.formats import FLOATS
 from loftq_cli.models import layers
 from loftq_cli.models.auto_classes import auto_class, has_own_code, task_type
 from loftq_cli.models.layers import Inventory, LeftTensor, LinearLayer
+from loftq_cli.models.raw_weights import read_directly
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,8 +28,14 @@ ASSEMBLED = "put together from several tensors when the model is loaded"
 NOT_IN_MODEL = "not a parameter of the model class"
 SKIPPED_BY_NAME = "its name ends like that of a module which transformers leaves in 16 bits"
 
-# The names PEFT and transformers give to the head of a model without output embeddings.
-_HEADS = ("score", "classifier", "qa_outputs", "cls")
+# What transformers calls heads.
+HEADS = (
+    "classification_head", "classifier", "cls", "ctc_head", "embed_out", "lm_head", "logits_proj",
+    "output_projection", "pre_classifier", "proj_out", "qa_classifier", "qa_outputs", "score",
+)  # fmt: skip
+# Other classes than that of the checkpoint may open a directory. What they make anew, heads and
+# what stands before them, has no codes to load.
+_MADE_ANEW = (*HEADS, "pooler", "projector", "sequence_summary")
 
 
 class Architecture:
@@ -44,24 +51,31 @@ class Architecture:
         self.own_code = has_own_code(model)
         self.task_type = task_type(self.auto_class, model)
         self._state: dict[str, Tensor] = model.state_dict()
+        self._parameters: dict[str, tuple[str, bool]] = {}
         self._linear = _linear_modules(model)
         self._heads = _head_modules(model)
+        self._read_directly = read_directly(model, self._linear)
         self._tied = {*model.all_tied_weights_keys, *model.all_tied_weights_keys.values()}
         self._kept_in_float32 = sorted(model._keep_in_fp32_modules or ())
         rules = get_model_conversion_mapping(model)
         self._renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
         self._converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
 
-    def inventory(self, tensors: Iterable[TensorInfo]) -> Inventory:
-        """Every tensor of the checkpoint, with the module that it becomes."""
+    def inventory(
+        self, tensors: Iterable[TensorInfo], kept: Mapping[str, str] | None = None
+    ) -> Inventory:
+        """Every tensor of the checkpoint, with the module that it becomes.
+
+        Modules in ``kept`` stay as they are, for the reason that it has.
+        """
         infos = {info.name: info for info in tensors}
-        entries = tuple(self._entry(info) for info in infos.values())
+        entries = tuple(self._entry(info, kept or {}) for info in infos.values())
         return self._drop_unloadable(Inventory(entries), infos)
 
     @property
     def module_names(self) -> list[str]:
-        """Paths of all modules that PEFT could put an adapter on."""
-        return [name for name, module in self.model.named_modules() if hasattr(module, "weight")]
+        """Paths of all modules, which is where PEFT looks for those to put an adapter on."""
+        return [name for name, _ in self.model.named_modules() if name]
 
     def require_weights(self, tensors: Iterable[TensorInfo]) -> list[str]:
         """Holds the checkpoint against the class: every parameter is there, in its shape.
@@ -74,17 +88,14 @@ class Architecture:
         Raises:
             CorruptCheckpoint: a parameter has no tensor, or one of another shape.
         """
-        found: set[str] = set()
+        tensors = list(tensors)
         unused: list[str] = []
-        several = False
         for info in tensors:
             parameter, assembled = self._parameter(info.name)
-            several |= assembled
             if parameter not in self._state:
                 if not _matches_any(info.name, self.model._keys_to_ignore_on_load_unexpected):
                     unused.append(info.name)
                 continue
-            found.add(parameter)
             shape = tuple(self._state[parameter].shape)
             if not assembled and info.shape != shape:
                 raise CorruptCheckpoint(
@@ -92,15 +103,7 @@ class Architecture:
                     cause=f"{self.class_name} has {shape} there, the file {info.shape}",
                     hint="the config may belong to another checkpoint: download both again",
                 )
-        needed = {name for name, _ in self.model.named_parameters()} - found - self._tied
-        missing = sorted(
-            name
-            for name in needed
-            if not _matches_any(name, self.model._keys_to_ignore_on_load_missing)
-        )
-        # One tensor that becomes several parameters is known by the first of them only.
-        split = several and any(len(rule.target_patterns) > 1 for rule in self._converters)
-        if missing and not split:
+        if missing := self.unfilled(tensors):
             raise CorruptCheckpoint(
                 f"no file has the weights of {missing[0]} ({len(missing)} such parameters)",
                 cause=f"config.json describes a {self.class_name} that has them",
@@ -108,36 +111,64 @@ class Architecture:
             )
         return unused
 
-    def trained_heads(self, tensors: Iterable[str]) -> dict[str, str]:
-        """Tensors that PEFT expects in the adapter too, each with its parameter's name.
-
-        For these tasks PEFT trains the head beside the adapter (`modules_to_save`) and refuses
-        an adapter without it.
-        """
-        if self.task_type not in ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"):
-            return {}
-        return {
-            tensor: parameter
-            for tensor, parameter in self.parameters_of(tensors).items()
-            if parameter.partition(".")[0] in self._heads
-        }
+    def unfilled(self, tensors: Iterable[TensorInfo]) -> list[str]:
+        """Parameters that none of the tensors becomes, and that transformers would make up."""
+        found: set[str] = set()
+        several = False
+        for info in tensors:
+            parameter, assembled = self._parameter(info.name)
+            several |= assembled
+            found.add(parameter)
+        # One tensor that becomes several parameters is known by the first of them only.
+        if several and any(len(rule.target_patterns) > 1 for rule in self._converters):
+            return []
+        ignored = self.model._keys_to_ignore_on_load_missing
+        needed = {name for name, _ in self.model.named_parameters()} - found - self._tied
+        return sorted(name for name in needed if not _matches_any(name, ignored))
 
     def parameters_of(self, tensors: Iterable[str]) -> dict[str, str]:
         """The parameter that each of these tensors of a checkpoint becomes."""
         return {tensor: self._parameter(tensor)[0] for tensor in tensors}
+
+    def placed(self, tensors: Iterable[TensorInfo]) -> dict[str, str]:
+        """The tensors of a checkpoint that the class has a place for, each with its parameter."""
+        found = self.parameters_of(info.name for info in tensors)
+        return {tensor: name for tensor, name in found.items() if name in self._state}
+
+    def float_parameters(self, tensors: Iterable[str]) -> dict[str, str]:
+        """The tensors of a checkpoint that numbers of the model are made of, with its names."""
+        parameters = {
+            name for name, each in self.model.named_parameters() if each.is_floating_point()
+        }
+        found = self.parameters_of(tensors)
+        return {tensor: name for tensor, name in found.items() if name in parameters}
+
+    def keeps_in_float32(self, parameter: str) -> bool:
+        """Whether transformers keeps it in float32 when it casts a model."""
+        names = {*self._kept_in_float32, *(self.model._keep_in_fp32_modules_strict or ())}
+        return any(re.search(rf"(^|\.){name}($|\.)", parameter) for name in names)
 
     def replaced_modules(self, skipped: Sequence[str]) -> set[str]:
         """Paths of the linear modules that transformers quantizes, given a skip list."""
         kept = [*skipped, *self._kept_in_float32]
         return {name for name in self._linear if not _matches(name, kept)}
 
-    def skip_modules(self, quantized: Sequence[LinearLayer]) -> list[str]:
+    def skip_modules(self, quantized: Iterable[str]) -> list[str]:
         """Paths of all linear modules that must stay as they are, for `llm_int8_skip_modules`.
 
         transformers takes an explicit list verbatim, so it has to be complete: a module missing
-        from it would be replaced by a 4-bit layer that has no codes to load.
+        from it would be replaced by a 4-bit layer that has no codes to load. Other classes open the
+        directory too: without this one's head there is no prefix before a path, and a fresh head
+        has a name of its own. Such names are added where they hit none of the ``quantized``.
         """
-        return sorted(set(self._linear) - {layer.module for layer in quantized})
+        prefix = f"{self.model.base_model_prefix}."
+        quantized = set(quantized)
+        skipped = set(self._linear) - quantized
+        others = {name.removeprefix(prefix) for name in skipped} | set(_MADE_ANEW)
+        paths = {path for name in quantized for path in (name, name.removeprefix(prefix))}
+        return sorted(
+            skipped | {name for name in others if not any(_matches(path, [name]) for path in paths)}
+        )
 
     def _parameter(self, tensor: str) -> tuple[str, bool]:
         """The parameter that ``tensor`` becomes, by transformers' own renaming rules.
@@ -145,6 +176,11 @@ class Architecture:
         Returns:
             its name, and whether other tensors are merged into it.
         """
+        if tensor not in self._parameters:
+            self._parameters[tensor] = self._renamed(tensor)
+        return self._parameters[tensor]
+
+    def _renamed(self, tensor: str) -> tuple[str, bool]:
         from transformers.core_model_loading import rename_source_key
 
         prefix = self.model.base_model_prefix
@@ -155,18 +191,17 @@ class Architecture:
             name, source = rename_source_key(tensor, [], [], prefix, self._state)
         return name, source is not None
 
-    def _entry(self, info: TensorInfo) -> LinearLayer | LeftTensor:
+    def _entry(self, info: TensorInfo, kept: Mapping[str, str]) -> LinearLayer | LeftTensor:
         parameter, assembled = self._parameter(info.name)
         module = parameter.removesuffix(".weight")
         transposed = type(self._linear.get(module)).__name__ == "Conv1D"
-        return layers.entry(
-            info, module, transposed, self._reason_to_leave(info, parameter, assembled)
-        )
+        reason = self._reason_to_leave(info, parameter, assembled) or kept.get(module)
+        return layers.entry(info, module, transposed, reason)
 
     def _reason_to_leave(self, info: TensorInfo, parameter: str, assembled: bool) -> str | None:
         from torch import nn
 
-        if info.dtype not in DTYPE_NAMES:
+        if info.dtype not in FLOATS:
             return layers.NOT_FLOATING_POINT
         if parameter not in self._state:
             return NOT_IN_MODEL
@@ -186,6 +221,8 @@ class Architecture:
         if parameter in self._tied:
             return TIED
         if module in self._linear and parameter != module:
+            if module in self._read_directly:
+                return layers.READ_DIRECTLY
             fp32 = _matches(module, self._kept_in_float32)
             return layers.KEPT_IN_FLOAT32 if fp32 else None
         if "Router" in kind or "Gate" in kind:
@@ -200,7 +237,7 @@ class Architecture:
         transformers skips a module if an entry is the *end* of its name: with a head called
         `classifier` in the list, no layer called `…classifier` could be loaded.
         """
-        skipped = self.skip_modules(inventory.layers)
+        skipped = sorted(set(self._linear) - {layer.module for layer in inventory.layers})
         hit = {layer for layer in inventory.layers if _matches(layer.module, skipped)}
         if not hit:
             return inventory
@@ -254,6 +291,8 @@ def _model_class(config: dict[str, Any], settings: Any) -> Any:
 
     named = config.get("architectures") or []
     found = getattr(transformers, named[0], None) if named else None
+    if not _is_model_class(found):
+        found = None
     if found is not None or "auto_map" in config:
         return found
     for mapping in (transformers.MODEL_FOR_CAUSAL_LM_MAPPING, transformers.MODEL_MAPPING):
@@ -262,8 +301,19 @@ def _model_class(config: dict[str, Any], settings: Any) -> Any:
     raise UnsupportedModel(
         f"transformers {transformers.__version__} has no class for this model",
         cause=f"config.json names {named} for model type '{settings.model_type}'",
-        hint="pip install -U transformers",
+        hint="name the class that the weights belong to in config.json's architectures, or "
+        "pip install -U transformers",
     )
+
+
+def _is_model_class(found: Any) -> bool:
+    """A model that can be run: no other thing of this name, and no base class of such models."""
+    import torch
+    import transformers
+
+    if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
+        return False
+    return getattr(found, "forward", None) is not torch.nn.Module.forward
 
 
 def _linear_modules(model: Any) -> dict[str, Any]:
@@ -279,11 +329,11 @@ def _linear_modules(model: Any) -> dict[str, Any]:
 
 
 def _head_modules(model: Any) -> set[str]:
-    """Modules that PEFT's `all-linear` leaves out: output embeddings, else the classifier."""
+    """Modules that are never quantized: output embeddings, else what is called a head."""
     output = model.get_output_embeddings()
     if output is not None:
         return {name for name, module in model.named_modules() if module is output}
-    return {name for name in _HEADS if getattr(model, name, None) is not None}
+    return {name for name in HEADS if getattr(model, name, None) is not None}
 
 
 def _matches(module: str, patterns: Iterable[str]) -> bool:

@@ -20,6 +20,7 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache
 from itertools import product
 from math import prod
@@ -27,7 +28,13 @@ from pathlib import Path
 from typing import Any
 
 from loftq_cli.formats import DTYPE_BITS
-from loftq_cli.models.layers import LeftTensor, LinearLayer
+from loftq_cli.models.layers import (
+    READ_DIRECTLY,
+    LeftTensor,
+    LinearLayer,
+    is_read_directly,
+    unadapted_by_names,
+)
 from loftq_cli.models.outline import Outline, make_outline
 
 TABLE = Path(__file__).with_name("known.json")
@@ -47,9 +54,9 @@ def known_model(name: str) -> tuple[str, Outline] | None:
     _, canonical = _names()[name.casefold()]
     entry = table["models"][canonical]
     if entry["ids"]:
-        return f"the published sizes of {canonical}", _outline(entry, table["reasons"])
+        return f"the published sizes of {canonical}", _outline(canonical, entry, table["reasons"])
     what = f"transformers' default {canonical} config ({entry['architecture']})"
-    return what, _outline(entry, table["reasons"])
+    return what, _outline(canonical, entry, table["reasons"])
 
 
 def similar_names(name: str) -> list[str]:
@@ -85,23 +92,28 @@ def _names() -> dict[str, tuple[str, str]]:
     }
 
 
-def _outline(entry: dict[str, Any], reasons: list[str]) -> Outline:
+def _outline(name: str, entry: dict[str, Any], reasons: list[str]) -> Outline:
     matrices: list[LinearLayer | LeftTensor] = [
-        LinearLayer(module, f"{module}.weight", out_features, in_features, False, _DTYPE)
+        _left(f"{module}.weight", (out_features, in_features), READ_DIRECTLY)
+        if is_read_directly(module, name)
+        else LinearLayer(module, f"{module}.weight", out_features, in_features, False, _DTYPE)
         for pattern, indices, out_features, in_features in entry["layers"]
         for module in expand(pattern, indices)
     ]
     matrices += (
-        LeftTensor(
-            tensor, tuple(shape), _DTYPE, DTYPE_BITS[_DTYPE] // 8 * prod(shape), reasons[reason]
-        )
+        _left(tensor, tuple(shape), reasons[reason])
         for pattern, indices, shape, reason in entry["left"]
         for tensor in expand(pattern, indices)
     )
     tensors, parameters = entry["vectors"]
     vectors = (tensors, parameters)
     architecture, context = entry["architecture"], entry["context"]
-    return make_outline(architecture, matrices, vectors, entry["parameters"], context)
+    outline = make_outline(architecture, matrices, vectors, entry["parameters"], context)
+    return replace(outline, inventory=unadapted_by_names(outline.inventory, name))
+
+
+def _left(tensor: str, shape: tuple[int, ...], reason: str) -> LeftTensor:
+    return LeftTensor(tensor, shape, _DTYPE, DTYPE_BITS[_DTYPE] // 8 * prod(shape), reason)
 
 
 def _numbers(text: str) -> list[int]:

@@ -8,8 +8,8 @@ whenever weights are really written; a test holds the two against each other.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from loftq_cli.checkpoint.safetensors import TensorInfo
@@ -24,6 +24,8 @@ STACKED_EXPERTS = "stacked experts: transformers and bitsandbytes have no 4-bit 
 ROUTER = "expert router"
 KEPT_IN_FLOAT32 = "kept in float32 by transformers"
 SUBCLASSED_LINEAR = "a subclass of nn.Linear, which transformers does not replace"
+MOVED = "PEFT moves adapters of this name onto the stacked experts"
+READ_DIRECTLY = "its model reads the weight itself, past the layer"
 AWKWARD_SHAPE = "a shape that bitsandbytes' kernels do not take on every device"
 
 # bitsandbytes' CPU kernels (`_convert_weight_packed_for_cpu`) want whole groups of rows and, in
@@ -35,11 +37,36 @@ _EMBEDDING = re.compile(
     r"(^|_)embed(ding)?s?($|_)|^(wte|wpe|shared|relative_attention_bias)$"
     r"|^(embed_in|tokens_embed|positions_embed)$"
 )
-_HEAD = re.compile(r"^(lm_head|embed_out|score|classifier|qa_outputs)(\.|$)|^cls\.|\.lm_head$")
+# Heads; of those for tokens only what scores them, which is where model classes end.
+_HEAD = re.compile(
+    r"^(classification_head|classifier|ctc_head|embed_out|logits_proj|pre_classifier|proj_out"
+    r"|qa_classifier|qa_outputs|score)(\.|$)|(^|\.)lm_head$|^head$"
+    r"|^(cls|lm_head|predictions|generator_predictions)\.(.*\.)?(decoder|seq_relationship)$"
+)
 _EXPERT = re.compile(r"\.experts\.\d+\.")
 # transformers' Conv1D stores its weight as (in, out).
 _CONV1D_MODEL_TYPES = {"gpt2", "gpt-sw3", "openai-gpt", "imagegpt", "decision_transformer"}
 _CONV1D_NAMES = {"c_attn", "c_proj", "c_fc", "q_attn"}
+# Linear layers whose weight the model's code reads itself, by model type and the end of their path.
+_MAMBA = ("mixer.x_proj", "mixer.dt_proj", "mixer.out_proj")
+_READ_DIRECTLY = {
+    "mamba": _MAMBA,
+    "falcon_mamba": _MAMBA,
+    "jamba": ("mamba.dt_proj",),
+    "rwkv": ("attention.output", "feed_forward.value"),
+    **dict.fromkeys(("mamba2", "nemotron_h"), ("mixer.out_proj",)),
+    **dict.fromkeys(("bamba", "falcon_h1", "granitemoehybrid", "zamba2"), ("mamba.out_proj",)),
+}
+# Model types for which PEFT (`_convert_peft_config_moe`) takes adapters of these names for such as
+# were trained on experts one by one, and puts them on the stack of all.
+_MOVED_BY_PEFT = ("gate_proj", "up_proj", "down_proj")
+_EXPERTS_LIKE_QWEN2 = {
+    "Dots3NoteTextModel", "UnlimitedOcrTextModel", "afmoe", "beam", "cohere2_moe",
+    "deepseek_v2", "deepseek_v3", "deepseek_v32", "dots1", "ernie4_5_moe", "exaone_moe",
+    "flex_olmo", "glm4_moe", "glm4_moe_lite", "glm4v_moe", "glm_moe_dsa", "hunyuan_v1_moe",
+    "longcat_flash", "mellum", "olmoe", "qwen3_moe", "qwen3_next", "qwen3_omni_moe",
+    "qwen3_omni_moe_text", "qwen3_omni_moe_thinker", "sarvam_mla", "solar_open",
+}  # fmt: skip
 # `_keep_in_fp32_modules` of the model classes, and linear layers of a class of their own.
 _KEPT_IN_FLOAT32 = {"t5": {"wo"}, "mt5": {"wo"}, "umt5": {"wo"}, "longt5": {"wo"}}
 _SUBCLASSED = {"falcon"}
@@ -63,6 +90,12 @@ class LinearLayer:
     def parameters(self) -> int:
         return self.out_features * self.in_features
 
+    @property
+    def stored_shape(self) -> tuple[int, int]:
+        """As the checkpoint has it."""
+        shape = (self.out_features, self.in_features)
+        return shape[::-1] if self.transposed else shape
+
     def fits(self, block_size: int) -> bool:
         """Whether 4-bit kernels take the layer with this block size."""
         return self.out_features % ROW_GROUP == 0 and self.in_features % block_size == 0
@@ -81,9 +114,13 @@ class LeftTensor:
 
 @dataclass(frozen=True)
 class Inventory:
-    """Every tensor of a checkpoint, in its order: a linear layer's weight or left as it was."""
+    """Every tensor of a checkpoint, in its order: a linear layer's weight or left as it was.
+
+    ``unadapted`` are modules among the layers that can have no adapter, with the reason.
+    """
 
     entries: tuple[LinearLayer | LeftTensor, ...]
+    unadapted: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def layers(self) -> list[LinearLayer]:
@@ -93,10 +130,22 @@ class Inventory:
     def left(self) -> list[LeftTensor]:
         return [entry for entry in self.entries if isinstance(entry, LeftTensor)]
 
+    def adaptable(self) -> Inventory:
+        """The same with every layer that can have no adapter as one of those that are left."""
+        return Inventory(
+            tuple(
+                LeftTensor(entry.tensor, entry.stored_shape, entry.dtype, 0, reason)
+                if isinstance(entry, LinearLayer) and (reason := self.unadapted.get(entry.module))
+                else entry
+                for entry in self.entries
+            )
+        )
+
 
 def linear_layers(tensors: Iterable[TensorInfo], config: dict[str, Any]) -> Inventory:
     """Sorts a checkpoint's tensors by their names and shapes, and ``config``'s model type."""
-    tensors = list(tensors)
+    # Weights in float64 are read in float32 (see `dtypes.runnable`).
+    tensors = [replace(each, dtype="F32") if each.dtype == "F64" else each for each in tensors]
     model_type = str(config.get("model_type", ""))
     names = {info.name for info in tensors}
     entries: list[LinearLayer | LeftTensor] = []
@@ -104,7 +153,19 @@ def linear_layers(tensors: Iterable[TensorInfo], config: dict[str, Any]) -> Inve
         module = info.name.removesuffix(".weight")
         transposed = model_type in _CONV1D_MODEL_TYPES and last_part(module) in _CONV1D_NAMES
         entries.append(entry(info, module, transposed, _reason_to_leave(info, model_type, names)))
-    return Inventory(tuple(entries))
+    return unadapted_by_names(Inventory(tuple(entries)), model_type)
+
+
+def unadapted_by_names(inventory: Inventory, model_type: str) -> Inventory:
+    """The same with the layers that PEFT finds no place for in models of this type."""
+    moved = _MOVED_BY_PEFT if model_type in _EXPERTS_LIKE_QWEN2 else ()
+    modules = [layer.module for layer in inventory.layers if last_part(layer.module) in moved]
+    return replace(inventory, unadapted=dict.fromkeys(modules, MOVED))
+
+
+def is_read_directly(module: str, model_type: str) -> bool:
+    """Whether the code of such models reads the layer's weight itself, by names."""
+    return module.endswith(_READ_DIRECTLY.get(model_type, ()))
 
 
 def entry(
@@ -144,6 +205,8 @@ def _reason_to_leave(info: TensorInfo, model_type: str, names: set[str]) -> str 
         name.startswith(f"{parent}.experts.") for name in names
     ):
         return ROUTER
+    if is_read_directly(module, model_type):
+        return READ_DIRECTLY
     if last_part(module) in _KEPT_IN_FLOAT32.get(model_type, ()):
         return KEPT_IN_FLOAT32
     if model_type in _SUBCLASSED:

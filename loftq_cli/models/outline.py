@@ -58,13 +58,14 @@ def outline_of(tensors: Iterable[TensorInfo], config: dict[str, Any]) -> Outline
     copies = _tied_copies(inventory.left, config)
     entries = [entry for entry in inventory.entries if entry not in copies]
     vectors = {each for each in entries if isinstance(each, LeftTensor) and len(each.shape) < 2}
-    return make_outline(
+    outline = make_outline(
         class_name(config),
         [entry for entry in entries if entry not in vectors],
         (len(vectors), sum(sizes[vector.tensor] for vector in vectors)),
         sum(sizes[entry.tensor] for entry in entries),
         _context(config),
     )
+    return replace(outline, inventory=replace(outline.inventory, unadapted=inventory.unadapted))
 
 
 def make_outline(

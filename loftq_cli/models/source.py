@@ -74,7 +74,11 @@ def check_values(config: dict[str, Any], path: Path) -> None:
         raise CorruptCheckpoint(f"{path}: model_type is not a name", cause=f"it is {kind!r:.80}")
     for key, largest in _SIZES.items():
         value = config.get(key)
-        if value is not None and not (type(value) is int and 1 <= value <= largest):
+        # Models whose layers differ list one size for each.
+        values = value if isinstance(value, list) and value else [value]
+        if value is not None and not all(
+            type(each) is int and 1 <= each <= largest for each in values
+        ):
             raise CorruptCheckpoint(
                 f"{path}: {key} is out of range",
                 cause=f"it is {value!r:.80}, and a whole number from 1 to {largest} is expected",

@@ -7,6 +7,12 @@ from typing import Any, TypeAlias
 
 from loftq_cli.schema import Document, Remark
 
+# What said which tensors are layers.
+TOLD_BY = {
+    "names": "names and shapes only: the model class was not asked (--preflight asks it)",
+    "class": "the model class, the library that loads it, and PEFT",
+}
+
 
 def model_name(document: Document[Any]) -> str:
     """The model as its user would type it, with the revision that it came to."""

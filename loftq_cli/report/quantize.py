@@ -16,6 +16,7 @@ from loftq_cli.report.formats import (
     number_type,
 )
 from loftq_cli.report.loading import auto_class, base_call, quoted
+from loftq_cli.report.parts import TOLD_BY
 from loftq_cli.report.tables import Code, Column, Facts, Records, Section, Table, View
 from loftq_cli.schema import AdaptedLayer, Document, PlainLayer, QuantizeResults, UntouchedTensor
 
@@ -67,6 +68,8 @@ def _facts(results: QuantizeResults) -> list[tuple[str, str]]:
         facts.append(("precision", bits))
     trainable = units.plural(totals.trainable_parameters, "trainable parameter")
     facts.append(("adapter", f"{about}{units.size(totals.adapter_bytes)}, {trainable}"))
+    if results.counted_by == "names":
+        facts.append(("told by", TOLD_BY["names"]))
     for what, before, after in error_changes(results):
         where = " on the calibration text" if what == "output error" else ""
         facts.append((what, units.error_change(before, after) + where))

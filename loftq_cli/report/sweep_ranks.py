@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from loftq_cli.report import units
 from loftq_cli.report.formats import code_bits
-from loftq_cli.report.parts import model_name
+from loftq_cli.report.parts import TOLD_BY, model_name
 from loftq_cli.report.tables import Column, Facts, Records, Section, Table, View, fields
 from loftq_cli.schema import Document, MemoryEstimate, RankCost, SweepRanksResults
 
@@ -44,6 +44,7 @@ def _facts(results: SweepRanksResults) -> list[tuple[str, str]]:
         ("parameters", f"{units.number(results.base_parameters)} ({results.architecture})"),
         ("held in", held),
         ("targets", f"{', '.join(settings.target_modules)}: {modules}"),
+        ("told by", TOLD_BY[results.counted_by]),
         ("training step", f"{step}; memory is an estimate"),
     ]
     for what, error in (

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from loftq_cli.report import units
-from loftq_cli.report.parts import model_name
+from loftq_cli.report.parts import TOLD_BY, model_name
 from loftq_cli.report.tables import Column, Facts, Records, Section, Table, View
 from loftq_cli.schema import Document, LayerKind, TargetPreset, TargetsResults
 
@@ -36,6 +36,7 @@ def _facts(results: TargetsResults) -> list[tuple[str, str]]:
     return [
         ("parameters", f"{units.number(results.base_parameters)} ({results.architecture})"),
         ("linear layers", f"{units.number(count)} with {share} of the parameters"),
+        ("told by", TOLD_BY[results.counted_by]),
     ]
 
 

@@ -75,7 +75,10 @@ class Verdict(Model):
 
 
 class SweepRanksResults(Model):
+    """`counted_by` is what said which tensors are layers: names and shapes, or the model class."""
+
     architecture: str
+    counted_by: Literal["class", "names"] = "names"
     base_parameters: int
     quantized_parameters: int
     modules: int  # that get an adapter
@@ -124,10 +127,12 @@ class SkippedModule(Model):
 class TargetsResults(Model):
     """`guessed` and `without_role` are names that no preset knows: see `loftq_cli.models.presets`.
 
-    The first are in presets by the place they stand in, the second only in all-linear.
+    The first are in presets by the place they stand in, the second only in all-linear. `counted_by`
+    is what said which tensors are layers: names and shapes, or the model class.
     """
 
     architecture: str
+    counted_by: Literal["class", "names"] = "names"
     base_parameters: int
     rank: int
     layers: list[LayerKind]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from loftq_cli.schema.envelope import Model
 from loftq_cli.schema.running import CheckSummary, CheckTest
 
@@ -143,6 +145,9 @@ class QuantizeResults(Model):
     # reports of before it was recorded. With `own_code` that needs `trust_remote_code=True`.
     auto_class: str | None = None
     own_code: bool = False
+    # What said which tensors are layers: the model class and the libraries that load it, or names
+    # and shapes alone, as in a dry run.
+    counted_by: Literal["class", "names"] = "class"
     task_type: str | None = None  # PEFT's name for what the model does; null where it has none
     # The last names of layers that the source stores as (in, out), as GPT-2 does.
     conv1d: list[str] = []

@@ -1,0 +1,191 @@
+"""What the libraries that load a plan's output object to in it, asked on the meta device.
+
+transformers' quantizer leaves the model as it is before weights are loaded, PEFT puts the plan's
+adapter on it, and both are held against the plan. Each question changes the model that it is about,
+so each is asked of a new one.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from loftq_cli.checkpoint.adapter import lora_names
+from loftq_cli.engines.adapter_settings import adapter_settings
+from loftq_cli.engines.plan import Plan
+from loftq_cli.errors import UnsupportedModel, first_line
+from loftq_cli.models import layers as words
+from loftq_cli.models.layers import last_part
+
+if TYPE_CHECKING:
+    from loftq_cli.checkpoint.safetensors import TensorInfo
+    from loftq_cli.models.architecture import Architecture
+
+NOT_REPLACED = "transformers' quantizer does not replace it"
+NOT_ATTACHED = "PEFT attaches no adapter here"
+IN_16_BITS = "--init lora writes the model in 16 bits with a new adapter"
+_ADAPTER = "default"
+_PREFIX = "base_model.model."
+
+
+@dataclass(frozen=True)
+class Refused:
+    """Modules that are not quantized (``kept``) or get no adapter (``unadapted``), and why."""
+
+    kept: Mapping[str, str] = field(default_factory=dict)
+    unadapted: Mapping[str, str] = field(default_factory=dict)
+
+    def __or__(self, other: Refused) -> Refused:
+        return Refused({**self.kept, **other.kept}, {**self.unadapted, **other.unadapted})
+
+
+def objections(
+    plan: Plan,
+    build: Callable[[], Architecture],
+    original: Architecture,
+    tensors: list[TensorInfo],
+) -> tuple[Refused, tuple[str, ...]]:
+    """What the libraries refuse of the plan, and the heads that PEFT trains beside the adapter."""
+    model = build().model
+    settings = adapter_settings(plan, original, "")
+    if plan.settings.container.quantizes:
+        refused = _as_quantized(plan, model, original, tensors)
+        if refused.kept:
+            return refused, ()
+    try:
+        adapted = _as_adapted(model, settings)
+    except ValueError as error:
+        return _refused_kinds(plan, build, settings, error), ()
+    return _held_against(plan, adapted)
+
+
+def _as_quantized(
+    plan: Plan, model: Any, original: Architecture, tensors: list[TensorInfo]
+) -> Refused:
+    """Changes the model as transformers does before it loads the weights.
+
+    Raises:
+        UnsupportedModel: it then wants other weights than there will be.
+    """
+    from transformers.quantizers.auto import AutoHfQuantizer
+
+    container = plan.settings.container
+    planned = {each.layer.module for each in plan.layers}
+    config = container.quantization_config(original.skip_modules(planned), None)
+    quantizer = AutoHfQuantizer.from_config(config, pre_quantized=True)
+    quantizer.preprocess_model(model=model, device_map={"": "cpu"}, checkpoint_files=None)
+    replaced = {
+        name
+        for name, module in model.named_modules()
+        if type(module).__name__ == container.layer_class
+    }
+    if refused := sorted(planned - replaced):
+        return Refused(kept=dict.fromkeys(refused, NOT_REPLACED))
+    if beyond := sorted(replaced - planned):
+        raise _unloadable(original, f"it quantizes {_some(beyond)} too, and there are no codes")
+    quantized = type(original)(model)
+    if lost := sorted(original.placed(tensors).keys() - quantized.placed(tensors).keys()):
+        raise _unloadable(original, f"it has no place for {_some(lost)} then")
+    if missing := sorted({*quantized.unfilled(tensors)} - {*original.unfilled(tensors)}):
+        raise _unloadable(original, f"it wants {_some(missing)} then, which no tensor becomes")
+    return Refused()
+
+
+def _as_adapted(model: Any, settings: Mapping[str, Any]) -> Any:
+    """PEFT's model for an adapter's config; its warnings are about what is looked at here."""
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(**{key: value for key, value in settings.items() if key != "peft_type"})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return get_peft_model(model, config, adapter_name=_ADAPTER, low_cpu_mem_usage=True)
+
+
+def _held_against(plan: Plan, adapted: Any) -> tuple[Refused, tuple[str, ...]]:
+    """Where PEFT put adapters and where their tensors went, against the plan."""
+    import torch
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
+    planned = {each.layer.module: each for each in plan.layers if each.adapted}
+    state = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    heads = tuple(sorted(name.removeprefix(_PREFIX) for name in state if ".lora_" not in name))
+    in_head = {
+        each.layer.module: words.OUTPUT_HEAD
+        for each in plan.layers
+        if any(head.startswith(f"{each.layer.module}.") for head in heads)
+    }
+    if in_head:
+        return Refused(kept=in_head), ()
+    # As it is loaded: PEFT may give the tensors other names first.
+    tensors = {
+        name: torch.empty(shape, device="meta")
+        for module, each in planned.items()
+        for name, shape in zip(
+            lora_names(module),
+            ((each.stored_rank, each.shape[1]), (each.shape[0], each.stored_rank)),
+            strict=True,
+        )
+    }
+    attached = {
+        name.partition(".lora_")[0].removeprefix(_PREFIX) for name in state if ".lora_" in name
+    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        loaded = set_peft_model_state_dict(
+            adapted,
+            {**{name: state[name] for name in state if ".lora_" not in name}, **tensors},
+            adapter_name=_ADAPTER,
+            low_cpu_mem_usage=True,
+        )
+    unplaced = {
+        name.partition(".lora_")[0].removeprefix(_PREFIX) for name in loaded.unexpected_keys
+    }
+    beyond = attached - planned.keys()
+    lost = planned.keys() - attached | planned.keys() & unplaced
+    if beyond and not lost:
+        raise UnsupportedModel(
+            "PEFT puts adapters where none were computed",
+            cause=f"on {min(beyond)}, whichever way the targets are spelled",
+            hint="choose other --target-modules",
+        )
+    return Refused(
+        unadapted=dict.fromkeys(sorted(lost), words.MOVED if beyond else NOT_ATTACHED)
+    ), heads
+
+
+def _refused_kinds(
+    plan: Plan,
+    build: Callable[[], Architecture],
+    settings: Mapping[str, Any],
+    error: ValueError,
+) -> Refused:
+    """Of the layers' kinds, by the ends of their names, those that PEFT will not take at all.
+
+    Raises:
+        UnsupportedModel: it takes each of them, and not all.
+    """
+    refused: dict[str, str] = {}
+    adapted = [planned.layer.module for planned in plan.layers if planned.adapted]
+    for kind in sorted({last_part(module) for module in adapted}):
+        modules = [module for module in adapted if last_part(module) == kind]
+        try:
+            _as_adapted(build().model, {**settings, "target_modules": modules})
+        except ValueError as one:
+            refused |= dict.fromkeys(modules, f"PEFT refuses it: {first_line(one)}")
+    if not refused:
+        raise UnsupportedModel("PEFT cannot adapt this model", cause=first_line(error)) from error
+    return Refused(unadapted=refused)
+
+
+def _some(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} others"
+
+
+def _unloadable(architecture: Architecture, cause: str) -> UnsupportedModel:
+    return UnsupportedModel(
+        f"transformers could not load a quantized {architecture.class_name}",
+        cause=cause,
+        hint=IN_16_BITS,
+    )

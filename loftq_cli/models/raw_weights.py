@@ -1,0 +1,131 @@
+"""Linear layers whose weight their model reads itself, past the layer.
+
+Mamba multiplies by `self.dt_proj.weight`, RWKV divides `block.attention.output.weight` in place. A
+4-bit layer has packed codes there, and what an adapter adds is never seen. Which layers these are
+stands in the source of the model's classes, and nowhere else: it is read, not run.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import sys
+from collections.abc import Iterable, Iterator
+from functools import cache
+from typing import Any, NamedTuple
+
+# What is asked about a packed weight without looking at its values.
+_HARMLESS = {"dtype", "device"}
+_ASKING = {"isinstance", "hasattr", "type", "id"}
+# These run before there are weights, or put one in another's place.
+_NOT_FORWARD = ("__init__", "init_", "_init_", "reset_", "tie_", "_tie_", "get_", "set_", "resize_")
+
+
+class _Read(NamedTuple):
+    """`self.a.b.weight` is read: ``path`` is `a.b`, and ``own`` whether it begins at `self`.
+
+    ``conditions`` have to hold for it, so far as they are about `self` alone.
+    """
+
+    path: str
+    own: bool
+    conditions: tuple[str, ...]
+
+
+def read_directly(model: Any, linear: Iterable[str]) -> set[str]:
+    """Those of the ``linear`` modules (paths) whose `.weight` the model's own code reads.
+
+    A read that the settings of this model rule out does not count, such as BLOOM's for
+    tensor-parallel pretraining.
+    """
+    found: set[str] = set()
+    names = list(linear)
+    for path, module in model.named_modules():
+        for read in _reads(type(module)):
+            inside = [name for name in names if not path or name.startswith(f"{path}.")]
+            full = f"{path}.{read.path}" if path else read.path
+            hit = {name for name in inside if name == full or _ends(name, read)}
+            if hit and all(_may_hold(each, module) for each in read.conditions):
+                found |= hit
+    return found
+
+
+def _ends(name: str, read: _Read) -> bool:
+    return not read.own and name.endswith(f".{read.path}")
+
+
+def _reads(kind: type) -> tuple[_Read, ...]:
+    """All such reads in the methods of a class and of those that it inherits from."""
+    found: set[_Read] = set()
+    for each in kind.__mro__:
+        # Neither torch nor what transformers shares between its models knows a layer by name.
+        if not each.__module__.startswith(("torch.", "builtins", "transformers.modeling_")):
+            found |= _classes(each.__module__).get(each.__name__, frozenset())
+    return tuple(sorted(found))
+
+
+@cache
+def _classes(module: str) -> dict[str, frozenset[_Read]]:
+    """The reads of each class in a module's file."""
+    try:
+        tree = ast.parse(inspect.getsource(sys.modules[module]))
+    except (OSError, TypeError, SyntaxError, KeyError):  # made without a file
+        return {}
+    return {
+        node.name: frozenset(
+            read
+            for method in node.body
+            if isinstance(method, ast.FunctionDef) and not method.name.startswith(_NOT_FORWARD)
+            for read in _in_method(method, ())
+        )
+        for node in tree.body
+        if isinstance(node, ast.ClassDef)
+    }
+
+
+def _in_method(node: ast.AST, conditions: tuple[str, ...]) -> Iterator[_Read]:
+    if isinstance(node, ast.If | ast.IfExp):
+        test = ast.unparse(node.test)
+        yield from _in_method(node.test, conditions)
+        for part, condition in ((node.body, test), (node.orelse, f"not ({test})")):
+            for each in part if isinstance(part, list) else [part]:
+                yield from _in_method(each, (*conditions, condition))
+        return
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in _ASKING:
+        return
+    if isinstance(node, ast.Attribute):
+        if node.attr in _HARMLESS and _is_weight(node.value):
+            return
+        if _is_weight(node):
+            parts = ast.unparse(node.value).split(".")
+            if all(part.isidentifier() for part in parts) and len(parts) > 1:
+                yield _Read(".".join(parts[1:]), parts[0] == "self", conditions)
+            return
+    for child in ast.iter_child_nodes(node):
+        yield from _in_method(child, conditions)
+
+
+def _is_weight(node: ast.AST) -> bool:
+    return isinstance(node, ast.Attribute) and node.attr == "weight"
+
+
+def _may_hold(condition: str, module: Any) -> bool:
+    """False where a condition on settings of ``module`` alone does not hold.
+
+    Only names, numbers and comparisons are looked at: nothing is called. `self.training` may be
+    either.
+    """
+    tree = ast.parse(condition, mode="eval")
+    plain: tuple[type[ast.AST], ...] = (ast.Expression, ast.Attribute, ast.Name, ast.Constant)
+    plain += (ast.Load, ast.Compare, ast.cmpop, ast.BoolOp, ast.boolop, ast.UnaryOp, ast.unaryop)
+    nodes = list(ast.walk(tree))
+    names = {node.id for node in nodes if isinstance(node, ast.Name)}
+    asks_mode = any(isinstance(node, ast.Attribute) and node.attr == "training" for node in nodes)
+    if names != {"self"} or asks_mode or not all(isinstance(node, plain) for node in nodes):
+        return True
+    try:
+        return bool(
+            eval(compile(tree, "<condition>", "eval"), {"__builtins__": {}}, {"self": module})
+        )
+    except Exception:  # whatever an attribute that is not there, or no number, raises
+        return True
