@@ -194,6 +194,7 @@ def _described(architecture: Architecture) -> dict[str, Any]:
     return {
         "architecture": architecture.class_name,
         "auto_class": architecture.auto_class,
+        "own_code": architecture.own_code,
         "task_type": architecture.task_type,
     }
 

@@ -150,6 +150,7 @@ def make_plan(inventory: Inventory, settings: Settings) -> Plan:
         raise UnsupportedModel(
             "no layer of this model can be quantized",
             cause="; ".join(reasons) or "it has no matrices",
+            hint="PEFT alone can adapt it in 16 bits, from the original",
         )
     adapted = match_targets(inventory, settings.target_modules)
     entries = [

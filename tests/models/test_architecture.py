@@ -52,7 +52,11 @@ def test_a_layer_that_the_skip_list_would_hit_by_accident_is_left() -> None:
     assert reasons["inner.classifier.weight"] == architecture.SKIPPED_BY_NAME
     assert reasons["classifier.weight"] == layers.OUTPUT_HEAD
     assert reasons["gate.weight"] == layers.AWKWARD_SHAPE
-    assert subject.skip_modules(inventory.layers) == ["classifier", "gate", "inner.classifier"]
+    skipped = subject.skip_modules(layer.module for layer in inventory.layers)
+    assert {"classifier", "gate", "inner.classifier"} < {*skipped}
+    assert subject.replaced_modules(skipped) == {"inner.dense"}
+    # And what other classes make anew, but nothing that would hit the layer.
+    assert {"lm_head", "score"} < {*skipped}
 
 
 def test_names_of_a_checkpoint_without_the_base_prefix_find_their_modules() -> None:

@@ -91,7 +91,7 @@ def test_every_linear_module_is_quantized_or_skipped(
     outcome = loftq("quantize", "-m", tmp_path / "source", "-o", tmp_path / "out", "--rank", 4)
     assert outcome.code == 0, outcome.err
     config = json.loads((tmp_path / "out/config.json").read_text())
-    assert config["quantization_config"]["llm_int8_skip_modules"] == ["classifier"]
+    assert "classifier" in config["quantization_config"]["llm_int8_skip_modules"]
     model = reload(tmp_path / "out", "BertForSequenceClassification").model
     linear = {
         type(module)
