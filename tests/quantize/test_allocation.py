@@ -24,8 +24,8 @@ from loftq_cli.core.input_moments import DAMPING
 from loftq_cli.core.quantizers import Blockwise
 from loftq_cli.core.rank_errors import error_shares
 from loftq_cli.engines import allocation, placement
-from loftq_cli.engines.allocation import MOST_RANKS, allocate
 from loftq_cli.engines.adapter_settings import _pattern
+from loftq_cli.engines.allocation import MOST_RANKS, allocate
 from loftq_cli.engines.plan import Plan, PlannedLayer, make_plan
 from loftq_cli.engines.settings import Settings
 from loftq_cli.errors import NonFiniteWeight
