@@ -70,7 +70,7 @@ def test_the_lines_of_the_readme_print_nothing_of_their_own(tmp_path: Path) -> N
     assert (done.returncode, done.stderr) == (0, "")
     error, passed = done.stdout.splitlines()
     assert 0 < float(error) < 0.1
-    assert int(passed) == 5
+    assert int(passed) == 7
 
 
 def test_the_documents_are_those_of_the_commands(
@@ -84,7 +84,9 @@ def test_the_documents_are_those_of_the_commands(
     )
     assert capfd.readouterr() == ("", "")
     assert there.stages == ["quantizing", "verifying"]
-    assert there.notes[0].startswith("verified: files, container, adapter, residuals, forward")
+    assert there.notes[0].startswith(
+        "verified: files, container, adapter, totals, residuals, copies, forward"
+    )
     assert len(there.pieces) > 16
     command = " ".join(document.argv).replace(str(tmp_path), "")
     expected = "loftq quantize --bits 4x1,2 --rank 4 --iterations 1 --verify --output /out"

@@ -54,9 +54,9 @@ def verify(
     loftq verify OUT --json > certificate.json
 
     Opens what quantize wrote and holds it against its own report: the hash of every file, every
-    layer as bitsandbytes dequantizes it, the adapter as PEFT loads it, residuals measured again
-    from the original weights, a forward pass. Nothing is downloaded. With a failure the exit
-    code is 3.
+    layer as bitsandbytes dequantizes it, the adapter as PEFT loads it, totals; against the
+    original: residuals, and all that was only copied; a forward pass. Nothing is downloaded. With
+    a failure the exit code is 3.
     """
     from loftq_cli.checks.written.certify import require_passed, verify_directory
 

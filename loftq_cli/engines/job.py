@@ -141,8 +141,7 @@ def make_directory(job: Job, record: Record) -> Made:
             seconds=time.perf_counter() - began,
             peak_memory_bytes=hardware.peak_memory_bytes(),
         )
-        document = record.document(results, model=found.identity)
-        write_report(staging, document)
+        document = write_report(staging, record.document(results, model=found.identity))
         staging.commit()
     return Made(document, found, ready.device, [name for each in done for name in each.on_cpu])
 

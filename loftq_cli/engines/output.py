@@ -25,6 +25,7 @@ from loftq_cli.checkpoint.writer import (
 )
 from loftq_cli.engines.adapter_settings import adapter_settings
 from loftq_cli.engines.plan import Plan
+from loftq_cli.models.source import CONFIG_FILE, README_FILE, REPORT_FILE
 
 if TYPE_CHECKING:
     from loftq_cli.models.architecture import Architecture
@@ -103,9 +104,12 @@ def write_model_files(
         dtypes = [planned.layer.dtype for planned in plan.layers]
         quantization = container.quantization_config(skipped, max(set(dtypes), key=dtypes.count))
         config = {**config, "quantization_config": quantization}
-    if plan.settings.dtype is not None:
-        config = {**_in_dtype(config, plan.settings.dtype), "dtype": plan.settings.dtype}
-    write_json(staging, "config.json", config)
+    write_json(staging, CONFIG_FILE, config_in_dtype(config, plan.settings.dtype))
+
+
+def config_in_dtype(config: dict[str, Any], dtype: str | None) -> dict[str, Any]:
+    """The config of the same model in ``dtype``; with None as it is."""
+    return config if dtype is None else {**_in_dtype(config, dtype), "dtype": dtype}
 
 
 def _in_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
@@ -121,12 +125,12 @@ def _in_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
 
 
 def written_files(staging: Staging) -> list[WrittenFile]:
-    """Every file that the output will have, with its hash, by name."""
+    """Every file of the output so far, with its hash, by name: report and README come last."""
     parts = adapter_part("")
     return [
         WrittenFile(name, entry.bytes, entry.sha256)
         for name, entry in sorted(staging.finished.items())
-        if not name.startswith(parts)
+        if not name.startswith(parts) and name not in (REPORT_FILE, README_FILE)
     ]
 
 

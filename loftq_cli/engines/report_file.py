@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,9 @@ from loftq_cli.checkpoint.safetensors import read_file
 from loftq_cli.checkpoint.staging import Staging
 from loftq_cli.engines.fingerprint import digest
 from loftq_cli.engines.output import write_text
-from loftq_cli.errors import LoftqError, ModelNotFound, OutputExists
-from loftq_cli.models.source import REPORT_FILE
+from loftq_cli.errors import LoftqError, ModelNotFound, OutputExists, UsageError
+from loftq_cli.models.source import README_FILE, REPORT_FILE
+from loftq_cli.models.spec import hub_id
 from loftq_cli.report.card import card
 
 Report = schema.Document[schema.QuantizeResults]
@@ -23,10 +26,16 @@ _MAX_REPORT_BYTES = 200_000_000
 NOT_OURS = "give the directory that `loftq quantize --output` wrote"
 
 
-def write_report(staging: Staging, document: Report) -> None:
-    """The report and the README of the output directory."""
+def write_report(staging: Staging, document: Report) -> Report:
+    """The README of the output directory and the report, which lists it; gives what that says."""
+    write_text(staging, README_FILE, card(document))
+    readme = staging.finished[README_FILE]
+    listed = schema.WrittenFile(name=README_FILE, bytes=readme.bytes, sha256=readme.sha256)
+    files = sorted([*document.results.files, listed], key=lambda file: file.name)
+    results = document.results.model_copy(update={"files": files})
+    document = document.model_copy(update={"results": results})
     write_text(staging, REPORT_FILE, schema.dump_json(document))
-    write_text(staging, "README.md", card(document))
+    return document
 
 
 def read_report(directory: Path) -> Report:
@@ -38,8 +47,7 @@ def read_report(directory: Path) -> Report:
     """
     path = directory / REPORT_FILE
     if not path.is_file():
-        why = f"it has no {REPORT_FILE}" if directory.is_dir() else "there is no such directory"
-        raise ModelNotFound(f"{directory} is no output of loftq", cause=why, hint=NOT_OURS)
+        raise _no_report(directory)
     raw = read_file(path, _MAX_REPORT_BYTES)
     parse_json(raw, path)
     try:
@@ -53,6 +61,27 @@ def read_report(directory: Path) -> Report:
             hint=NOT_OURS,
         )
     return document
+
+
+def _no_report(directory: Path) -> ModelNotFound:
+    what, why = f"{directory} is no output of loftq", f"it has no {REPORT_FILE}"
+    if not directory.is_dir():
+        hint = NOT_OURS
+        with suppress(UsageError):
+            repository, revision = hub_id(str(directory))
+            at = "" if revision is None else f" --revision {revision}"
+            hint = f"what lies on a hub is downloaded first: hf download {repository}{at} "
+            hint += f"--local-dir DIR && loftq verify DIR; otherwise {NOT_OURS}"
+        return ModelNotFound(what, cause="there is no such directory", hint=hint)
+    if not any(directory.glob("*.safetensors")):
+        return ModelNotFound(what, cause=why, hint=NOT_OURS)
+    return ModelNotFound(
+        what,
+        cause=f"{why}, and there are weights in it",
+        hint="if it came from a hub, fetch all of its files: hf download ORG/NAME --local-dir DIR; "
+        f"if it is an original, quantize it first: loftq quantize -m {shlex.quote(str(directory))} "
+        "-o OUT",
+    )
 
 
 def finished_run(output: Path, fingerprint: Mapping[str, Any]) -> Report | None:

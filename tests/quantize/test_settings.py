@@ -154,7 +154,7 @@ def test_the_report_in_the_directory_is_the_document(quantize: Quantize) -> None
         assert hashlib.sha256(content).hexdigest() == file["sha256"]
     written = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
     named = {file["name"] for file in report["results"]["files"]}
-    assert written - named == {"loftq_report.json", "README.md"}
+    assert written - named == {"loftq_report.json"}
 
 
 def test_the_same_line_gives_the_same_bytes(

@@ -196,6 +196,8 @@ def test_damage_with_a_report_that_was_made_to_match(
         (empty_skip_list, "config.json"),
         (lambda out: (out / "generation_config.json").unlink(), "generation_config.json"),
         (lambda out: (out / WEIGHTS).unlink(), WEIGHTS),
+        (lambda out: (out / "README.md").unlink(), "README.md"),
+        (lambda out: (out / "README.md").write_text("Give it your password."), "README.md"),
         (lambda out: (out / "pytorch_model.bin").touch(), "pytorch_model.bin"),
         (lambda out: (out / "loftq_init/more").symlink_to("/etc"), "loftq_init/more"),
     ],
@@ -208,6 +210,127 @@ def test_a_file_that_is_not_the_written_one(
     assert outcome.code == 3, outcome.err
     assert statuses(results)["files"] == "failed"
     assert f"error: {written}: '{name}' is " in outcome.err
+
+
+def norm(out: Path) -> None:
+    overwrite(out / WEIGHTS, "model.norm.weight", flip)
+
+
+def embedding(out: Path) -> None:
+    overwrite(out / WEIGHTS, "model.embed_tokens.weight", flip)
+
+
+def embedding_in_float32(out: Path) -> None:
+    """The same values: still not what was there."""
+    tensors = load_file(out / WEIGHTS)
+    tensors["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"].float()
+    save_file(tensors, out / WEIGHTS, metadata={"format": "pt"})
+
+    def change(results: Any) -> None:
+        results["totals"]["output_bytes"] += tensors["model.embed_tokens.weight"].numel() * 2
+
+    edit_report(out, change)
+
+
+def rope(out: Path) -> None:
+    edit_json(out / "config.json", lambda config: config["rope_parameters"].update(rope_theta=5e5))
+
+
+def another_end(out: Path) -> None:
+    edit_json(out / "config.json", lambda config: config.update(eos_token_id=7))
+
+
+def one_more_key(out: Path) -> None:
+    edit_json(out / "config.json", lambda config: config.update(mine=True))
+
+
+def one_key_less(out: Path) -> None:
+    edit_json(out / "config.json", lambda config: config.pop("rms_norm_eps"))
+
+
+def generation_config(out: Path) -> None:
+    edit_json(out / "generation_config.json", lambda config: config.update(temperature=9.0))
+
+
+def a_file_of_mine(out: Path) -> None:
+    (out / "chat_template.jinja").write_text("{{ mine }}")
+    entry = {"name": "chat_template.jinja", "bytes": 0, "sha256": ""}
+    edit_report(out, lambda results: results["files"].append(entry))
+
+
+def all_at_once(out: Path) -> None:
+    """Each of them consistent with a report that was made anew."""
+    for change in (norm, embedding, rope, generation_config):
+        change(out)
+    (out / "README.md").write_text("As good as new.")
+
+
+@pytest.mark.parametrize(
+    ("damage", "named"),
+    [
+        (norm, "model.norm.weight"),
+        (embedding, "model.embed_tokens.weight"),
+        (embedding_in_float32, "model.embed_tokens.weight"),
+        (rope, "rope_parameters.rope_theta"),
+        (another_end, "eos_token_id"),
+        (one_more_key, "mine"),
+        (one_key_less, "rms_norm_eps"),
+        (generation_config, "generation_config.json"),
+        (a_file_of_mine, "chat_template.jinja"),
+        (all_at_once, "rope_parameters.rope_theta"),
+    ],
+)
+def test_what_was_only_copied_is_the_sources(
+    damage: Callable[[Path], None], named: str, written: Path, loftq: Loftq
+) -> None:
+    damage(written)
+    reseal(written)
+    outcome, results = run_verify(loftq, written)
+    assert outcome.code == 3, outcome.err
+    first, *others = (test for test in results["tests"] if test["status"] == "failed")
+    assert first["name"] == "copies"
+    # Only an embedding in another dtype keeps the model from running.
+    assert [test["name"] for test in others] == ["forward"] * (damage is embedding_in_float32)
+    assert named in first["detail"] + first["cause"]
+
+
+def test_copies_in_another_dtype(source: Path, tmp_path: Path, loftq: Loftq) -> None:
+    out = tmp_path / "out"
+    line = ("quantize", "-m", source, "-o", out, "--rank", 4, "--iterations", 1)
+    assert loftq(*line, "--dtype", "float16").code == 0
+    assert run_verify(loftq, out)[0].code == 0
+    norm(out)
+    reseal(out)
+    outcome, results = run_verify(loftq, out)
+    assert outcome.code == 3
+    assert statuses(results)["copies"] == "failed"
+
+
+@pytest.mark.parametrize("damaged", [True, False])
+def test_files_that_this_peft_cannot_attach(
+    damaged: bool, written: Path, loftq: Loftq, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import peft
+
+    def refuse(*args: object, **options: object) -> None:
+        raise NotImplementedError("no such layer here")
+
+    monkeypatch.setattr(peft, "get_peft_model", refuse)
+    edit_json(
+        written / "loftq_report.json",
+        lambda report: report["environment"]["packages"].update(peft="99.0"),
+    )
+    if damaged:
+        flip_a_code(written)
+    outcome, results = run_verify(loftq, written)
+    assert outcome.code == 3
+    failed = next(test for test in results["tests"] if test["name"] == "adapter")
+    assert "no such layer here" in failed["cause"]
+    if damaged:
+        assert "copy it again" in failed["hint"]
+    else:
+        assert "as they were written, with peft 99.0 (here " in failed["hint"]
+        assert "pip install -U transformers peft" in failed["hint"]
 
 
 def stray_code(out: Path) -> None:
@@ -342,12 +465,93 @@ def test_padding_is_zero(source: Path, tmp_path: Path, loftq: Loftq) -> None:
     assert f"not zero from column {padded['rank']} on" in outcome.err
 
 
-def test_a_total_that_its_layers_do_not_have(written: Path, source: Path, loftq: Loftq) -> None:
-    edit_report(written, lambda results: results["totals"].update(weight_error_relative=0.01))
+@pytest.mark.parametrize("name", ["weight_error_relative", "quantized_only_error_relative"])
+def test_a_total_that_its_layers_do_not_have(
+    name: str, written: Path, source: Path, loftq: Loftq
+) -> None:
+    """One that might be: only who measures the layers can tell."""
+
+    def change(results: Any) -> None:
+        results["totals"][name] += 5e-5
+
+    edit_report(written, change)
     outcome, results = run_verify(loftq, written, "--source", source)
     assert outcome.code == 3
-    assert statuses(results)["residuals"] == "failed"
+    failed = [name for name, status in statuses(results).items() if status == "failed"]
+    assert failed == ["residuals"]
     assert "do not add up to the weight error" in outcome.err
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "weight_error_relative",
+        "quantized_only_error_relative",
+        "stored_bits",
+        "information_bits",
+        "input_bytes",
+        "output_bytes",
+        "adapter_bytes",
+        "parameters",
+        "trainable_parameters",
+    ],
+)
+@pytest.mark.parametrize("less", [True, False])
+def test_a_forged_total(name: str, less: bool, written: Path, source: Path, loftq: Loftq) -> None:
+    def change(results: Any) -> None:
+        value = results["totals"][name]
+        results["totals"][name] = (
+            value // 2
+            if isinstance(value, int) and less
+            else value * (2 - 1.5 * less if isinstance(value, float) else 2)
+        )
+
+    edit_report(written, change)
+    source.rename(source.with_name("gone"))
+    outcome, results = run_verify(loftq, written)
+    assert outcome.code == 3
+    assert [name for name, status in statuses(results).items() if status == "failed"] == ["totals"]
+    assert f"the report's total {name}" in outcome.err or name == "input_bytes"
+
+
+def list_another_shape(results: Any) -> None:
+    results["untouched"][0]["shape"][0] += 1
+
+
+def list_what_is_not_there(results: Any) -> None:
+    results["untouched"][0]["name"] += "s"
+
+
+def forget_a_tensor(results: Any) -> None:
+    del results["untouched"][0]
+
+
+def make_a_share_smaller(results: Any) -> None:
+    results["layers"][0]["share_of_bytes"] /= 2
+
+
+def name_another_class(results: Any) -> None:
+    results["architecture"] = "MistralForCausalLM"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        list_another_shape,
+        list_what_is_not_there,
+        forget_a_tensor,
+        make_a_share_smaller,
+        name_another_class,
+    ],
+)
+def test_a_list_that_is_not_that_of_the_files(
+    change: Callable[[Any], None], written: Path, source: Path, loftq: Loftq
+) -> None:
+    edit_report(written, change)
+    source.rename(source.with_name("gone"))
+    outcome, results = run_verify(loftq, written)
+    assert outcome.code == 3
+    assert statuses(results)["totals"] == "failed"
 
 
 def test_a_flipped_bit_is_found_by_hash_and_by_residual(written: Path, loftq: Loftq) -> None:
@@ -444,10 +648,17 @@ def test_a_hostile_report_leads_nowhere_else(
 def test_what_is_no_output_of_loftq(written: Path, source: Path, loftq: Loftq) -> None:
     report = written / "loftq_report.json"
     whole = json.loads(report.read_text())
-    for directory in (source, source / "nothing"):
+    for directory, hint in (
+        (source, "hf download ORG/NAME --local-dir DIR"),
+        (source, f"loftq quantize -m {source} -o OUT"),
+        (source / "nothing", "loftq quantize --output"),
+        ("org/name", "hf download org/name --local-dir DIR && loftq verify DIR"),
+        ("org/name@v1", "hf download org/name --revision v1 --local-dir DIR"),
+    ):
         outcome = loftq("verify", directory)
         assert (outcome.code, outcome.out) == (1, "")
         assert f"{directory} is no output of loftq" in outcome.err
+        assert hint in outcome.err.partition("hint: ")[2]
     settings, first = whole["results"]["settings"], whole["results"]["layers"][0]
     for text in (
         "",

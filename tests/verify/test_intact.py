@@ -17,7 +17,12 @@ from loftq_cli.engines import shards
 from tests.battery import BATTERY
 from tests.verify.conftest import Loftq, edit_json, run_verify, statuses
 
-CHECKS = ["files", "container", "adapter", "residuals", "forward"]
+CHECKS = ["files", "container", "adapter", "totals", "residuals", "copies", "forward"]
+NO_SOURCE = {"residuals": "skipped", "copies": "skipped"}
+
+
+def found(results: dict[str, Any], check: str) -> Any:
+    return next(test for test in results["tests"] if test["name"] == check)
 
 
 @pytest.mark.parametrize(
@@ -59,7 +64,7 @@ def test_an_intact_directory(
     assert results["measured_layers"] == len(layers)
     assert results["quantized_layers"] == (0 if "lora" in options else len(layers))
     assert {layer["name"] for layer in results["layers"]} == {layer["name"] for layer in layers}
-    assert results["summary"]["passed"] == results["summary"]["total"] == 5
+    assert results["summary"]["passed"] == results["summary"]["total"] == len(CHECKS)
 
 
 def test_the_page_says_what_was_proved(source: Path, tmp_path: Path, loftq: Loftq) -> None:
@@ -100,6 +105,18 @@ def test_a_report_from_before_there_was_a_search(
     assert statuses(results) == dict.fromkeys(CHECKS, "passed")
 
 
+def test_a_report_from_before_the_readme_was_listed(written: Path, loftq: Loftq) -> None:
+    def older(report: Any) -> None:
+        files = report["results"]["files"]
+        report["results"]["files"] = [each for each in files if each["name"] != "README.md"]
+
+    edit_json(written / "loftq_report.json", older)
+    (written / "README.md").write_text("Notes of mine.")
+    outcome, results = run_verify(loftq, written)
+    assert outcome.code == 0, outcome.err
+    assert statuses(results) == dict.fromkeys(CHECKS, "passed")
+
+
 def test_several_weight_files(
     source: Path, tmp_path: Path, loftq: Loftq, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -115,7 +132,7 @@ def test_a_sample_is_measured_and_the_document_says_so(written: Path, loftq: Lof
     outcome, results = run_verify(loftq, written, "--sample", 5)
     assert outcome.code == 0, outcome.err
     assert (results["quantized_layers"], results["measured_layers"]) == (14, 5)
-    assert "5 of 14 layers" in results["tests"][3]["detail"]
+    assert "5 of 14 layers" in found(results, "residuals")["detail"]
     again = run_verify(loftq, written, "--sample", 5)[1]
     assert again["layers"] == results["layers"]
 
@@ -137,8 +154,8 @@ def test_without_the_source_the_rest_is_verified(written: Path, source: Path, lo
     moved = source.rename(source.with_name("moved"))
     outcome, results = run_verify(loftq, written)
     assert outcome.code == 0, outcome.err
-    assert statuses(results) == {**dict.fromkeys(CHECKS, "passed"), "residuals": "skipped"}
-    assert "--source" in results["tests"][3]["cause"]
+    assert statuses(results) == {**dict.fromkeys(CHECKS, "passed"), **NO_SOURCE}
+    assert "--source" in found(results, "residuals")["cause"]
     assert (results["source"], results["layers"]) == (None, [])
 
     outcome, results = run_verify(loftq, written, "--source", moved)
@@ -157,7 +174,7 @@ def test_the_source_from_the_hubs_cache(
     edit_json(written / "loftq_report.json", lambda report: report.update(model=identity))
     outcome, results = run_verify(loftq, written)
     assert (outcome.code, statuses(results)["residuals"]) == (0, "skipped")
-    assert "org/name@0123abc, is not on this disk" in results["tests"][3]["cause"]
+    assert "org/name@0123abc, is not on this disk" in found(results, "residuals")["cause"]
 
     snapshots = tmp_path / "hub" / "models--org--name" / "snapshots"
     snapshots.mkdir(parents=True)
@@ -175,7 +192,7 @@ def test_the_same_weights_in_other_files_are_the_source(
     model.save_pretrained(tmp_path / "resharded", max_shard_size="50KB")
     outcome, results = run_verify(loftq, written, "--source", tmp_path / "resharded")
     assert outcome.code == 0, outcome.err
-    assert "these weights are the same" in results["tests"][3]["detail"]
+    assert "these weights are the same" in found(results, "residuals")["detail"]
 
 
 def test_a_directory_may_be_renamed_and_go_through_git_and_hub(
@@ -191,7 +208,6 @@ def test_a_directory_may_be_renamed_and_go_through_git_and_hub(
     (snapshot / ".gitattributes").write_text("*.safetensors filter=lfs\n")
     (snapshot / ".cache" / "huggingface").mkdir(parents=True)
     (snapshot / ".cache" / "huggingface" / "CACHEDIR.TAG").touch()
-    (blobs / "README.md").write_text("Notes of mine.")
     outcome, results = run_verify(loftq, snapshot)
     assert outcome.code == 0, outcome.err
     assert statuses(results) == dict.fromkeys(CHECKS, "passed")
@@ -204,4 +220,4 @@ def test_a_model_that_does_not_fit_is_not_run(
     outcome, results = run_verify(loftq, written)
     assert outcome.code == 0, outcome.err
     assert statuses(results)["forward"] == "skipped"
-    assert "this box has 0.0001" in results["tests"][4]["cause"]
+    assert "this box has 0.0001" in found(results, "forward")["cause"]

@@ -16,7 +16,7 @@ def test_a_good_run_says_what_was_verified(source: Path, tmp_path: Path, loftq: 
             "--verify", "--json")  # fmt: skip
     first = loftq(*line)
     assert first.code == 0, first.err
-    assert "verified: files, container, adapter, residuals, forward" in first.err
+    assert "verified: files, container, adapter, totals, residuals, copies, forward" in first.err
     assert json.loads(first.out)["schema"] == "loftq/quantize"
     again = loftq(*line, "--resume")
     assert again.code == 0, again.err

@@ -113,12 +113,14 @@ def _require_as_peft(written: Written, header: Header) -> None:
     claimed = {layer.name for layer in written.claims.adapted}
     for name in sorted(adapted.keys() ^ claimed):
         whose = "only the report has" if name in claimed else "the report does not have"
-        raise _damaged(name, f"target_modules in {_CONFIG_NAME} choose layers of which {whose} it")
+        cause = f"target_modules in {_CONFIG_NAME} choose layers of which {whose} it"
+        raise _damaged(name, cause, written.remedy)
     scaling = written.claims.scaling
     for name, module in adapted.items():
         (found,) = module.scaling.values()
         if not math.isclose(found, scaling, rel_tol=1e-6):
-            raise _damaged(name, f"PEFT scales it by {found:.6g}, the report by {scaling:.6g}")
+            cause = f"PEFT scales it by {found:.6g}, the report by {scaling:.6g}"
+            raise _damaged(name, cause, written.remedy)
     state = get_peft_model_state_dict(model, save_embedding_layers=False)
     wanted = {name: tuple(tensor.shape) for name, tensor in state.items()}
     held = {name: info.shape for name, info in header.tensors.items()}
@@ -128,7 +130,7 @@ def _require_as_peft(written: Written, header: Header) -> None:
                 f"{ADAPTER_NAME} is not what PEFT loads",
                 cause=f"{shown(name)} has shape {_shape(held.get(name))} in the file, and "
                 f"{_shape(wanted.get(name))} for PEFT",
-                hint=WRITE_AGAIN,
+                hint=written.remedy,
             )
 
 
@@ -144,9 +146,9 @@ def _on_meta(written: Written) -> Any:
             warnings.simplefilter("ignore")
             config = LoraConfig.from_pretrained(str(directory))
             return get_peft_model(model, config, low_cpu_mem_usage=True)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except Exception as error:  # of any type: PEFT has its own for some layers
         raise CheckFailed(
-            f"PEFT cannot use {_CONFIG_NAME}", cause=first_line(error), hint=WRITE_AGAIN
+            f"PEFT cannot use {_CONFIG_NAME}", cause=first_line(error), hint=written.remedy
         ) from error
 
 
@@ -176,5 +178,5 @@ def _shape(shape: tuple[int, ...] | None) -> str:
     return "none" if shape is None else str(list(shape))
 
 
-def _damaged(layer: str, cause: str) -> CheckFailed:
-    return CheckFailed(f"the adapter of {layer} is not right", cause=cause, hint=WRITE_AGAIN)
+def _damaged(layer: str, cause: str, hint: str = WRITE_AGAIN) -> CheckFailed:
+    return CheckFailed(f"the adapter of {layer} is not right", cause=cause, hint=hint)

@@ -12,10 +12,12 @@ from loftq_cli.checks.battery import Check, run_checks, summary
 from loftq_cli.checks.written.adapter import adapter
 from loftq_cli.checks.written.claims import claims_of
 from loftq_cli.checks.written.container import container
+from loftq_cli.checks.written.copies import copies
 from loftq_cli.checks.written.directory import Written
 from loftq_cli.checks.written.files import files
 from loftq_cli.checks.written.forward import forward
 from loftq_cli.checks.written.residuals import Residuals, spread
+from loftq_cli.checks.written.totals import totals
 from loftq_cli.engines.report_file import Report, read_report
 from loftq_cli.errors import CheckFailed, LoftqError, ModelNotFound
 from loftq_cli.models.spec import ResolvedModel, cached_model, hub_id, local_model
@@ -77,10 +79,16 @@ def certify(
         import peft  # noqa: F401
     layers = [] if source is None else spread(claims.layers, sample)
     # Every file, every layer in the container and again against the source, and the checks' ends.
-    steps = len(claims.results.files) + len(claims.layers) + len(layers) + 5
+    steps = len(claims.results.files) + len(claims.layers) + len(layers) + 7
     with record.timing("checks"), record.progress("verifying", steps) as progress:
         written = Written(
-            directory, claims, device, options.dtype(dtype), progress, trust_remote_code
+            directory,
+            claims,
+            device,
+            options.dtype(dtype),
+            progress,
+            trust_remote_code,
+            report.environment.packages,
         )
         residuals = Residuals(written, source, layers)
         tests = run_checks(_checks(written, residuals), progress, trace=record.listener.trace)
@@ -150,11 +158,25 @@ def _checks(written: Written, residuals: Residuals) -> list[Check]:
             partial(adapter, written),
         ),
         Check(
+            "totals",
+            group,
+            "every tensor is in a list of the report, and its totals are those of files and lists",
+            partial(totals, written),
+            needs,
+        ),
+        Check(
             "residuals",
             group,
             "weight, backbone and adapter leave what the report says, measured again in float64",
             residuals.check,
             needs,
+        ),
+        Check(
+            "copies",
+            group,
+            "what is not quantized, the configuration and the files beside it are the source's",
+            partial(copies, written, residuals.source),
+            ("container", "adapter", "residuals"),
         ),
         Check(
             "forward",

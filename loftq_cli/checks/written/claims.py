@@ -71,6 +71,11 @@ class Claims:
         return [layer for layer in self.layers if layer.stored_rank]
 
     @property
+    def listed(self) -> Sequence[schema.AdaptedLayer | schema.PlainLayer]:
+        """The layers as the report has them, those without an adapter at the end."""
+        return [*self.results.layers, *self.results.without_adapter]
+
+    @property
     def settings(self) -> schema.QuantizeSettings:
         return self.results.settings
 

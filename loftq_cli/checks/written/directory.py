@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from loftq_cli import hardware
 from loftq_cli.checkpoint.index import Checkpoint, open_checkpoint
 from loftq_cli.checks.written.claims import ClaimedLayer, Claims
 from loftq_cli.containers import weights_in
@@ -17,6 +19,7 @@ from loftq_cli.models.layers import LinearLayer
 from loftq_cli.models.source import read_config
 from loftq_cli.record import Progress
 
+_LOADERS = ("transformers", "peft", "bitsandbytes")
 WRITE_AGAIN = "copy it again from where it was written, or run `loftq quantize` again"
 
 
@@ -30,6 +33,27 @@ class Written:
     dtype: str | None  # to load it in; None: its own
     progress: Progress
     trust_remote_code: bool
+    made_with: Mapping[str, str] = field(default_factory=dict)  # versions, by the report
+    intact: bool = False  # the files have been seen to be those of the report
+
+    @property
+    def remedy(self) -> str:
+        """What to do where a library does not take the files: they are damaged, or it is another.
+
+        The versions that wrote them took them.
+        """
+        here = hardware.environment()["packages"]
+        others = [
+            f"{name} {version} (here {here.get(name, 'none')})"
+            for name in _LOADERS
+            if (version := self.made_with.get(name)) and version != here.get(name)
+        ]
+        if not (self.intact and others):
+            return WRITE_AGAIN
+        return (
+            f"the files are as they were written, with {', '.join(others)}: pip install -U "
+            f"{' '.join(_LOADERS)}, or those versions"
+        )
 
     @cached_property
     def config(self) -> dict[str, Any]:

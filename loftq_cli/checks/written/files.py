@@ -11,11 +11,11 @@ from loftq_cli.checkpoint.writer import hash_file
 from loftq_cli.checks.battery import Finding
 from loftq_cli.checks.written.directory import WRITE_AGAIN, Written
 from loftq_cli.errors import CheckFailed
-from loftq_cli.models.source import REPORT_FILE
+from loftq_cli.models.source import README_FILE, REPORT_FILE
 from loftq_cli.schema import WrittenFile
 
-# The report cannot hold its own hash; the README is for people, who may well write into it.
-_UNLISTED = {REPORT_FILE, "README.md"}
+# The report cannot hold its own hash; those of earlier versions had none of the README either.
+_UNLISTED = {REPORT_FILE, README_FILE}
 # What git and the hub's client leave in a directory that went through them; no loader reads it.
 _OTHER_TOOLS = {".git", ".gitattributes", ".cache"}
 
@@ -43,6 +43,7 @@ def files(written: Written) -> Finding:
         if hash_file(written.directory / each.name).sha256 != each.sha256:
             raise _changed(each, "it has the size and not the SHA-256 that the report gives")
         written.progress.advance(each.name)
+    written.intact = True
     size = sum(each.bytes for each in claimed)
     return Finding(
         f"{len(claimed)} files, {size / 1e6:,.1f} MB: sizes and SHA-256 as reported",

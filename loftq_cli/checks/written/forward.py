@@ -9,7 +9,7 @@ from loftq_cli import hardware
 from loftq_cli.checkpoint.adapter import ADAPTER_DIRECTORY, ADAPTER_NAME
 from loftq_cli.checkpoint.safetensors import read_header
 from loftq_cli.checks.battery import Finding, NothingToCheck
-from loftq_cli.checks.written.directory import WRITE_AGAIN, Written
+from loftq_cli.checks.written.directory import Written
 from loftq_cli.checks.written.passes import adapters_of, run_through
 from loftq_cli.containers import layer_classes
 from loftq_cli.errors import CheckFailed
@@ -78,7 +78,7 @@ def _load(written: Written) -> Any:
                     f"transformers finds {what} weights: {keys[0]}",
                     cause=f"{len(keys)} in all; it would go on, with random numbers for what is "
                     "missing",
-                    hint=WRITE_AGAIN,
+                    hint=written.remedy,
                 )
         _require_layers(written, "quantized", _quantized(model))
         keep_layout(model)
@@ -103,7 +103,7 @@ def _require_layers(written: Written, how: str, found: set[str]) -> None:
         raise CheckFailed(
             f"{name} {is_not} {how} in the loaded model",
             cause=f"by the report it {says}",
-            hint=WRITE_AGAIN,
+            hint=written.remedy,
         )
 
 

@@ -81,7 +81,7 @@ class Residuals:
                 "downloaded for this; name a directory or a cached model with --source MODEL"
             )
         checkpoint = open_checkpoint(self.source.directory).cast(self.written.claims.settings.dtype)
-        same_files = self._has_reported_files(checkpoint)
+        same_files = has_reported_files(self.written, checkpoint)
         inventory = self.written.architecture.inventory(checkpoint.infos)
         originals = {layer.module: layer for layer in inventory.layers}
         for layer in self.layers:
@@ -101,14 +101,6 @@ class Residuals:
         self._require_agreement()
         self._require_total()
         return self._finding(same_files)
-
-    def _has_reported_files(self, checkpoint: Checkpoint) -> bool | None:
-        """Whether these are the weight files that were quantized; None if nobody noted which."""
-        files = self.written.claims.results.source_files
-        reported = {(each.name, each.bytes, each.header_sha256) for each in files}
-        headers = checkpoint.headers.items()
-        found = {(name, header.file_bytes, header.sha256) for name, header in headers}
-        return found == reported if reported else None
 
     def _require_in_source(self, layer: ClaimedLayer, original: LinearLayer | None) -> None:
         if original is None:
@@ -180,14 +172,27 @@ class Residuals:
 
     def _require_total(self) -> None:
         """All layers as one long vector, where all were measured."""
-        reported = self.written.claims.results.totals.weight_error_relative
-        if reported is None or len(self.measured) < len(self.written.claims.layers):
+        claims = self.written.claims
+        if len(self.measured) < len(claims.layers):
             return
-        whole = math.hypot(*(each.norm for each in self.measured)) or 1.0
-        total = math.hypot(*(each.error * each.norm for each in self.measured)) / whole
-        if abs(total - reported) > TOLERANCE:
+        norms = {each.name: each.norm for each in self.measured}
+        measured: dict[str, float | None] = {each.name: each.error for each in self.measured}
+        # Not measured here, since its codes are in no file; but it has to fit that of the layers.
+        plain = {each.name: each.quantized_only_error_relative for each in claims.listed}
+        for what, reported, errors in (
+            ("weight error", claims.results.totals.weight_error_relative, measured),
+            (
+                "weight error without adapters",
+                claims.results.totals.quantized_only_error_relative,
+                plain,
+            ),
+        ):
+            parts = [error * norms[name] for name, error in errors.items() if error is not None]
+            total = math.hypot(*parts) / (math.hypot(*norms.values()) or 1.0)
+            if reported is None or len(parts) < len(errors) or abs(total - reported) <= TOLERANCE:
+                continue
             raise CheckFailed(
-                "the layers do not add up to the weight error that was reported for all",
+                f"the layers do not add up to the {what} that was reported for all",
                 cause=f"they leave {total:.6f}, reported was {reported:.6f}: the report was "
                 "changed",
                 hint=WRITE_AGAIN,
@@ -216,6 +221,15 @@ class Residuals:
             cause=cause,
             hint=f"--source MODEL with what it was made from: {self.written.claims.source}",
         )
+
+
+def has_reported_files(written: Written, checkpoint: Checkpoint) -> bool | None:
+    """Whether these are the weight files that were quantized; None if nobody noted which."""
+    files = written.claims.results.source_files
+    reported = {(each.name, each.bytes, each.header_sha256) for each in files}
+    headers = checkpoint.headers.items()
+    found = {(name, header.file_bytes, header.sha256) for name, header in headers}
+    return found == reported if reported else None
 
 
 def spread(layers: Sequence[ClaimedLayer], count: int | None) -> list[ClaimedLayer]:
