@@ -23,6 +23,8 @@ _TOKENS, _DECODED = 8, 5
 _SOUNDS = ("input_values", "input_features")
 # Frames of sound after the convolutions in front of a speech model.
 _FRAMES = 24
+# Of a waveform, where the config does not say what the convolutions make of it.
+_SAMPLES = 16_000
 # Where a config does not say how large images are: convolutions take any size.
 _IMAGE_SIZE = 64
 
@@ -71,6 +73,8 @@ def inputs_of(model: Any, auto: str, *, images: bool = True) -> Inputs:
     """
     takes = set(inspect.signature(model.forward).parameters)
     main, config = model.main_input_name, model.config
+    if main == "inputs" and hasattr(model, "encoder"):  # whatever its encoder takes
+        main = model.encoder.main_input_name
     tensors: dict[str, Tensor] = {}
     not_run: list[str] = []
     if main not in takes or main not in ("input_ids", "pixel_values", *_SOUNDS):
@@ -91,7 +95,9 @@ def inputs_of(model: Any, auto: str, *, images: bool = True) -> Inputs:
         if takes & {*_SOUNDS, "audio_values"}:
             not_run.append("sounds")
     else:
-        tensors[main] = _noise(_image_shape(config))
+        frames = getattr(config, "num_frames", None)  # of a video
+        one, *shape = _image_shape(config)
+        tensors[main] = _noise((one, frames, *shape) if frames else (one, *shape))
     if "decoder_input_ids" in takes and auto in _DECODES and config.is_encoder_decoder:
         tensors["decoder_input_ids"] = _tokens(config, _DECODED)
     labels = _labels(config, takes, auto, tensors)
@@ -112,9 +118,7 @@ def _tokens(config: Any, count: int) -> Tensor:
     import torch
 
     sizes = [each.vocab_size for each in _configs(config) if _counts(each, "vocab_size")]
-    if not sizes:
-        raise Unknown("its config has no vocab_size")
-    vocabulary = min(sizes)
+    vocabulary = min(sizes, default=128)  # characters, as for CANINE
     plain = sorted(set(range(min(vocabulary, 1000))) - _special(config)) or [0]
     tokens = torch.tensor([[plain[(7 * place + 3) % len(plain)] for place in range(count)]])
     end = _setting(config, "eos_token_id")
@@ -227,14 +231,16 @@ def _images(config: Any, takes: set[str]) -> Iterator[dict[str, Tensor]]:
     shape = _image_shape(config)
     sizes = {"image_sizes": torch.tensor([shape[-2:]])} if "image_sizes" in takes else {}
     forms: list[tuple[int, ...]] = [shape, (1, *shape)]
+    if hasattr(config, "image_grid_pinpoints"):  # an image whole, and once more in tiles
+        forms = [(1, 1 + tiles, *shape[1:]) for tiles in (1, 2, 4)]
     for form in forms:
-        yield {"pixel_values": _noise(form)}
+        yield {"pixel_values": _noise(form), **sizes}
         if sizes:
-            yield {"pixel_values": _noise(form), **sizes}
+            yield {"pixel_values": _noise(form)}
 
 
 def _image_shape(config: Any) -> tuple[int, ...]:
-    size = _setting(config, "image_size") or _IMAGE_SIZE
+    size = _setting(config, "image_size") or _setting(config, "input_size") or _IMAGE_SIZE
     size = list(size.values()) if isinstance(size, dict) else size
     height, width = size if isinstance(size, list | tuple) else (size, size)
     channels = _setting(config, "num_channels") or 3
@@ -246,8 +252,9 @@ def _sound_shape(config: Any, main: str) -> tuple[int, ...]:
     if main == "input_values" and strides:
         return (1, math.prod(strides) * _FRAMES + sum(_setting(config, "conv_kernel") or ()))
     mels = _setting(config, "num_mel_bins")
-    if main == "input_values" and mels and (length := _setting(config, "max_length")):
-        return (1, length, mels)
+    if main == "input_values":
+        length = _setting(config, "max_length")
+        return (1, length, mels) if mels and length else (1, _SAMPLES)
     if main == "input_features":
         channels = _setting(config, "input_feat_per_channel")
         if channels:
@@ -256,6 +263,8 @@ def _sound_shape(config: Any, main: str) -> tuple[int, ...]:
             return (1, _FRAMES, width)
         if mels and (positions := _setting(config, "max_source_positions")):
             return (1, mels, 2 * positions)
+        if mels:
+            return (1, 8 * _FRAMES, mels)
     raise Unknown(f"its config does not say how long {main} are")
 
 

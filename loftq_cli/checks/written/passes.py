@@ -45,6 +45,8 @@ def run_through(model: Any, auto: str, *, device: str, asked_dtype: str | None =
     called: set[str] = set()
     for name, module in adapters.items():
         module.register_forward_hook(lambda *_, name=name: called.add(name))
+    # Whatever was called before, to count an image's tokens, is called again.
+    model.get_base_model().register_forward_pre_hook(lambda *_: called.clear())
     try:
         inputs, values = _run(model, auto, device)
     except Unknown as reason:
@@ -100,7 +102,10 @@ def _forth_and_back(model: Any, inputs: Inputs, device: str) -> int:
         warnings.simplefilter("ignore")
         outputs = model(**given)
         values = _require_finite(outputs)
-        _target(outputs).backward()
+        target = _target(outputs)
+        if not target.requires_grad:
+            raise CheckFailed("no adapter gets a gradient", hint=_TRY_THE_ORIGINAL)
+        target.backward()
     return values
 
 
@@ -134,7 +139,6 @@ def _target(outputs: Any) -> Tensor:
     terms = [
         (each.float() * torch.randn(each.shape, generator=generator).to(each.device)).sum()
         for _, each in _floats(outputs)
-        if each.requires_grad
     ]
     return torch.stack(terms).sum()
 
