@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -12,12 +11,18 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification, PeftModel
+from peft import (
+    AutoPeftModelForCausalLM,
+    AutoPeftModelForSequenceClassification,
+    PeftModel,
+    get_peft_model_state_dict,
+)
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from loftq_cli import schema
 from loftq_cli.checks.written.inputs import inputs_of
+from loftq_cli.checks.written.passes import run_through
 from loftq_cli.models.auto_classes import auto_class
 from loftq_cli.models.spec import DEMO_DIRECTORY
 from loftq_cli.report import units
@@ -31,14 +36,6 @@ from tests.zoo import ZOO
 
 def blocks(card: str) -> list[str]:
     return re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
-
-
-def with_score_left_alone(directory: Path) -> None:
-    """Until the list of what is not quantized names every head."""
-    path = directory / "config.json"
-    config = json.loads(path.read_text())
-    config["quantization_config"]["llm_int8_skip_modules"].append("score")
-    path.write_text(json.dumps(config))
 
 
 def test_load_train_merge_and_evaluate_as_the_readme_says(
@@ -72,7 +69,6 @@ def test_load_train_merge_and_evaluate_as_the_readme_says(
     assert float(error) < 2**-7
 
     # A fresh head on the same layers with the same adapters, trained and saved with them.
-    with_score_left_alone(tmp_path / "out")
     exec(head, names)
     classifier = names["classifier"]
     inputs = torch.tensor([tokens])
@@ -88,6 +84,45 @@ def test_load_train_merge_and_evaluate_as_the_readme_says(
     monkeypatch.chdir(tmp_path.parent)
     again = AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "trained-classifier")
     assert torch.equal(again.eval()(inputs).logits, classifier.eval()(inputs).logits)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "task"),
+    [
+        ("Llama", "Sequence", "SEQ_CLS"),
+        ("Llama", "Token", "TOKEN_CLS"),
+        ("OPT", "Sequence", "SEQ_CLS"),
+    ],
+)
+def test_another_head_gets_the_same_adapters(
+    name: str,
+    kind: str,
+    task: str,
+    tmp_path: Path,
+    loftq: Callable[..., Outcome],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model_class = f"{ZOO[name].model_class.removesuffix('ForCausalLM')}For{kind}Classification"
+    monkeypatch.chdir(tmp_path)
+    ZOO[name].build().save_pretrained("source")
+    outcome = loftq("quantize", "-m", "source", "-o", "out", "--rank", 4, "--iterations", 1)
+    assert outcome.code == 0, outcome.err
+    names = {"here": tmp_path / "out"}
+    head = blocks(Path("out/README.md").read_text())[3]
+    exec(head.replace("ForSequence", f"For{kind}").replace("SEQ_CLS", task), names)
+    model = names["classifier"]
+    assert type(model.get_base_model()).__name__ == model_class
+    with safe_open("out/loftq_init/adapter_model.safetensors", "pt") as file:
+        held = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    state = get_peft_model_state_dict(model)
+    assert all(torch.equal(state[key], tensor) for key, tensor in held.items())
+    done = run_through(model, auto_class(model.get_base_model()), device="cpu")
+    assert (done.reached, done.notes) == (len(held) // 2, [])
+    heads = [key for key in state if key not in held]
+    assert heads
+    for name, parameter in model.named_parameters():
+        if "modules_to_save" in name:
+            assert parameter.grad is not None
 
 
 @pytest.fixture
@@ -189,7 +224,9 @@ def test_only_the_stored_dtype_runs(demo: dict[str, Any], dtype: Any) -> None:
                 model(tokens)
 
 
-@pytest.mark.parametrize("name", ["LLaVA", "Whisper", "BERT to BERT", "BERT, classifier", "T5"])
+@pytest.mark.parametrize(
+    "name", ["LLaVA", "Whisper", "BERT to BERT", "BERT, classifier", "Wav2Vec2, CTC", "T5"]
+)
 @pytest.mark.filterwarnings("ignore:Version v4.12.0 introduces:FutureWarning")
 def test_every_block_runs_for_models_of_other_kinds(
     name: str, tmp_path: Path, loftq: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch

@@ -19,6 +19,10 @@ from tests.battery import BERT_LIKE, LLAMA_LIKE
 from tests.verify.conftest import Loftq, edit_json, edit_report, reseal, run_verify, statuses
 from tests.zoo import ZOO
 
+VISION = {
+    "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "image_size": 32, "patch_size": 8,
+}  # fmt: skip
 IMAGE = {"pixel_values", "input_ids", "attention_mask"}
 
 
@@ -77,6 +81,28 @@ def test_heads_give_a_loss(name: str, settings: dict[str, Any], labels: torch.dt
     assert done.notes == []
     outputs = model(**done.inputs.on("cpu", torch.float32))
     assert bool(outputs.loss.isfinite())
+
+
+@pytest.mark.parametrize(
+    ("model", "tensor", "shape"),
+    [
+        (lambda: t.VideoMAEForVideoClassification(t.VideoMAEConfig(**VISION, num_frames=4)),
+         "pixel_values", (1, 4, 3, 32, 32)),
+        (lambda: t.MoonshineForConditionalGeneration(t.MoonshineConfig(
+            vocab_size=96, hidden_size=64, intermediate_size=64, encoder_num_hidden_layers=1,
+            decoder_num_hidden_layers=1, encoder_num_attention_heads=2,
+            decoder_num_attention_heads=2)), "input_values", (1, 16_000)),
+        (lambda: t.LlavaNextForConditionalGeneration(t.LlavaNextConfig(
+            text_config={"model_type": "llama", **LLAMA_LIKE}, image_token_index=90,
+            vision_config={"model_type": "clip_vision_model", **VISION, "projection_dim": 64},
+            image_grid_pinpoints=[[32, 32], [64, 32]])), "pixel_values", (1, 2, 3, 32, 32)),
+    ],
+    ids=["video", "waveform", "tiles"],
+)  # fmt: skip
+def test_forms_of_images_and_sounds(model: Any, tensor: str, shape: tuple[int, ...]) -> None:
+    done = run_through(*wrapped(model()), device="cpu")
+    assert tuple(done.inputs.tensors[tensor].shape) == shape
+    assert not any(note.startswith("not run") for note in done.notes)
 
 
 def test_special_tokens_stand_for_nothing() -> None:
