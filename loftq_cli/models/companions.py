@@ -57,7 +57,9 @@ _CODE = {
 }
 _INDEX = re.compile(r"\.(safetensors|bin|h5|msgpack|ckpt|onnx)\.index(\..+)?$")
 # Folders that hold the model once more: for other programs, or as it was during its training.
-_OTHER_MODELS = re.compile(r"onnx|openvino|coreml|tflite|gguf|.*\.mlpackage|checkpoint-\d+")
+_OTHER_MODELS = re.compile(
+    r"onnx|openvino|coreml|tflite|gguf|checkpoint-\d+|.*\.(mlpackage|safetensors)"
+)
 _OURS = {
     name.casefold()
     for name in (CONFIG_FILE, INDEX_FILE, SINGLE_FILE, README_FILE, REPORT_FILE, ADAPTER_DIRECTORY)

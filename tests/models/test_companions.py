@@ -34,7 +34,7 @@ NEVER = (
     "vocab.pkl", "optimizer.pt", "tf_model.h5", "flax_model.msgpack", "m.gguf", "M.ONNX",
     "onnx/config.json", "openvino/openvino_model.xml", "checkpoint-500/config.json",
     "checkpoint-500/model.safetensors", "2_Dense/pytorch_model.bin", "extra/model.safetensors",
-    "model.safetensors.index.fp16.json",
+    "model.safetensors.index.fp16.json", "model-00001-of-00002.safetensors/x.txt",
 )
 # fmt: on
 MODULES = [{"idx": n, "path": path} for n, path in enumerate(("", "1_Pooling", "2_Dense"))]
