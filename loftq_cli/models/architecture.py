@@ -221,10 +221,9 @@ class Architecture:
         if parameter in self._tied:
             return TIED
         if module in self._linear and parameter != module:
-            if module in self._read_directly:
-                return layers.READ_DIRECTLY
-            fp32 = _matches(module, self._kept_in_float32)
-            return layers.KEPT_IN_FLOAT32 if fp32 else None
+            if _matches(module, self._kept_in_float32):
+                return layers.KEPT_IN_FLOAT32
+            return layers.READ_DIRECTLY if module in self._read_directly else None
         if "Router" in kind or "Gate" in kind:
             return layers.ROUTER
         return (

@@ -34,13 +34,13 @@ ROW_GROUP = 32
 
 # `X.weight` with one of these as the last part of X is a lookup table, not a product.
 _EMBEDDING = re.compile(
-    r"(^|_)embed(ding)?s?($|_)|^(wte|wpe|shared|relative_attention_bias)$"
+    r"(^|_)embed(ding)?s?($|_(?!hidden_mapping_in$|transformation$))|^(wte|wpe|shared|relative_attention_bias)$"
     r"|^(embed_in|tokens_embed|positions_embed)$"
 )
 # Heads; of those for tokens only what scores them, which is where model classes end.
 _HEAD = re.compile(
     r"^(classification_head|classifier|ctc_head|embed_out|logits_proj|pre_classifier|proj_out"
-    r"|qa_classifier|qa_outputs|score)(\.|$)|(^|\.)lm_head$|^head$"
+    r"|lm_heads|qa_classifier|qa_outputs|score)(\.|$)|(^|\.)lm_head$|^head$"
     r"|^(cls|lm_head|predictions|generator_predictions)\.(.*\.)?(decoder|seq_relationship)$"
 )
 _EXPERT = re.compile(r"\.experts\.\d+\.")
@@ -52,8 +52,11 @@ _MAMBA = ("mixer.x_proj", "mixer.dt_proj", "mixer.out_proj")
 _READ_DIRECTLY = {
     "mamba": _MAMBA,
     "falcon_mamba": _MAMBA,
+    "deberta": ("attention.self.in_proj",),
     "jamba": ("mamba.dt_proj",),
     "rwkv": ("attention.output", "feed_forward.value"),
+    "switch_transformers": (".wo",),
+    "wavlm": tuple(f"attention.{name}_proj" for name in ("q", "k", "v", "out")),
     **dict.fromkeys(("mamba2", "nemotron_h"), ("mixer.out_proj",)),
     **dict.fromkeys(("bamba", "falcon_h1", "granitemoehybrid", "zamba2"), ("mamba.out_proj",)),
 }
@@ -148,11 +151,15 @@ def linear_layers(tensors: Iterable[TensorInfo], config: dict[str, Any]) -> Inve
     tensors = [replace(each, dtype="F32") if each.dtype == "F64" else each for each in tensors]
     model_type = str(config.get("model_type", ""))
     names = {info.name for info in tensors}
+    vocabulary = config.get("vocab_size")
     entries: list[LinearLayer | LeftTensor] = []
     for info in tensors:
         module = info.name.removesuffix(".weight")
         transposed = model_type in _CONV1D_MODEL_TYPES and last_part(module) in _CONV1D_NAMES
-        entries.append(entry(info, module, transposed, _reason_to_leave(info, model_type, names)))
+        reason = _reason_to_leave(info, model_type, names)
+        if reason is None and block_of(module) is None and info.shape[0] == vocabulary:
+            reason = EMBEDDING  # by another name
+        entries.append(entry(info, module, transposed, reason))
     return unadapted_by_names(Inventory(tuple(entries)), model_type)
 
 
@@ -209,7 +216,7 @@ def _reason_to_leave(info: TensorInfo, model_type: str, names: set[str]) -> str 
         return READ_DIRECTLY
     if last_part(module) in _KEPT_IN_FLOAT32.get(model_type, ()):
         return KEPT_IN_FLOAT32
-    if model_type in _SUBCLASSED:
+    if model_type in _SUBCLASSED or f"{parent}.in_proj_weight" in names:  # torch's attention
         return SUBCLASSED_LINEAR
     return None
 

@@ -1,8 +1,9 @@
 """Linear layers whose weight their model reads itself, past the layer.
 
-Mamba multiplies by `self.dt_proj.weight`, RWKV divides `block.attention.output.weight` in place. A
-4-bit layer has packed codes there, and what an adapter adds is never seen. Which layers these are
-stands in the source of the model's classes, and nowhere else: it is read, not run.
+Mamba multiplies by `self.dt_proj.weight`, RWKV divides `block.attention.output.weight` in place,
+Switch casts inputs to `self.wo.weight.dtype`. A 4-bit layer has packed bytes there, and what an
+adapter adds is never seen. Which layers these are stands in the source of the model's classes, and
+nowhere else: it is read, not run.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ from collections.abc import Iterable, Iterator
 from functools import cache
 from typing import Any, NamedTuple
 
-# What is asked about a packed weight without looking at its values.
-_HARMLESS = {"dtype", "device"}
+# What may be asked of a packed weight. (Not its dtype: inputs that are cast to it become bytes.)
+_HARMLESS = {"device"}
 _ASKING = {"isinstance", "hasattr", "type", "id"}
 # These run before there are weights, or put one in another's place.
 _NOT_FORWARD = ("__init__", "init_", "_init_", "reset_", "tie_", "_tie_", "get_", "set_", "resize_")
