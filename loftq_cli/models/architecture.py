@@ -35,7 +35,12 @@ HEADS = (
 )  # fmt: skip
 # Other classes than that of the checkpoint may open a directory. What they make anew, heads and
 # what stands before them, has no codes to load.
-_MADE_ANEW = (*HEADS, "pooler", "projector", "sequence_summary")
+_MADE_ANEW = (
+    *HEADS, "answer_class", "discriminator_predictions", "end_logits", "generator_lm_head",
+    "generator_predictions", "head", "lm_loss", "lm_predictions", "mlm_score", "pooler",
+    "pooler.dense", "predictions", "projection_head", "projector", "seq_relationship",
+    "sequence_summary", "start_logits", "vocab_projector", "vocab_transform",
+)  # fmt: skip
 
 
 class Architecture:
