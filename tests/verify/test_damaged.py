@@ -258,6 +258,19 @@ def a_file_of_mine(out: Path) -> None:
     edit_report(out, lambda results: results["files"].append(entry))
 
 
+def a_larger_source(out: Path) -> None:
+    """All lists and shares of the report agree on it."""
+
+    def change(results: Any) -> None:
+        layers = [*results["layers"], *results["without_adapter"], *results["untouched"]]
+        layers[0]["bytes"] += 1000
+        results["totals"]["input_bytes"] += 1000
+        for each in layers:
+            each["share_of_bytes"] = each["bytes"] / results["totals"]["input_bytes"]
+
+    edit_report(out, change)
+
+
 def all_at_once(out: Path) -> None:
     """Each of them consistent with a report that was made anew."""
     for change in (norm, embedding, rope, generation_config):
@@ -277,6 +290,7 @@ def all_at_once(out: Path) -> None:
         (one_key_less, "rms_norm_eps"),
         (generation_config, "generation_config.json"),
         (a_file_of_mine, "chat_template.jinja"),
+        (a_larger_source, "input_bytes"),
         (all_at_once, "rope_parameters.rope_theta"),
     ],
 )

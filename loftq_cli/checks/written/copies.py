@@ -41,6 +41,8 @@ def copies(written: Written, source: ResolvedModel | None) -> Finding:
     original = original.cast(written.claims.settings.dtype)
     _require_config(written, source, strict)
     tensors = _require_tensors(written, source, original, strict)
+    if strict:
+        _require_sizes(written, source, original)
     files = _require_files(written, source) if strict else 0
     return Finding(
         f"{tensors} tensors and {files} files are those of {source.identity.id}, byte by byte, "
@@ -123,6 +125,21 @@ def _require_tensors(
         if _digest(*copy) != _digest(header, info):
             raise _not_copied(name, "its bytes are others", source)
     return len(compared)
+
+
+def _require_sizes(written: Written, source: ResolvedModel, original: Checkpoint) -> None:
+    """What the report says of the source, which no file here can tell."""
+    totals = written.claims.results.totals
+    for name, reported, found in (
+        ("input_bytes", totals.input_bytes, sum(info.nbytes for info in original.infos)),
+        ("parameters", totals.parameters, sum(info.elements for info in original.infos)),
+    ):
+        if reported != found:
+            raise CheckFailed(
+                f"the report's total {name} is not right",
+                cause=f"it says {reported}, and {source.identity.id} has {found}",
+                hint=WRITE_AGAIN,
+            )
 
 
 def _digest(header: Header, info: TensorInfo) -> bytes:
