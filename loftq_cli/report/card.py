@@ -181,9 +181,9 @@ def _backbone(results: QuantizeResults) -> str:
 
 
 def _another_head(results: QuantizeResults) -> list[str]:
-    if (auto_class(results), results.task_type) != ("AutoModelForCausalLM", "CAUSAL_LM"):
+    a_decoder = (auto_class(results), results.task_type) == ("AutoModelForCausalLM", "CAUSAL_LM")
+    if results.own_code or not a_decoder:
         return []
-    own_code = ", trust_remote_code=True" if results.own_code else ""
     lines = [
         "from peft import LoraConfig, get_peft_model",
         "from peft import get_peft_model_state_dict, set_peft_model_state_dict",
@@ -191,7 +191,7 @@ def _another_head(results: QuantizeResults) -> list[str]:
         "from transformers import AutoModelForSequenceClassification",
         "",
         "kind = AutoModelForSequenceClassification",
-        f"classifier = kind.from_pretrained(here, num_labels=2{own_code})",
+        "classifier = kind.from_pretrained(here, num_labels=2)",
         *_keeping_layout(results, "classifier"),
         'config = LoraConfig.from_pretrained(here, subfolder="loftq_init")',
         'config.task_type, config.base_model_name_or_path = "SEQ_CLS", str(here)',

@@ -34,7 +34,7 @@ def trouble(test: CheckTest, **more: str) -> Facts:
 
 def check_records(tests: Sequence[CheckTest], *more: str) -> Records:
     """One line a check; its figures are in one column, as key=value."""
-    keys = ["name", *more, "status", "seconds", "verified", "detail", "cause", "hint"]
+    keys = ["name", *more, "status", "seconds", "verified", "detail", "cause", "hint", "notes"]
     rows = [
         [*row, [f"{key}={value}" for key, value in test.figures.items()]]
         for row, test in zip(fields(tests, keys), tests, strict=True)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from bitsandbytes.nn import Linear4bit, modules
 from peft import (
     AutoPeftModelForCausalLM,
     AutoPeftModelForSequenceClassification,
@@ -208,6 +209,34 @@ def test_the_backbone_alone_is_as_far_off_as_the_readme_says(
     text = " ".join((tmp_path / "out/README.md").read_text().split())
     told = f"Without it the quantized weights are {units.percent((lost / whole) ** 0.5)} off"
     assert told in text
+
+
+def test_the_order_is_safe_where_bitsandbytes_rearranges_weights(
+    tmp_path: Path, loftq: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a CPU with native bfloat16: an evaluation first, then training, then another."""
+    monkeypatch.chdir(tmp_path)
+    ZOO["Llama"].build().save_pretrained("source")
+    assert loftq("quantize", "-m", "source", "-o", "out", "--rank", 4).code == 0
+    load, train, merge, *_ = blocks(Path("out/README.md").read_text())
+    tokens = torch.arange(12)[None] + 5
+    example = {"input_ids": tokens[0], "labels": tokens[0]}
+    train = train.replace('"runs", ', '"runs", report_to=[], use_cpu=True, ')
+    found = []
+    for native in (False, True):
+        monkeypatch.setattr(modules, "has_avx512bf16", lambda native=native: native)
+        names: dict[str, Any] = {"train_dataset": [example] * 4}
+        exec(load, names)
+        with torch.no_grad():
+            before = names["model"].eval()(tokens).logits
+        exec(train, names)
+        exec(merge, names)
+        with torch.no_grad():
+            after = names["model"].eval()(tokens).logits
+            found.append([before, after, names["merged"].eval()(tokens).logits])
+    assert Linear4bit(64, 64).support_avx512bf16_for_cpu
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+    assert not torch.equal(found[0][0], found[0][1])
 
 
 @pytest.mark.parametrize("dtype", ["auto", torch.bfloat16, torch.float16, torch.float32])

@@ -203,6 +203,36 @@ def test_a_written_directory_of_another_kind(name: str, tmp_path: Path, loftq: L
         assert "TypeError" in found["tests"][-1]["cause"]
 
 
+def test_code_that_comes_with_the_checkpoint(
+    source: Path, tmp_path: Path, loftq: Loftq, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The README asks for consent where the user has to give it, and so does verify."""
+    (source / "modeling_own.py").write_text(
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        "class OwnConfig(LlamaConfig):\n    model_type = 'own_to_verify'\n"
+        "class OwnForCausalLM(LlamaForCausalLM):\n    config_class = OwnConfig\n"
+    )
+    auto_map = {
+        "AutoConfig": "modeling_own.OwnConfig",
+        "AutoModelForCausalLM": "modeling_own.OwnForCausalLM",
+    }
+    named = {"model_type": "own_to_verify", "architectures": ["OwnForCausalLM"]}
+    edit_json(source / "config.json", lambda config: config.update(named, auto_map=auto_map))
+    out, consent = tmp_path / "own", "--trust-remote-code"
+    done = loftq("quantize", "-m", source, "-o", out, "--rank", 4, "--iterations", 1, consent)
+    assert done.code == 0, done.err
+    outcome, results = run_verify(loftq, out, consent)
+    assert outcome.code == 0, outcome.err
+    assert statuses(results)["forward"] == "passed"
+    assert run_verify(loftq, out)[0].code == 3
+    text = (out / "README.md").read_text()
+    assert "AutoModelForCausalLM.from_pretrained(here, trust_remote_code=True)" in text
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(text.partition("```python\n")[2].partition("```")[0], names)
+    assert type(names["model"].get_base_model()).__name__ == "OwnForCausalLM"
+
+
 def test_inputs_of_which_nothing_is_known_are_no_pass(
     written: Path, loftq: Loftq, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -181,7 +181,7 @@ def _checks(written: Written, residuals: Residuals) -> list[Check]:
         Check(
             "forward",
             group,
-            "transformers and PEFT load it as its README says, and its outputs are finite",
+            "transformers and PEFT load it as its README says; outputs and gradients are finite",
             partial(forward, written),
             needs,
         ),
