@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loftq_cli.errors import UsageError
-from loftq_cli.options import QuantizeOptions, size
+from loftq_cli.options import QuantizeOptions, require_text, size
 
 if TYPE_CHECKING:
     from loftq_cli.engines.job import Job, Made
@@ -65,6 +65,9 @@ def quantize(
     del options["listener"]
     from loftq_cli.checks.written.certify import require_passed
 
+    for name in ("model", "output", "calibration_text"):
+        if options[name] is not None:
+            require_text(name, str(options[name]))
     for path in ("output", "calibration_text"):
         if options[path] is not None:
             options[path] = Path(options[path])

@@ -6,14 +6,16 @@ on no library, no C code and no child process can reach the real stdout; only `w
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, TypeVar
 
-from loftq_cli.errors import LoftqError
+from loftq_cli.errors import DoesNotFit, LoftqError
 from loftq_cli.record import Listener, Progress
 from loftq_cli.report.escape import visible
 
@@ -43,7 +45,7 @@ def wants_colour(is_terminal: bool, environ: Mapping[str, str] = os.environ) -> 
 def width_of(descriptor: int, environ: Mapping[str, str] = os.environ) -> int:
     """Columns to lay out for: COLUMNS, else the terminal's own, else 80."""
     columns = environ.get("COLUMNS", "")
-    if columns.isdigit() and int(columns) > 0:
+    if re.fullmatch(r"0*[1-9]\d{0,3}", columns, re.ASCII):  # wider is no screen
         return int(columns)
     try:
         return os.get_terminal_size(descriptor).columns or 80
@@ -116,7 +118,9 @@ class Console(Listener):
         except BrokenPipeError:
             return
         except OSError as error:
-            raise LoftqError("could not write the result to stdout", cause=error.strerror) from None
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            kind = DoesNotFit if full else LoftqError
+            raise kind("could not write the result to stdout", cause=error.strerror) from None
 
     # --- stderr ---------------------------------------------------------------------------------
 

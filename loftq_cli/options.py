@@ -150,15 +150,46 @@ def items(value: str | Sequence[str], option: str) -> list[str]:
     """`a,b` as ["a", "b"]; spaces around the commas do not count, an empty item is a mistake."""
     found = [each.strip() for each in (value.split(",") if isinstance(value, str) else value)]
     if not all(found):
-        raise UsageError(f"{option} has an empty item: {value!r}")
+        raise UsageError(f"{option} has an empty item: {value!r:.80}")
     return found
+
+
+# No layer of any model has room for it.
+LARGEST_RANK = 1_000_000
+# What torch's generators take.
+LARGEST_SEED = 2**63 - 1
+
+
+def require_text(option: str, value: str) -> None:
+    """Refuses what no option can mean: nothing at all, and what is no text.
+
+    Raises:
+        UsageError
+    """
+    if not value:
+        raise UsageError(f"{option} is empty", hint=f"give {option} a value, or leave it out")
+    if "\0" in value:
+        raise UsageError(f"{option} has a zero byte in it", cause="no file is called so")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise UsageError(
+            f"{option} {value:.200} is not UTF-8",
+            cause="neither a result document nor a model's files could name it",
+            hint="give the file or directory a name in UTF-8 (`mv`, or a link to it)",
+        ) from None
 
 
 def ranks(text: str) -> list[int]:
     """The value of --ranks: positive whole numbers, in the order given, each once."""
     found = items(text, "--ranks")
-    if not all(each.isascii() and each.isdigit() and int(each) > 0 for each in found):
-        raise UsageError(f"--ranks takes positive whole numbers, not {text!r}")
+    if not all(re.fullmatch(r"0*[1-9]\d{0,6}", each, re.ASCII) for each in found) or any(
+        int(each) > LARGEST_RANK for each in found
+    ):
+        raise UsageError(
+            f"--ranks takes whole numbers from 1 to {LARGEST_RANK}, not {text!r:.80}",
+            hint="--ranks 8,16",
+        )
     return list(dict.fromkeys(int(each) for each in found))
 
 
@@ -167,8 +198,11 @@ def iterations(value: str | int) -> int | None:
     text = str(value)
     if text == "auto":
         return None
-    if not (text.isascii() and text.isdigit() and 0 < int(text) <= 1000):
-        raise UsageError(f"--iterations takes auto or a number from 1 to 1000, not {text!r:.80}")
+    if not (re.fullmatch(r"[1-9]\d{0,3}", text, re.ASCII) and int(text) <= 1000):
+        raise UsageError(
+            f"--iterations takes auto or a number from 1 to 1000, not {text!r:.80}",
+            hint="--iterations auto",
+        )
     return int(text)
 
 

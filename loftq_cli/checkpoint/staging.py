@@ -51,6 +51,7 @@ LOCK_FILE = "lock"
 MANIFEST_FILE = "loftq-manifest.json"
 OUTPUT_DIRECTORY = "output"
 REPLACED_DIRECTORY = "replaced"
+_DEEPEST = 200
 
 
 @dataclass(frozen=True)
@@ -319,6 +320,26 @@ def refuse_existing(target: Path, force: bool) -> None:
             f"{target} already exists",
             hint="add --force to replace it, or choose another --output",
         )
+
+
+def refuse_unusable(output: Path) -> None:
+    """An OUT that can never be written, known before anything else is looked at.
+
+    Raises:
+        UsageError: it lies around what the run stands on, or is too deep a path to be made.
+        WriteFailed: the system takes no such path.
+    """
+    with disk_errors(output):
+        target = Path(os.path.realpath(output))
+        with suppress(FileNotFoundError):
+            os.lstat(target.with_name(f"{target.name}.partial"))
+    if len(target.parts) > _DEEPEST:
+        raise UsageError(
+            f"the output lies {len(target.parts)} directories deep",
+            cause=f"{_DEEPEST} are what every program can open",
+            hint="choose a shorter --output",
+        )
+    _refuse_overlap(target, [])
 
 
 def _refuse_overlap(target: Path, protected: list[Path]) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import stat
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -44,7 +46,7 @@ def find_documents(names: Sequence[str]) -> Found:
     """
     found = Found()
     for name in names:
-        if name != "-" and Path(name).is_dir():
+        if name != "-" and _is_directory(name):
             _search(Path(name), found)
         else:
             found.add(name, _read(name))
@@ -56,6 +58,13 @@ def find_documents(names: Sequence[str]) -> Found:
             hint="loftq check --save DIR writes one",
         )
     return found
+
+
+def _is_directory(name: str) -> bool:
+    try:
+        return stat.S_ISDIR(Path(name).stat().st_mode)
+    except OSError:
+        return False  # whoever opens it says what is wrong
 
 
 def _search(directory: Path, found: Found) -> None:
@@ -89,10 +98,17 @@ def _read(name: str) -> Iterator[Document[Any]]:
     piped = name == "-"
     place = "stdin" if piped else name
     try:
-        if not piped and Path(name).is_file() and Path(name).stat().st_size > _MAX_BYTES:
-            raise UsageError(f"{place} is too large for a result document")
         with open(0 if piped else name, "rb", closefd=not piped) as opened:
-            text = opened.read().decode("utf-8-sig")
+            if stat.S_ISCHR(os.fstat(opened.fileno()).st_mode) and not opened.isatty():
+                raise UsageError(f"{place} is a device", hint="name a file that --save wrote")
+            raw = opened.read(_MAX_BYTES + 1)
+        if len(raw) > _MAX_BYTES:
+            raise UsageError(
+                f"{place} is too large for a result document",
+                cause=f"it has more than {_MAX_BYTES >> 20} MiB",
+                hint="name a file that --save wrote",
+            )
+        text = raw.decode("utf-8-sig")
     except OSError as error:
         raise UsageError(f"cannot read {place}", cause=error.strerror) from None
     except UnicodeDecodeError as error:

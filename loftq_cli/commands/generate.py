@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 from loftq_cli.commands.prompts import read_prompts
 from loftq_cli.commands.run import Run, command
 from loftq_cli.commands.spellings import option
-from loftq_cli.errors import UsageError
+from loftq_cli.errors import ModelNotFound, UsageError
+from loftq_cli.options import LARGEST_RANK, LARGEST_SEED
 from loftq_cli.record import Progress
 
 if TYPE_CHECKING:
@@ -41,12 +42,19 @@ if TYPE_CHECKING:
         help="Sample only from the likeliest tokens that make up P of the probability.",
     ),
     seed=option(
-        int | None, "--seed", min=0, metavar="N", show_default="0", help="Where sampling starts."
+        int | None,
+        "--seed",
+        min=0,
+        max=LARGEST_SEED,
+        metavar="N",
+        show_default="0",
+        help="Where sampling starts.",
     ),
     rank=option(
         int | None,
         "--rank",
         min=1,
+        max=LARGEST_RANK,
         metavar="R",
         help="Put a new adapter on the model; it changes no text, only the time.",
     ),
@@ -85,6 +93,8 @@ def generate(
     sampling = _sampling(temperature, top_p, seed)
     if rank is not None and adapter is not None:
         raise UsageError("--rank makes a new adapter, --adapter takes one: choose one")
+    if adapter is not None:
+        _require_directory(adapter)
     prompts = read_prompts(prompt, prompts_file, run.note)
     from loftq_cli.commands.loaded import load_for_run
     from loftq_cli.models.generation import warm_up
@@ -124,6 +134,19 @@ def generate(
         ),
         model=identity,
     )
+
+
+def _require_directory(adapter: Path) -> None:
+    """Before a model is loaded for nothing."""
+    try:
+        adapter.stat()
+    except OSError as error:
+        missing = isinstance(error, FileNotFoundError)
+        raise ModelNotFound(
+            f"no adapter in {adapter}",
+            cause="there is no such directory" if missing else error.strerror,
+            hint="give the directory that has adapter_config.json in it",
+        ) from None
 
 
 def _sampling(temperature: float | None, top_p: float | None, seed: int | None) -> Sampling | None:
@@ -182,7 +205,11 @@ def _generate(
                 tell(f"{chr(10) * 2 if number else ''}› {prompt}\n")
             # Each prompt from a seed of its own: the same prompt twice gives two texts, and a
             # prompt keeps its text when others before it change.
-            drawn = None if sampling is None else replace(sampling, seed=sampling.seed + number)
+            drawn = (
+                None
+                if sampling is None
+                else replace(sampling, seed=(sampling.seed + number) % (LARGEST_SEED + 1))
+            )
             done = continue_text(loaded, prompt, length, sampling=drawn, tell=tell)
             generations.append(
                 Generation(

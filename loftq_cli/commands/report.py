@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from loftq_cli.commands.run import Run, command
+
+if TYPE_CHECKING:
+    from loftq_cli.commands.documents import Found
+    from loftq_cli.schema import Document, Environment
 
 
 @command(
@@ -30,14 +34,32 @@ def report(run: Run, files: list[str]) -> None:
     """
     from loftq_cli import schema
     from loftq_cli.commands.documents import find_documents
-    from loftq_cli.report.advice import recommendations
-    from loftq_cli.report.findings import findings
 
     found = find_documents(files)
     documents = [document for _, document in found.documents]
     systems = {
         document.environment.model_dump_json(): document.environment for document in documents
     }
+    try:
+        _finish(run, found, documents, systems)
+    except ArithmeticError as error:
+        raise schema.NotAResultDocument(
+            "the numbers in these documents contradict each other",
+            cause=f"no command writes such: {error}",
+            hint="leave out the documents that were edited by hand",
+        ) from error
+
+
+def _finish(
+    run: Run,
+    found: Found,
+    documents: list[Document[Any]],
+    systems: dict[str, Environment],
+) -> None:
+    from loftq_cli import schema
+    from loftq_cli.report.advice import recommendations
+    from loftq_cli.report.findings import findings
+
     run.finish(
         schema.ReportResults(
             systems=list(systems.values()),

@@ -15,8 +15,8 @@ from __future__ import annotations
 import inspect
 import itertools
 import os
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import fields, is_dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -30,10 +30,12 @@ from typing import (
 
 import typer
 
+from loftq_cli.checkpoint.writer import TEMPORARY_SUFFIX, disk_errors, write_bytes_atomically
 from loftq_cli.commands import spellings
 from loftq_cli.console import Console, wants_colour, width_of
-from loftq_cli.errors import UsageError, WriteFailed
+from loftq_cli.errors import LoftqError, UsageError
 from loftq_cli.libraries import quiet_libraries
+from loftq_cli.options import require_text
 from loftq_cli.record import Record
 
 if TYPE_CHECKING:
@@ -77,12 +79,18 @@ class Run(Record):
 
     def emit(self, document: Document[Any]) -> None:
         """Saves and prints a document that the body needed to have before (see `document`)."""
+        # Saved first: a reader of stdout that hangs up must not cost the files. And where they
+        # cannot be saved, stdout is all that is left of the work.
+        try:
+            if self._save is not None:
+                self._write_files(self._save, document)
+        finally:
+            self._print(document)
+
+    def _print(self, document: Document[Any]) -> None:
         from loftq_cli import schema
         from loftq_cli.report.render import render
 
-        # Saved first: a reader of stdout that hangs up must not cost the files.
-        if self._save is not None:
-            self._write_files(self._save, document)
         chosen = self._format
         if chosen == "auto":
             chosen = "table" if self.console.stdout_is_terminal else "tsv"
@@ -108,15 +116,28 @@ class Run(Record):
         from loftq_cli.report.render import render
 
         stamp = datetime.now(timezone.utc).strftime("%Y%m%dT%H%M%SZ")
+        written: list[Path] = []
         try:
-            file = _create(directory, f"loftq_{self.name}_{stamp}", schema.dump_json(document))
-            # The contract names the two files of `check`, where scripts look for them.
-            ending = "_summary" if self.name == "check" else ""
-            summary = file.with_name(f"{file.stem}{ending}.txt")
-            summary.write_text(render(document, "table", width=100), encoding="utf-8")
-        except OSError as error:
-            raise WriteFailed(
-                f"could not save the result in {directory}", cause=error.strerror
+            with (
+                disk_errors(directory),
+                _free_name(directory, f"loftq_{self.name}_{stamp}") as file,
+            ):
+                # The contract names the two files of `check`, where scripts look for them.
+                ending = "_summary" if self.name == "check" else ""
+                summary = file.with_name(f"{file.stem}{ending}.txt")
+                for path, text in (
+                    (summary, render(document, "table", width=100)),
+                    (file, schema.dump_json(document)),
+                ):
+                    write_bytes_atomically(path, text.encode())
+                    written.append(path)
+        except LoftqError as error:
+            for path in written:  # one without the other would look like all there is
+                path.unlink(missing_ok=True)
+            raise type(error)(
+                f"could not save the result in {directory}",
+                cause=error.cause,
+                hint="it is on stdout all the same; --save another directory the next time",
             ) from None
         self.note(f"saved {file} and {summary.name}")
 
@@ -125,28 +146,50 @@ def prepare_save_directory(directory: Path) -> None:
     """Finds out before the work, not after it, that the result cannot be saved there."""
     probe = directory / f".loftq_{os.getpid()}"
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise WriteFailed(
+        with disk_errors(directory):
+            directory.mkdir(parents=True, exist_ok=True)
+            probe.touch()
+            probe.unlink()
+    except LoftqError as error:
+        raise type(error)(
             f"cannot save results in {directory}",
-            cause=error.strerror,
+            cause=error.cause,
             hint="choose a directory that can be written with --save DIR",
         ) from None
 
 
-def _create(directory: Path, name: str, text: str) -> Path:
-    """Writes a new JSON file; a second run in the same second gets a number, not the same file."""
+@contextmanager
+def _free_name(directory: Path, name: str) -> Iterator[Path]:
+    """A JSON file that is not there yet, kept from other runs of this second meanwhile."""
     for attempt in itertools.count(1):
         file = directory / f"{name}{f'-{attempt}' if attempt > 1 else ''}.json"
+        mark = file.with_name(f".{file.name}{TEMPORARY_SUFFIX}")
         try:
-            with file.open("x", encoding="utf-8") as opened:
-                opened.write(text)
-            return file
+            mark.touch(exist_ok=False)
         except FileExistsError:
             continue
-    raise AssertionError
+        try:
+            if not file.exists():
+                yield file
+                return
+        finally:
+            mark.unlink(missing_ok=True)
+
+
+def _require_texts(context: typer.Context, argv: list[str]) -> None:
+    """Refuses options that have no value, or one that no result could tell."""
+    # As it was typed: Path("") is the working directory.
+    for before, word in itertools.pairwise(argv):
+        name, equals, value = word.partition("=")
+        if not word and before not in ("-p", "--prompt"):  # an empty prompt begins a text
+            require_text(before if before.startswith("-") else "an argument", word)
+        if name.startswith("--") and name != "--prompt" and equals:
+            require_text(name, value)
+    for parameter in context.command.params:
+        given = context.params.get(parameter.name or "")
+        for text in given if isinstance(given, list | tuple) else [given]:
+            if isinstance(text, str | Path) and str(text):
+                require_text(max(parameter.opts, key=len), str(text))
 
 
 _SHARED = {"format": "auto", "json": False, "save": None, "quiet": False, "debug": False}
@@ -169,8 +212,9 @@ def command(
         }
 
         def framed(context: typer.Context, **arguments: Any) -> None:
-            shared = {key: arguments.pop(key) for key in _SHARED}
             invocation: Invocation = context.obj
+            _require_texts(context, invocation.argv)
+            shared = {key: arguments.pop(key) for key in _SHARED}
             console = invocation.console
             console.quiet = shared["quiet"]
             console.debug = console.debug or shared["debug"]

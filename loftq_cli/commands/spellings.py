@@ -16,7 +16,9 @@ import typer
 from loftq_cli import starts
 from loftq_cli.containers import widths
 from loftq_cli.formats import ALL_LINEAR, BLOCK_SIZES, QuantType, SvdMethod
+from loftq_cli.options import LARGEST_RANK, LARGEST_SEED
 
+_MOST = 10**9  # sequences, tokens: beyond it a number is no longer one of this world
 FormatName: TypeAlias = Literal["auto", "table", "tsv", "json", "md"]
 
 
@@ -61,12 +63,16 @@ OPTIONS = {
         metavar="auto|float32|bfloat16|float16",
         help="What to compute in; auto follows the checkpoint and the device.",
     ),
-    "seed": option(int, "--seed", min=0, metavar="N", help="Where random numbers start."),
+    "seed": option(
+        int, "--seed", min=0, max=LARGEST_SEED, metavar="N", help="Where random numbers start."
+    ),
     "trust_remote_code": option(
         bool, "--trust-remote-code", help="Run the Python code that comes with the model."
     ),
     # --- quantization and adapter ----------------------------------------------------------------
-    "rank": option(int, "--rank", min=1, metavar="R", help="Rank of the adapter."),
+    "rank": option(
+        int, "--rank", min=1, max=LARGEST_RANK, metavar="R", help="Rank of the adapter."
+    ),
     "bits": option(
         str | None,
         "--bits",
@@ -158,12 +164,13 @@ OPTIONS = {
     ),
     # --- what fine-tuning takes ------------------------------------------------------------------
     "batch_size": option(
-        int, "--batch-size", min=1, metavar="N", help="Sequences in one training step."
+        int, "--batch-size", min=1, max=_MOST, metavar="N", help="Sequences in one training step."
     ),
     "sequence_length": option(
         int | None,
         "--sequence-length",
         min=1,
+        max=_MOST,
         metavar="N",
         help="Tokens in a sequence.",
         show_default="1024, or the model's own limit",
@@ -200,7 +207,7 @@ OPTIONS = {
         list[str] | None, "--prompt", "-p", metavar="TEXT", help="Text to continue; repeatable."
     ),
     "max_new_tokens": option(
-        int, "--max-new-tokens", min=1, metavar="N", help="Tokens to write at most."
+        int, "--max-new-tokens", min=1, max=_MOST, metavar="N", help="Tokens to write at most."
     ),
     # --- what every command has ------------------------------------------------------------------
     "format": option(

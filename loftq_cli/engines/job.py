@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from loftq_cli import hardware
 from loftq_cli.checkpoint.index import Checkpoint, open_checkpoint
-from loftq_cli.checkpoint.staging import Staging, refuse_existing
+from loftq_cli.checkpoint.staging import Staging, refuse_existing, refuse_unusable
 from loftq_cli.checkpoint.writer import require_free_space
 from loftq_cli.engines import estimates, output
 from loftq_cli.engines.allocation import allocate
@@ -101,6 +101,7 @@ def make_directory(job: Job, record: Record) -> Made:
     """
     began = time.perf_counter()
     # Before a model is downloaded for nothing; `Staging` looks again when it holds the lock.
+    refuse_unusable(job.output)
     if job.force:
         refuse_to_replace_foreign(job.output)
     elif not job.resume:

@@ -205,7 +205,7 @@ def _require_others(layers: Sequence[LinearLayer], blocks: int, bits: int, other
         raise InvalidSetting(
             f"--bits {bits}x{blocks},{others} makes no difference between the layers",
             cause=f"the model has {len(numbers)} blocks",
-            hint=f"--bits {most}" if len(numbers) > 1 else f"--bits {bits}",
+            hint=f"--bits {most}" if bits != others and len(numbers) > 1 else f"--bits {bits}",
         )
 
 

@@ -58,6 +58,7 @@ def attach_fresh(
     Args:
         meta: the model is on the meta device, and the adapter is to stay there too.
     """
+    _require_room(model, rank)
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(r=rank, lora_alpha=rank, target_modules=target_modules, task_type=task_type)
@@ -69,6 +70,25 @@ def attach_fresh(
         raise InvalidSetting(
             "PEFT cannot put an adapter on this model", cause=" ".join(str(error).split())
         ) from error
+
+
+def _require_room(model: Any, rank: int) -> None:
+    """Refuses a rank beyond that of every layer: it would take memory and change nothing."""
+    modules = dict(model.named_modules())
+    sizes = {
+        name: min(module.in_features, module.out_features)
+        for name, module in modules.items()
+        if hasattr(module, "in_features")
+    } | {
+        name: min(module.weight.shape) for name, module in modules.items() if hasattr(module, "nf")
+    }
+    largest = max(sizes.values(), default=rank)
+    if rank > largest:
+        raise InvalidSetting(
+            f"rank {rank} is too large for every layer of this model",
+            cause=f"the largest that any of them can use is {largest}",
+            hint=f"--rank {largest}",
+        )
 
 
 @contextmanager

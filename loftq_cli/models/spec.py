@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+import stat
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,10 +66,18 @@ def local_model(spec: str) -> ResolvedModel | None:
             "the model has no name" if not spec else f"no model has a name of {len(spec)} letters",
             hint="--model demo, a directory, or a hub id such as org/name",
         )
-    directory = Path(spec).expanduser()
-    if directory.is_dir():
+    try:
+        directory = Path(spec).expanduser()
+        found = directory.stat() if directory.exists() else None
+    except (OSError, RuntimeError) as error:  # a name that is too long, or ~ of nobody
+        raise ModelNotFound(
+            f"no model at '{spec:.200}'",
+            cause=getattr(error, "strerror", None) or str(error),
+            hint="--model demo works everywhere; otherwise give a directory or a hub id (org/name)",
+        ) from None
+    if found is not None and stat.S_ISDIR(found.st_mode):
         return ResolvedModel(ModelIdentity(id=spec, source="directory"), directory)
-    if directory.is_file():
+    if found is not None:
         raise UsageError(
             f"'{spec}' is a file",
             cause="a model is a directory: its config and tokenizer are needed too",

@@ -59,8 +59,24 @@ def load_document(text: str) -> Document[Any]:
     return document_of(data)
 
 
+def _require_countable(data: Any) -> None:
+    """Refuses whole numbers of more than 64 bits: nothing counts so far, and no float holds all."""
+    waiting = [data]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, dict):
+            waiting += value.values()
+        elif isinstance(value, list):
+            waiting += value
+        elif isinstance(value, int) and value.bit_length() > 64:
+            raise NotAResultDocument(
+                "this document is damaged", cause="a number in it has more than 64 bits"
+            )
+
+
 def document_of(data: Any) -> Document[Any]:
     """The same from JSON that has been parsed."""
+    _require_countable(data)
     name = data.get("schema") if isinstance(data, dict) else None
     if not isinstance(name, str) or not name.startswith("loftq/"):
         raise NotAResultDocument(

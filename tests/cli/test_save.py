@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +13,7 @@ import pytest
 from fakes import COMMANDS
 
 from loftq_cli import cli
+from loftq_cli.checkpoint import writer
 from loftq_cli.schema import load_document
 
 
@@ -64,5 +67,25 @@ def test_a_directory_that_vanishes_during_the_run(
 
     monkeypatch.setattr(run, "prepare_save_directory", lambda directory: None)
     done = loftq("noisy", "--json", "--save", tmp_path / "gone")
-    assert (done.code, done.out) == (1, "")
+    assert done.code == 1
+    load_document(done.out)  # it is all that is left of the work
     assert f"error: could not save the result in {tmp_path / 'gone'}\ncause: No such" in done.err
+
+
+@pytest.mark.parametrize("fails_at", [1, 2])
+def test_a_disk_that_is_full_keeps_nothing_and_prints_the_result(
+    fails_at: int, loftq: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+
+    def no_room(*_: object) -> None:
+        calls.append(None)
+        if len(calls) == fails_at:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(writer.os, "posix_fallocate", no_room)
+    done = loftq("noisy", "--json", "--save", tmp_path)
+    assert done.code == 4
+    load_document(done.out)
+    assert f"error: could not save the result in {tmp_path}\ncause: No space left" in done.err
+    assert list(tmp_path.iterdir()) == []

@@ -130,7 +130,7 @@ def test_a_full_disk_under_stdout_is_an_error() -> None:
         check=False,
         timeout=60,
     )
-    assert done.returncode == 1
+    assert done.returncode == 4
     assert "error: could not write the result to stdout\ncause: " in done.stderr
 
 

@@ -316,8 +316,8 @@ def test_the_error_of_a_model_without_weights(
 @pytest.mark.parametrize(
     ("argv", "code", "message"),
     [
-        (["--ranks", "4,x"], 2, "--ranks takes positive whole numbers"),
-        (["--ranks", "0"], 2, "--ranks takes positive whole numbers"),
+        (["--ranks", "4,x"], 2, "--ranks takes whole numbers from 1"),
+        (["--ranks", "0"], 2, "--ranks takes whole numbers from 1"),
         (["--vram", "24"], 2, "--vram takes a size such as 24GB"),
         (["--vram", "0GB"], 2, "--vram takes a size such as 24GB"),
         (["--bits", "5"], 2, "--bits"),
