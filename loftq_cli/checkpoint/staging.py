@@ -51,7 +51,6 @@ LOCK_FILE = "lock"
 MANIFEST_FILE = "loftq-manifest.json"
 OUTPUT_DIRECTORY = "output"
 REPLACED_DIRECTORY = "replaced"
-_DEEPEST = 200
 
 
 @dataclass(frozen=True)
@@ -331,15 +330,11 @@ def refuse_unusable(output: Path) -> None:
     """
     with disk_errors(output):
         target = Path(os.path.realpath(output))
+        _refuse_overlap(target, [])
+        if (depth := len(target.parts)) > 200:
+            raise UsageError(f"--output lies {depth} directories deep", hint="choose another")
         with suppress(FileNotFoundError):
-            os.lstat(target.with_name(f"{target.name}.partial"))
-    if len(target.parts) > _DEEPEST:
-        raise UsageError(
-            f"the output lies {len(target.parts)} directories deep",
-            cause=f"{_DEEPEST} are what every program can open",
-            hint="choose a shorter --output",
-        )
-    _refuse_overlap(target, [])
+            os.lstat(f"{target}.partial")
 
 
 def _refuse_overlap(target: Path, protected: list[Path]) -> None:

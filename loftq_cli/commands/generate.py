@@ -160,9 +160,10 @@ def _sampling(temperature: float | None, top_p: float | None, seed: int | None) 
                     hint=f"add --temperature 0.8, or leave {name} out",
                 )
         return None
-    if not 0 < temperature < float("inf"):
+    if not 1e-4 <= temperature <= 1e4:  # beyond, the softmax overflows
+        above = "not above 0" if not temperature > 0 else "out of range"
         raise UsageError(
-            f"--temperature {temperature:g} is not above 0",
+            f"--temperature {temperature:g} is {above}",
             hint="leave it out for the likeliest token each time",
         )
     if top_p is not None and not 0 < top_p <= 1:

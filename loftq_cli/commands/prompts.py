@@ -8,6 +8,8 @@ from pathlib import Path
 
 from loftq_cli.errors import UsageError
 
+_MOST_BYTES = 32_000_000
+
 
 def read_prompts(
     given: list[str] | None, file: Path | None, note: Callable[[str], None]
@@ -36,7 +38,10 @@ def _lines(file: Path) -> list[str]:
     name = "stdin" if piped else str(file)
     try:
         with open(0 if piped else file, "rb", closefd=not piped) as opened:
-            text = opened.read().decode("utf-8-sig")
+            raw = opened.read(_MOST_BYTES + 1)
+        if len(raw) > _MOST_BYTES:
+            raise UsageError(f"{name} is too large for a list of prompts")
+        text = raw.decode("utf-8-sig")
     except OSError as error:
         raise UsageError(f"cannot read prompts from {name}", cause=error.strerror) from None
     except UnicodeDecodeError as error:

@@ -144,6 +144,8 @@ class Run(Record):
 
 def prepare_save_directory(directory: Path) -> None:
     """Finds out before the work, not after it, that the result cannot be saved there."""
+    if len(directory.parts) > 200:
+        raise UsageError("the directory of --save lies too deep", hint="--save results")
     probe = directory / f".loftq_{os.getpid()}"
     try:
         with disk_errors(directory):

@@ -83,6 +83,10 @@ QUANTIZE = "quantize --dry-run -q"
         ("quantize -q -o", "a/" * 2000, 2),
         ("quantize -q --force -o", "n" * 300, 1),
         ("quantize -q --force -o", ".", 2),
+        ("quantize -q -o", "/", 2),
+        ("targets -q --save", "a/" * 2000, 2),
+        ("generate -q --prompts-file", "/dev/zero", 2),
+        ("generate -q -p a --temperature", "1e-300", 2),
         ("targets -q --save", "n" * 300, 1),
     ],
 )
