@@ -71,6 +71,7 @@ def test_inputs_and_labels(
         ("BertForTokenClassification", {"num_labels": 5}, torch.long),
         ("BertForQuestionAnswering", {}, torch.long),
         ("BertForNextSentencePrediction", {}, torch.long),
+        ("BertForPreTraining", {}, torch.long),
         ("BertForMaskedLM", {}, torch.long),
     ],
 )  # fmt: skip

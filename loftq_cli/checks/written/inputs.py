@@ -77,14 +77,20 @@ def inputs_of(model: Any, auto: str, *, images: bool = True) -> Inputs:
         main = model.encoder.main_input_name
     tensors: dict[str, Tensor] = {}
     not_run: list[str] = []
-    if main not in takes or main not in ("input_ids", "pixel_values", *_SOUNDS):
+    if main not in takes or "past_time_features" in takes:
         raise Unknown(f"it asks for {main}")
     if main in _SOUNDS:
         tensors[main] = _noise(_sound_shape(config, main))
+    elif main == "past_values":  # of a series
+        tensors[main] = _noise((1, config.context_length, config.num_input_channels))
+    elif main not in ("input_ids", "pixel_values"):
+        raise Unknown(f"it asks for {main}")
     elif "input_ids" in takes:
         tensors = _text(config, _TOKENS)
         if auto == "AutoModelForMultipleChoice":
             tensors = {name: each.expand(2, -1)[None] for name, each in tensors.items()}
+        elif config.model_type.startswith("musicgen"):  # where each codebook has a row
+            tensors["input_ids"] = tensors["input_ids"].expand(config.num_codebooks, -1)
         if "pixel_values" in takes and (images or main == "pixel_values"):
             try:
                 tensors = _with_image(model, takes, tensors)
@@ -151,6 +157,10 @@ def _labels(
         written = tensors["decoder_input_ids" if "decoder_input_ids" in tensors else "input_ids"]
         special = torch.isin(written, torch.tensor(sorted(_special(config) - _ends(config))))
         return {"labels": written.masked_fill(special, -100)}
+    if auto == "AutoModelForPreTraining" and "input_ids" in tensors:
+        pairs = {"next_sentence_label", "sentence_order_label"} & takes
+        zero = torch.zeros(1, dtype=torch.long)
+        return {"labels": torch.zeros_like(tensors["input_ids"]), **dict.fromkeys(pairs, zero)}
     if auto == "AutoModelForCTC":
         return {"labels": _tokens(config, 4)[:, :3]}
     count = getattr(config, "num_labels", 2)
