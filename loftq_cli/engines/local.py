@@ -52,7 +52,8 @@ def run_tasks(
 
 def _is_planned(name: str, plan: Plan, staging: Staging) -> bool:
     """Whether a finished file is one of the plan's, or none of a task's."""
-    if not name.endswith(".safetensors") or name == ADAPTER_NAME:
+    of_a_task = "/" not in name or name.startswith(adapter_part(""))
+    if not of_a_task or not name.endswith(".safetensors"):
         return True
     found = read_header(staging.path(name)).tensors.values()
     for task in plan.tasks:

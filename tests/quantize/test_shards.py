@@ -10,12 +10,13 @@ import pytest
 import torch
 
 from loftq_cli.checkpoint.staging import Staging
-from loftq_cli.engines import local
+from loftq_cli.engines import local, output
 from loftq_cli.engines import shards as module
 from loftq_cli.engines.plan import PlannedLayer
 from loftq_cli.engines.shards import shards
 from loftq_cli.engines.tasks import run_task
 from loftq_cli.errors import LoftqError
+from loftq_cli.models import layers
 from loftq_cli.models.layers import LeftTensor, LinearLayer, block_of
 from tests.battery import BATTERY
 from tests.conftest import Outcome
@@ -127,3 +128,31 @@ def test_only_a_run_that_was_divided_into_other_files_is_begun_anew(
     )
     assert len(whole) > 2
     assert out == whole
+
+
+def test_a_run_that_other_libraries_planned_is_begun_anew(
+    tmp_path: Path, loftq: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another PEFT may take another set of adapters, and its share of them is on the disk."""
+    source = tmp_path / "source"
+    BATTERY["gpt2"].build(dtype=torch.bfloat16).save_pretrained(source)
+    line = ("quantize", "-m", source, "--rank", 2, "--iterations", 1, "-o")
+    monkeypatch.setattr(module, "SHARD_BYTES", 40_000)
+    assert loftq(*line, tmp_path / "whole").code == 0
+
+    def stop(*_: object) -> None:
+        raise LoftqError("stopped")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(layers, "_EXPERTS_LIKE_QWEN2", {"gpt2"})
+        patch.setattr(layers, "_MOVED_BY_PEFT", ("c_fc",))
+        patch.setattr(output, "join_adapter", stop)
+        assert loftq(*line, tmp_path / "out").code == 1
+    outcome = loftq(*line, tmp_path / "out")
+    assert outcome.code == 0, outcome.err
+    assert "starting over" in outcome.err
+    names = ("loftq_init/adapter_model.safetensors", "loftq_init/adapter_config.json")
+    for name in names:
+        assert (tmp_path / "out" / name).read_bytes().replace(b'"out"', b'"whole"') == (
+            tmp_path / "whole" / name
+        ).read_bytes()
