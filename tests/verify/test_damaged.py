@@ -479,7 +479,10 @@ def test_padding_is_zero(source: Path, tmp_path: Path, loftq: Loftq) -> None:
     assert f"not zero from column {padded['rank']} on" in outcome.err
 
 
-@pytest.mark.parametrize("name", ["weight_error_relative", "quantized_only_error_relative"])
+@pytest.mark.parametrize(
+    "name",
+    ["weight_error_relative", "quantized_only_error_relative", "backbone_error_relative"],
+)
 def test_a_total_that_its_layers_do_not_have(
     name: str, written: Path, source: Path, loftq: Loftq
 ) -> None:
@@ -493,7 +496,18 @@ def test_a_total_that_its_layers_do_not_have(
     assert outcome.code == 3
     failed = [name for name, status in statuses(results).items() if status == "failed"]
     assert failed == ["residuals"]
-    assert "do not add up to the weight error" in outcome.err
+    assert "do not add up to the " in outcome.err
+
+
+def test_what_a_layer_leaves_without_its_adapter(written: Path, source: Path, loftq: Loftq) -> None:
+    def change(results: Any) -> None:
+        results["layers"][0]["backbone_error_relative"] *= 1.01
+
+    edit_report(written, change)
+    outcome, results = run_verify(loftq, written, "--source", source)
+    assert outcome.code == 3
+    assert statuses(results)["residuals"] == "failed"
+    assert "without its adapter, reported was" in outcome.err
 
 
 @pytest.mark.parametrize(

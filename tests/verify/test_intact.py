@@ -140,7 +140,7 @@ def test_a_sample_is_measured_and_the_document_says_so(written: Path, loftq: Lof
 def test_a_sample_is_spread_over_the_model_and_over_kinds() -> None:
     kinds = ("q", "k", "v", "o", "gate", "up", "down")
     layers = [
-        ClaimedLayer(f"layers.{block}.{kind}", (1, 1), 4, 1, 1, 0.1)
+        ClaimedLayer(f"layers.{block}.{kind}", (1, 1), 4, 1, 1, 0.1, 0.2)
         for block in range(32)
         for kind in kinds
     ]

@@ -21,7 +21,8 @@ from loftq_cli.models.source import REPORT_FILE
 
 @dataclass(frozen=True)
 class ClaimedLayer:
-    """A linear layer by the report. ``error`` is ‖W − Q − s·B·A‖ / ‖W‖, or null.
+    """A linear layer by the report. ``error`` is ‖W − Q − s·B·A‖ / ‖W‖, or null, and ``backbone``
+    the same without the adapter.
 
     ``bits`` is what a code tells, ``rank`` that of the correction; A and B are padded to
     ``stored_rank``. Without an adapter both are 0.
@@ -33,6 +34,7 @@ class ClaimedLayer:
     rank: int
     stored_rank: int
     error: float | None
+    backbone: float | None
 
 
 @dataclass(frozen=True)
@@ -116,6 +118,7 @@ def _layers(results: schema.QuantizeResults, container: Container) -> list[Claim
             layer.rank or 0,
             layer.stored_rank or layer.rank or 0,
             layer.weight_error_relative,
+            layer.backbone_error_relative,
         )
         for layer in results.layers
     ]
@@ -130,6 +133,7 @@ def _layers(results: schema.QuantizeResults, container: Container) -> list[Claim
             layer.quantized_only_error_relative
             if layer.weight_error_relative is None
             else layer.weight_error_relative,
+            None,
         )
         for layer in results.without_adapter
     ]

@@ -42,15 +42,17 @@ _ROWS = 256
 class LayerResidual:
     """One layer's ‖W − Q − s·B·A‖ / ‖W‖: ``error`` by the files, ``reported`` by the report.
 
-    ``norm`` is ‖W‖. ``copied`` is false where a weight should be the source's, byte by byte, and is
-    not.
+    ``backbone`` is the same without the adapter, ``norm`` is ‖W‖. ``copied`` is false where a
+    weight should be the source's, byte by byte, and is not.
     """
 
     name: str
     shape: tuple[int, int]
     error: float
+    backbone: float
     norm: float
     reported: float | None
+    reported_backbone: float | None = None
     copied: bool = True
 
     @property
@@ -59,7 +61,14 @@ class LayerResidual:
             self.copied
             and self.reported is not None
             and abs(self.error - self.reported) <= TOLERANCE
+            and self.backbone_agrees
         )
+
+    @property
+    def backbone_agrees(self) -> bool:
+        """Reports of earlier versions say nothing of the backbone alone."""
+        reported = self.reported_backbone
+        return reported is None or abs(self.backbone - reported) <= TOLERANCE
 
 
 @dataclass
@@ -132,8 +141,10 @@ class Residuals:
                 for name in lora_names(layer.name)
             )
             correction = (B * self.written.claims.scaling, A)
-        error, norm = _residual(W, Q, correction)
-        return LayerResidual(layer.name, layer.shape, error, norm, layer.error, copied)
+        error, backbone, norm = _residual(W, Q, correction)
+        return LayerResidual(
+            layer.name, layer.shape, error, backbone, norm, layer.error, layer.backbone, copied
+        )
 
     def _require_some_agreement(self, same_files: bool | None) -> None:
         """A fine-tuned twin has the same names and shapes, and agrees nowhere."""
@@ -177,10 +188,12 @@ class Residuals:
             return
         norms = {each.name: each.norm for each in self.measured}
         measured: dict[str, float | None] = {each.name: each.error for each in self.measured}
+        alone: dict[str, float | None] = {each.name: each.backbone for each in self.measured}
         # Not measured here, since its codes are in no file; but it has to fit that of the layers.
         plain = {each.name: each.quantized_only_error_relative for each in claims.listed}
         for what, reported, errors in (
             ("weight error", claims.results.totals.weight_error_relative, measured),
+            ("error of the backbone", claims.results.totals.backbone_error_relative, alone),
             (
                 "weight error without adapters",
                 claims.results.totals.quantized_only_error_relative,
@@ -252,19 +265,24 @@ def spread(layers: Sequence[ClaimedLayer], count: int | None) -> list[ClaimedLay
 
 def _residual(
     W: Tensor, Q: Tensor, correction: tuple[Tensor, Tensor] | None
-) -> tuple[float, float]:
-    """‖W − Q − B·A‖ / ‖W‖ and ‖W‖ for a correction (B, A) in float64, some rows at a time."""
-    left = norm = 0.0
+) -> tuple[float, float, float]:
+    """‖W − Q − B·A‖ / ‖W‖, ‖W − Q‖ / ‖W‖ and ‖W‖ for a correction (B, A) in float64.
+
+    Some rows are looked at at a time.
+    """
+    left = alone = norm = 0.0
     for start in range(0, W.shape[0], _ROWS):
         rows = slice(start, start + _ROWS)
         part = W[rows].double()
         norm += float(part.square().sum())
         part -= Q[rows].to(part.device)
+        alone += float(part.square().sum())
         if correction is not None:
             B, A = correction
             part.addmm_(B[rows].to(part.device), A.to(part.device), alpha=-1)
         left += float(part.square().sum())
-    return math.sqrt(left) / (math.sqrt(norm) or 1.0), math.sqrt(norm)
+    size = math.sqrt(norm) or 1.0
+    return math.sqrt(left) / size, math.sqrt(alone) / size, math.sqrt(norm)
 
 
 def loaded_residual(
@@ -289,9 +307,8 @@ def loaded_residual(
         W = read_weight(checkpoint, layer, str(Q.device))
         (adapter,) = module.active_adapters
         A, B = module.lora_A[adapter].weight.double(), module.lora_B[adapter].weight.double()
-        whole, _ = _residual(W, Q, (B * module.scaling[adapter], A))
-        plain, _ = _residual(W, Q, None)
-    return whole, plain
+        whole, alone, _ = _residual(W, Q, (B * module.scaling[adapter], A))
+    return whole, alone
 
 
 def _same_bytes(one: Tensor, other: Tensor) -> bool:
@@ -301,5 +318,8 @@ def _same_bytes(one: Tensor, other: Tensor) -> bool:
 
 
 def _told(measured: LayerResidual) -> str:
-    reported = "nothing" if measured.reported is None else f"{measured.reported:.6f}"
-    return f"{measured.name} leaves {measured.error:.6f}, reported was {reported}"
+    error, said, what = measured.error, measured.reported, ""
+    if said is not None and not measured.backbone_agrees and abs(error - said) <= TOLERANCE:
+        error, said, what = measured.backbone, measured.reported_backbone, " without its adapter"
+    reported = "nothing" if said is None else f"{said:.6f}"
+    return f"{measured.name} leaves {error:.6f}{what}, reported was {reported}"
