@@ -40,5 +40,6 @@ UNREACHED = {
     "Gemma 3, images": "vision_tower.head.",
     "PaliGemma": "vision_tower.head.",
     "SigLIP, classifier": "vision_model.head.",
+    "Switch": ".experts.",
     "ViT to GPT-2": "encoder.pooler.",
 }

@@ -16,10 +16,15 @@ import torch
 from tests.zoo import ZOO
 from tests.zoo.proof import Outcome, outcome_of
 
-BEGIN, END = "<!-- python -m tests.zoo --write README.md -->\n", "<!-- end -->\n"
-_HEADER = """\
+BEGIN, END = "<!-- python -m tests.zoo --write README.md -->\n", "<!-- the end of it -->\n"
+_TABLE = """\
+<details>
+<summary>{loaded} that load, and {refused} that are refused</summary>
+
 | architecture | class | in 4 bits | adapters | off without | with |
 |---|---|---:|---:|---:|---:|
+{rows}
+</details>
 """
 
 
@@ -34,8 +39,17 @@ def row(name: str, outcome: Outcome) -> str:
 
 def rows_of(readme: Path) -> list[str]:
     """The lines of the table in a README."""
-    table = readme.read_text("utf-8").partition(BEGIN)[2].partition(END)[0]
-    return table.removeprefix(_HEADER).splitlines(keepends=True)
+    section = readme.read_text("utf-8").partition(BEGIN)[2].partition(END)[0]
+    _, *rows = (line for line in section.splitlines(keepends=True) if line.startswith("| "))
+    return rows
+
+
+def write(readme: Path, rows: list[str]) -> None:
+    """Puts the table between the README's marks."""
+    before, _, rest = readme.read_text("utf-8").partition(BEGIN)
+    refused = sum("refused: " in each for each in rows)
+    table = _TABLE.format(loaded=len(rows) - refused, refused=refused, rows="".join(rows))
+    readme.write_text(before + BEGIN + table + END + rest.partition(END)[2], "utf-8")
 
 
 def main() -> int:
@@ -52,10 +66,7 @@ def main() -> int:
         print(rows[-1], *(f"    {what}\n" for what in outcome.amiss), sep="", end="", flush=True)
         amiss += bool(outcome.amiss)
     if options.write is not None:
-        text = options.write.read_text("utf-8")
-        before, _, rest = text.partition(BEGIN)
-        table = BEGIN + _HEADER + "".join(rows) + END
-        options.write.write_text(before + table + rest.partition(END)[2], "utf-8")
+        write(options.write, rows)
     return int(amiss > 0)
 
 

@@ -37,7 +37,7 @@ MLA = {  # multi-head latent attention
     "v_head_dim": 16,
 }
 ROUTED = {"n_routed_experts": 4, "n_shared_experts": 1, "n_group": 1, "topk_group": 1}
-MAMBA2 = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16, "mamba_chunk_size": 8}
+MAMBA2 = {"mamba_n_heads": 32, "mamba_d_head": 4, "mamba_d_state": 16, "mamba_chunk_size": 8}
 DELTA_NET = {
     "head_dim": 16,
     "linear_num_key_heads": 2,
@@ -123,7 +123,8 @@ def structured(model: PreTrainedModel) -> PreTrainedModel:
     """
     generator = torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():
-        if (parameter.ndim == 2 or "gate" in name) and not parameter.any():
+        weighs = parameter.ndim == 2 or "gate" in name or "scale" in name
+        if weighs and not parameter.any():
             parameter.data.copy_(torch.randn(parameter.shape, generator=generator) / 8)
     for module in model.modules():
         if type(module) is torch.nn.Embedding:

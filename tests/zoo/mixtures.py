@@ -161,8 +161,8 @@ RECURRENT = {
             **{name: each for name, each in LLAMA_LIKE.items() if name != "num_hidden_layers"},
             "head_dim": 16,
             "layers_block_type": ["mamba", "attention", "mlp"],
-            "mamba_num_heads": 8,
-            "mamba_head_dim": 16,
+            "mamba_num_heads": 32,
+            "mamba_head_dim": 4,
             "ssm_state_size": 16,
             "n_groups": 1,
             "chunk_size": 8,
@@ -183,7 +183,7 @@ RECURRENT = {
     "Falcon-Mamba": entry("FalconMambaForCausalLM", STATES),
     "Mamba-2": entry(
         "Mamba2ForCausalLM",
-        {**STATES, "num_heads": 8, "head_dim": 16, "n_groups": 1, "chunk_size": 8},
+        {**STATES, "num_heads": 32, "head_dim": 4, "n_groups": 1, "chunk_size": 8},
     ),
     "RWKV": entry("RwkvForCausalLM", {**STATES, "attention_hidden_size": 64}),
 }

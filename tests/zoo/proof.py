@@ -21,7 +21,7 @@ from tests.battery import Entry
 from tests.zoo import ONLY_FLOAT32, UNREACHED, ZOO
 from tests.zoo.making import structured
 
-OPTIONS = {"rank": 4, "init": "pissa", "iterations": 1}
+OPTIONS: dict[str, Any] = {"rank": 4, "init": "pissa", "iterations": 1}
 
 
 @dataclass
@@ -46,7 +46,7 @@ def outcome_of(name: str, directory: Path) -> Outcome:
         try:
             results = loftq_cli.quantize("source", output="out", **OPTIONS).results
         except LoftqError as error:
-            outcome.refused = error.cause or error.what
+            outcome.refused = error.what + (f" ({error.cause})" if error.cause else "")
             outcome.amiss += _badly_refused(error)
             return outcome
         outcome.adapted = len(results.layers)
@@ -88,12 +88,13 @@ def _badly_refused(error: LoftqError) -> Iterator[str]:
 
 
 def _badly_foreseen(trainable: int) -> Iterator[str]:
-    foreseen = loftq_cli.quantize("source", dry_run=True, **OPTIONS).results.totals
-    if foreseen.trainable_parameters != trainable:
-        yield (
-            f"--dry-run says {foreseen.trainable_parameters} trainable parameters, "
-            f"the report {trainable}"
-        )
+    by_names = loftq_cli.quantize("source", dry_run=True, **OPTIONS).results
+    if by_names.counted_by != "names":
+        yield "--dry-run does not say that it goes by names"
+    asked = loftq_cli.quantize("source", dry_run=True, preflight=True, **OPTIONS).results
+    foreseen = asked.totals.trainable_parameters
+    if foreseen != trainable:
+        yield f"--dry-run says {foreseen} trainable parameters, the report {trainable}"
 
 
 def _unverified() -> list[str]:

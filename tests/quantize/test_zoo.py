@@ -1,0 +1,43 @@
+"""Every architecture of the zoo: refused with a reason, or what the README's table says of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import loftq_cli
+from tests.zoo import ZOO
+from tests.zoo.__main__ import row, rows_of
+from tests.zoo.proof import outcome_of
+
+README = Path(loftq_cli.__file__).parents[1] / "README.md"
+# A case of each way in which a model may be unlike what loads it; all others are slow.
+TELLING = {
+    "Gemma 3n",  # a list where others have a number
+    "CTRL",  # a linear layer called "0", as a block is
+    "DeepSeek-V3",  # PEFT moves targets onto the experts
+    "Llama 4",  # the quantizer wants its experts apart
+    "Mamba",  # reads weights itself, and PEFT refuses a layer
+    "Falcon",  # nothing can be quantized
+    "DistilBERT, classifier",  # two layers are the head
+    "LLaVA",  # an Auto class of its own
+    "Wav2Vec2, CTC",  # a head that PEFT does not know
+    "WavLM, CTC",  # gives a function its weights
+    "Whisper",  # no task type of PEFT fits
+}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in TELLING else pytest.mark.slow) for name in ZOO]
+)
+def test_it_loads_as_the_card_says_or_is_refused(name: str, tmp_path: Path) -> None:
+    outcome = outcome_of(name, tmp_path)
+    assert not outcome.amiss
+    # The errors are this machine's; all else is the same everywhere.
+    columns = row(name, outcome).split(" | ")[:4]
+    assert columns in [each.split(" | ")[:4] for each in rows_of(README)]
+
+
+def test_the_table_has_every_architecture() -> None:
+    assert [each.split(" | ")[0] for each in rows_of(README)] == [f"| {name}" for name in ZOO]
