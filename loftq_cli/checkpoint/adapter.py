@@ -15,6 +15,9 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_NAME = f"{ADAPTER_DIRECTORY}/{ADAPTER_WEIGHTS}"
 
+# PEFT's model stands around the original, whose paths begin with this there.
+PREFIX = "base_model.model."
+
 
 def adapter_part(model_file: str) -> str:
     """Where the task that makes ``model_file`` leaves its share of the adapter for the commit."""
@@ -23,10 +26,7 @@ def adapter_part(model_file: str) -> str:
 
 def lora_names(module: str) -> tuple[str, str]:
     """The names of A and B of one module."""
-    return (
-        f"base_model.model.{module}.lora_A.weight",
-        f"base_model.model.{module}.lora_B.weight",
-    )
+    return f"{PREFIX}{module}.lora_A.weight", f"{PREFIX}{module}.lora_B.weight"
 
 
 def plan_lora(module: str, shape: tuple[int, int], rank: int) -> list[PlannedTensor]:

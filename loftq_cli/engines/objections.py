@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from loftq_cli.checkpoint.adapter import lora_names
+from loftq_cli.checkpoint.adapter import PREFIX, lora_names
 from loftq_cli.engines.adapter_settings import adapter_settings
 from loftq_cli.engines.plan import Plan
 from loftq_cli.errors import UnsupportedModel, first_line
@@ -27,7 +27,6 @@ NOT_REPLACED = "transformers' quantizer does not replace it"
 NOT_ATTACHED = "PEFT attaches no adapter here"
 IN_16_BITS = "--init lora writes the model in 16 bits with a new adapter"
 _ADAPTER = "default"
-_PREFIX = "base_model.model."
 
 
 @dataclass(frozen=True)
@@ -111,7 +110,7 @@ def _held_against(plan: Plan, adapted: Any) -> tuple[Refused, tuple[str, ...]]:
 
     planned = {each.layer.module: each for each in plan.layers if each.adapted}
     state = get_peft_model_state_dict(adapted, save_embedding_layers=False)
-    heads = tuple(sorted(name.removeprefix(_PREFIX) for name in state if ".lora_" not in name))
+    heads = tuple(sorted(name.removeprefix(PREFIX) for name in state if ".lora_" not in name))
     in_head = {
         each.layer.module: words.OUTPUT_HEAD
         for each in plan.layers
@@ -130,7 +129,7 @@ def _held_against(plan: Plan, adapted: Any) -> tuple[Refused, tuple[str, ...]]:
         )
     }
     attached = {
-        name.partition(".lora_")[0].removeprefix(_PREFIX) for name in state if ".lora_" in name
+        name.partition(".lora_")[0].removeprefix(PREFIX) for name in state if ".lora_" in name
     }
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -140,9 +139,7 @@ def _held_against(plan: Plan, adapted: Any) -> tuple[Refused, tuple[str, ...]]:
             adapter_name=_ADAPTER,
             low_cpu_mem_usage=True,
         )
-    unplaced = {
-        name.partition(".lora_")[0].removeprefix(_PREFIX) for name in loaded.unexpected_keys
-    }
+    unplaced = {name.partition(".lora_")[0].removeprefix(PREFIX) for name in loaded.unexpected_keys}
     beyond = attached - planned.keys()
     lost = planned.keys() - attached | planned.keys() & unplaced
     if beyond and not lost:

@@ -10,6 +10,7 @@ from loftq_cli.checkpoint.adapter import (
     ADAPTER_CONFIG,
     ADAPTER_DIRECTORY,
     ADAPTER_NAME,
+    PREFIX,
     adapter_part,
 )
 from loftq_cli.checkpoint.index import INDEX_FILE, Checkpoint
@@ -48,7 +49,7 @@ def join_adapter(
         for tensor, parameter in architecture.parameters_of(checkpoint.tensors).items()
     }
     heads = {
-        f"base_model.model.{parameter}": checkpoint.tensors[tensors_of[parameter]]
+        f"{PREFIX}{parameter}": checkpoint.tensors[tensors_of[parameter]]
         for parameter in plan.trained_heads
     }
 

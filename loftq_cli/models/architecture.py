@@ -28,15 +28,12 @@ ASSEMBLED = "put together from several tensors when the model is loaded"
 NOT_IN_MODEL = "not a parameter of the model class"
 SKIPPED_BY_NAME = "its name ends like that of a module which transformers leaves in 16 bits"
 
-# What transformers calls heads.
-HEADS = (
-    "classification_head", "classifier", "cls", "ctc_head", "embed_out", "lm_head", "logits_proj",
-    "output_projection", "pre_classifier", "proj_out", "qa_classifier", "qa_outputs", "score",
-)  # fmt: skip
+# Heads of classes without output embeddings.
+_HEADS = (*layers.HEADS, "cls", "lm_head")
 # Other classes than that of the checkpoint may open a directory. What they make anew, heads and
 # what stands before them, has no codes to load.
 _MADE_ANEW = (
-    *HEADS, "answer_class", "discriminator_predictions", "end_logits", "generator_lm_head",
+    *_HEADS, "answer_class", "discriminator_predictions", "end_logits", "generator_lm_head",
     "generator_predictions", "head", "lm_loss", "lm_predictions", "mlm_score", "pooler",
     "pooler.dense", "predictions", "projection_head", "projector", "seq_relationship",
     "sequence_summary", "start_logits", "vocab_projector", "vocab_transform",
@@ -337,7 +334,7 @@ def _head_modules(model: Any) -> set[str]:
     output = model.get_output_embeddings()
     if output is not None:
         return {name for name, module in model.named_modules() if module is output}
-    return {name for name in HEADS if getattr(model, name, None) is not None}
+    return {name for name in _HEADS if getattr(model, name, None) is not None}
 
 
 def _matches(module: str, patterns: Iterable[str]) -> bool:

@@ -37,10 +37,14 @@ _EMBEDDING = re.compile(
     r"(^|_)embed(ding)?s?($|_(?!hidden_mapping_in$|transformation$))|^(wte|wpe|shared|relative_attention_bias)$"
     r"|^(embed_in|tokens_embed|positions_embed)$"
 )
-# Heads; of those for tokens only what scores them, which is where model classes end.
+# What transformers calls heads, from the model down.
+HEADS = (
+    "classification_head", "classifier", "ctc_head", "embed_out", "logits_proj",
+    "output_projection", "pre_classifier", "proj_out", "qa_classifier", "qa_outputs", "score",
+)  # fmt: skip
+# Of heads for tokens only what scores them, which is where model classes end.
 _HEAD = re.compile(
-    r"^(classification_head|classifier|ctc_head|embed_out|logits_proj|pre_classifier|proj_out"
-    r"|lm_heads|qa_classifier|qa_outputs|score)(\.|$)|(^|\.)lm_head$|^head$"
+    rf"^({'|'.join(HEADS)}|lm_heads)(\.|$)|(^|\.)lm_head$|^head$"
     r"|^(cls|lm_head|predictions|generator_predictions)\.(.*\.)?(decoder|seq_relationship)$"
 )
 _EXPERT = re.compile(r"\.experts\.\d+\.")

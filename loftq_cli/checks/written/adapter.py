@@ -15,6 +15,7 @@ from loftq_cli.checkpoint.adapter import (
     ADAPTER_CONFIG,
     ADAPTER_DIRECTORY,
     ADAPTER_NAME,
+    PREFIX,
     adapter_config,
     lora_names,
 )
@@ -26,7 +27,6 @@ from loftq_cli.checks.written.directory import WRITE_AGAIN, Written
 from loftq_cli.errors import CheckFailed, first_line
 
 _CONFIG_NAME = f"{ADAPTER_DIRECTORY}/{ADAPTER_CONFIG}"
-_PREFIX = "base_model.model."
 # A copy may be called anything; what targets and patterns match is seen when PEFT has used them.
 _FOR_PEFT_TO_SAY = {"base_model_name_or_path", "target_modules", "rank_pattern", "alpha_pattern"}
 
@@ -106,7 +106,7 @@ def _require_as_peft(written: Written, header: Header) -> None:
     from peft import get_peft_model_state_dict
 
     adapted = {
-        name.removeprefix(_PREFIX): module
+        name.removeprefix(PREFIX): module
         for name, module in model.named_modules()
         if hasattr(module, "lora_A")
     }
@@ -157,7 +157,7 @@ def _require_finite(header: Header) -> None:
 
     for name, info in header.tensors.items():
         if not bool(torch.isfinite(load_tensor(header, info)).all()):
-            raise _damaged(name.removeprefix(_PREFIX), f"{ADAPTER_NAME} has NaN or infinity there")
+            raise _damaged(name.removeprefix(PREFIX), f"{ADAPTER_NAME} has NaN or infinity there")
 
 
 def _require_zeros(written: Written, header: Header) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from hashlib import sha256
 from typing import Any
 
-from loftq_cli.checkpoint.adapter import ADAPTER_DIRECTORY, ADAPTER_NAME
+from loftq_cli.checkpoint.adapter import ADAPTER_DIRECTORY, ADAPTER_NAME, PREFIX
 from loftq_cli.checkpoint.index import INDEX_FILE, Checkpoint, open_checkpoint
 from loftq_cli.checkpoint.safetensors import Header, TensorInfo, read_header, shown
 from loftq_cli.checkpoint.tensors import load_pieces
@@ -17,7 +17,6 @@ from loftq_cli.checkpoint.writer import hash_file
 from loftq_cli.checks.battery import Finding, NothingToCheck
 from loftq_cli.checks.written.directory import WRITE_AGAIN, Written
 from loftq_cli.checks.written.residuals import has_reported_files
-from loftq_cli.containers import weights_in
 from loftq_cli.engines.output import config_in_dtype
 from loftq_cli.errors import CheckFailed
 from loftq_cli.models.companions import companions
@@ -84,10 +83,7 @@ def _require_tensors(
 ) -> int:
     """All tensors that are no layer's; the number of those that were compared."""
     found = written.checkpoint.tensors
-    if written.claims.container.quantizes:
-        layers = weights_in(found)
-    else:  # their bytes are among the residuals
-        layers = {layer.tensor for layer in written.plain_layers.values()}
+    layers = written.layer_tensors  # the residuals are about them
     parts = tuple(f"{name.removesuffix('.weight')}." for name in layers)
     if strict:
         for name in sorted(original.tensors.keys() - found.keys() - layers):
@@ -101,7 +97,7 @@ def _require_tensors(
     }
     adapter = read_header(written.directory / ADAPTER_NAME)
     tensors_of = {
-        f"base_model.model.{parameter}": tensor
+        f"{PREFIX}{parameter}": tensor
         for tensor, parameter in written.architecture.parameters_of(original.tensors).items()
     }
     for name, info in adapter.tensors.items():  # beside the adapter: heads that PEFT trains

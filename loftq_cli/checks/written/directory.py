@@ -80,6 +80,14 @@ class Written:
         parameters = self.architecture.parameters_of(sorted(coded))
         return {parameters[tensor].removesuffix(".weight"): tensor for tensor in sorted(coded)}
 
+    @cached_property
+    def layer_tensors(self) -> set[str]:
+        """The weights of the layers: all that are stored quantized, or those of the report."""
+        if self.claims.container.quantizes:
+            return weights_in(self.checkpoint.tensors)
+        found = (self.plain_layers.get(layer.name) for layer in self.claims.layers)
+        return {layer.tensor for layer in found if layer is not None}
+
     def on_meta(self) -> Architecture:
         """The model class anew, without memory: no adapter was ever on it."""
         return read_architecture(

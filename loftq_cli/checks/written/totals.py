@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 
 from loftq_cli.checkpoint.adapter import ADAPTER_NAME
 from loftq_cli.checkpoint.safetensors import read_header, shown
 from loftq_cli.checks.battery import Finding
 from loftq_cli.checks.written.claims import Claims
 from loftq_cli.checks.written.directory import WRITE_AGAIN, Written
-from loftq_cli.containers import weights_in
 from loftq_cli.errors import CheckFailed
 
 _ERRORS = (
@@ -54,7 +52,7 @@ def _require_listed(written: Written) -> None:
         shape = list(tensors[name][1].shape)
         if shape != each.shape:
             raise _wrong("list of untouched tensors", f"{shown(name)} {each.shape}: it is {shape}")
-    layers = tuple(f"{name.removesuffix('.weight')}." for name in _weights(written))
+    layers = tuple(f"{name.removesuffix('.weight')}." for name in written.layer_tensors)
     for name in tensors:
         if name not in left and not name.startswith(layers):
             raise CheckFailed(
@@ -62,14 +60,6 @@ def _require_listed(written: Written) -> None:
                 cause="it belongs to none of its layers, and is not among the untouched tensors",
                 hint=WRITE_AGAIN,
             )
-
-
-def _weights(written: Written) -> Iterable[str]:
-    """The tensors of the layers' weights."""
-    if written.claims.container.quantizes:
-        return weights_in(written.checkpoint.tensors)
-    layers = (written.plain_layers.get(each.name) for each in written.claims.layers)
-    return [layer.tensor for layer in layers if layer is not None]
 
 
 def _require_shares(claims: Claims) -> None:
