@@ -103,7 +103,8 @@ def other_targets(out: Path) -> None:
 
 def empty_skip_list(out: Path) -> None:
     def change(config: Any) -> None:
-        config["quantization_config"]["llm_int8_skip_modules"].remove("lm_head")
+        skipped = config["quantization_config"]["llm_int8_skip_modules"]
+        skipped[:] = [name for name in skipped if not "lm_head".endswith(name)]
 
     edit_json(out / "config.json", change)
 
