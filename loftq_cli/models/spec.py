@@ -167,10 +167,23 @@ def _from_hub(
     def fetch(names: list[str]) -> Path:
         # They are taken for patterns, in which only a bracket needs escaping: no name has a star.
         patterns = [name.replace("[", "[[]") for name in names]
-        return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns))
+        found = snapshot_download(
+            repository,
+            revision=revision,
+            allow_patterns=patterns,
+            local_files_only=unlisted is not None,
+        )
+        return Path(found)
 
+    sizes: dict[str, int] = {}
+    unlisted: Exception | None = None
     try:
-        names, left = wanted(_files_of(repository, revision), with_code=with_code)
+        sizes = _files_of(repository, revision)
+    except Exception as error:  # any of the network's
+        # Then what is cached has to do: without the list a download would be in part.
+        unlisted = error
+    try:
+        names, left = wanted(sizes, with_code=with_code)
         directory = fetch([CONFIG_FILE, INDEX_FILE, *names])
         if with_weights:
             # Names from an index become patterns of what is downloaded, so it is checked first.
@@ -182,7 +195,7 @@ def _from_hub(
         spec = repository if revision is None else f"{repository}@{revision}"
         raise ModelNotFound(
             f"no model '{spec}'",
-            cause=first_line(error),
+            cause=first_line(unlisted or error),
             hint="--model demo needs no network; a directory of yours works too. Downloads go "
             "through HF_ENDPOINT and HF_TOKEN into HF_HOME; with HF_HUB_OFFLINE=1 only what "
             "is cached there is found",
@@ -194,13 +207,11 @@ def _from_hub(
 
 
 def _files_of(repository: str, revision: str | None) -> dict[str, int]:
-    """The bytes of each file of a repository; none without the network: what is cached will do."""
+    """The bytes of each file of a repository."""
     from huggingface_hub import HfApi
 
-    with suppress(Exception):  # whatever it is, the download meets it too, and says it better
-        entries = HfApi().list_repo_tree(repository, revision=revision, recursive=True)
-        return {entry.path: entry.size for entry in entries if hasattr(entry, "size")}
-    return {}
+    entries = HfApi().list_repo_tree(repository, revision=revision, recursive=True)
+    return {entry.path: entry.size for entry in entries if hasattr(entry, "size")}
 
 
 def _refuse_pickle_repository(repository: str, revision: str | None) -> None:

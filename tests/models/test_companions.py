@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 from stand_in_hub import COMMIT, RemoteFile, StandInHub, running
 
+from loftq_cli.errors import ModelNotFound
 from loftq_cli.models import companions as rules
+from loftq_cli.models import spec
 from loftq_cli.models.companions import Companions, companions
 from loftq_cli.models.spec import DEMO_DIRECTORY, resolve_model
 
@@ -125,6 +127,27 @@ def test_what_is_copied_is_fetched_and_nothing_else(with_code: bool, hub: StandI
     assert reasons(beside)["pytorch_model.bin"] == rules.PICKLE
     assert [each.name for each in beside.missed] == ["train.jsonl"]
     assert "model.safetensors" not in reasons(beside)
+
+
+def test_without_a_list_of_the_files_nothing_is_fetched_in_part(
+    hub: StandInHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A hub that fails once must not make a model without its tokenizer."""
+
+    def fail(*_: object) -> dict[str, int]:
+        raise TimeoutError("the hub did not answer in time")
+
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        hub.files[f"org/name/{name}"] = RemoteFile(name.encode())
+    with monkeypatch.context() as patch:
+        patch.setattr(spec, "_files_of", fail)
+        with pytest.raises(ModelNotFound) as caught:
+            resolve_model("org/name")
+    assert caught.value.cause == "TimeoutError: the hub did not answer in time"
+    resolve_model("org/name")
+    monkeypatch.setattr(spec, "_files_of", fail)
+    found = resolve_model("org/name")  # from the cache
+    assert (found.directory / "tokenizer.json").is_file()
 
 
 def test_links_are_followed_inside_of_the_model_only(source: Path) -> None:
