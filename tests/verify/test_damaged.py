@@ -516,6 +516,7 @@ def test_what_a_layer_leaves_without_its_adapter(written: Path, source: Path, lo
     [
         "weight_error_relative",
         "quantized_only_error_relative",
+        "backbone_error_relative",
         "stored_bits",
         "information_bits",
         "input_bytes",

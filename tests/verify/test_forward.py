@@ -244,6 +244,21 @@ def test_inputs_of_which_nothing_is_known_are_no_pass(
     assert "it asks for spectrogram" in outcome.err
 
 
+def test_inputs_that_the_config_does_not_describe_are_unknown(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What fails while inputs are made says nothing of the model, which was not run."""
+    model = t.LlamaForCausalLM(t.LlamaConfig(**LLAMA_LIKE))
+    forward = model.forward
+    monkeypatch.setattr(
+        model, "forward", lambda input_ids=None, past_values=None: forward(input_ids)
+    )
+    monkeypatch.setattr(t.LlamaForCausalLM, "main_input_name", "past_values")
+    with pytest.raises(CheckFailed, match="nothing is known about the inputs") as caught:
+        run_through(*wrapped(model), device="cpu")
+    assert "context_length" in caught.value.cause
+
+
 def test_a_class_that_is_no_model_is_not_called(written: Path, loftq: Loftq) -> None:
     edit_report(written, lambda report: report.update(auto_class="Trainer"))
     outcome, results = run_verify(loftq, written)

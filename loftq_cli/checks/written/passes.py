@@ -78,7 +78,10 @@ def _run(model: Any, auto: str, device: str) -> tuple[Inputs, int]:
     Where a model does not take our image beside a text, text alone has to do.
     """
     base = model.get_base_model()
-    inputs = inputs_of(base, auto)
+    try:
+        inputs = inputs_of(base, auto)
+    except _DOES_NOT_RUN as error:  # a setting that its config does not have: no word on the model
+        raise Unknown(first_line(error)) from error
     try:
         return inputs, _forth_and_back(model, inputs, device)
     except _DOES_NOT_RUN as error:

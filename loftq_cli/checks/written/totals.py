@@ -14,6 +14,7 @@ from loftq_cli.errors import CheckFailed
 _ERRORS = (
     "weight_error_relative",
     "quantized_only_error_relative",
+    "backbone_error_relative",
     "output_error_relative",
     "quantized_only_output_error_relative",
 )
@@ -115,7 +116,8 @@ def _require_errors(claims: Claims) -> None:
     """An error of all layers lies between the least and the largest of theirs."""
     for name in _ERRORS:
         total = getattr(claims.results.totals, name)
-        each = [getattr(layer, name) for layer in claims.listed]
+        # Without an adapter there is the backbone alone.
+        each = [getattr(layer, name, layer.weight_error_relative) for layer in claims.listed]
         known = [error for error in each if error is not None]
         if total is None or len(known) < len(each) or not known:
             continue
