@@ -176,7 +176,7 @@ def require_text(option: str, value: str) -> None:
         raise UsageError(
             f"{option} {value:.200} is not UTF-8",
             cause="neither a result document nor a model's files could name it",
-            hint="give the file or directory a name in UTF-8 (`mv`, or a link to it)",
+            hint="write it in UTF-8 (a file or directory: with `mv`, or through a link)",
         ) from None
 
 

@@ -183,9 +183,11 @@ def _require_texts(context: typer.Context, argv: list[str]) -> None:
     # As it was typed: Path("") is the working directory.
     for before, word in itertools.pairwise(argv):
         name, equals, value = word.partition("=")
-        if not word and before not in ("-p", "--prompt"):  # an empty prompt begins a text
+        if "--prompt" in (before, name) or before == "-p":
+            continue  # any text is a prompt, an empty one too
+        if not word:
             require_text(before if before.startswith("-") else "an argument", word)
-        if name.startswith("--") and name != "--prompt" and equals:
+        if name.startswith("--") and equals:
             require_text(name, value)
     for parameter in context.command.params:
         given = context.params.get(parameter.name or "")

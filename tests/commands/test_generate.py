@@ -96,6 +96,11 @@ def test_an_empty_prompt_begins_a_text(document: Documents) -> None:
     assert (generation["prompt_tokens"], generation["new_tokens"]) == (1, 8)
 
 
+def test_a_prompt_may_look_like_an_option(document: Documents) -> None:
+    (generation,) = document("generate", "-p", "--rank=", *SHORT)["results"]["generations"]
+    assert generation["prompt"] == "--rank="
+
+
 # --- how tokens are chosen ----------------------------------------------------------------------
 
 
