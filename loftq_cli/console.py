@@ -7,6 +7,7 @@ on no library, no C code and no child process can reach the real stdout; only `w
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import re
 import sys
@@ -76,18 +77,19 @@ class Console(Listener):
             with suppress(OSError, ValueError):
                 sys.stdout.flush()
         try:
-            os.fstat(2)
-        except OSError:  # closed: a file opened later must not become what libraries write to
-            os.dup2(os.open(os.devnull, os.O_RDWR), 2)
-            os.set_inheritable(2, True)
-        try:
-            self._result = os.dup(1)
+            # Not below 3: where stderr is closed too, that number is soon another's.
+            self._result = fcntl.fcntl(1, fcntl.F_DUPFD_CLOEXEC, 3)
         except OSError as error:
             raise LoftqError(
                 "there is nowhere to write the result",
                 cause=f"stdout is closed ({error.strerror})",
                 hint="add >/dev/null if the result is not wanted",
             ) from None
+        try:
+            os.fstat(2)
+        except OSError:  # closed: a file opened later must not become what libraries write to
+            os.dup2(os.open(os.devnull, os.O_RDWR), 2)
+            os.set_inheritable(2, True)
         os.dup2(2, 1)
 
     @property

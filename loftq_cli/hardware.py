@@ -22,6 +22,7 @@ class Choice(NamedTuple):
 
 def resolve_device(requested: str) -> Choice:
     """`auto`, `cpu`, `cuda` or `cuda:N` as a device that torch can use."""
+    require_device_name(requested)
     import torch
 
     if requested == "cpu":
@@ -30,16 +31,11 @@ def resolve_device(requested: str) -> Choice:
         if torch.cuda.is_available():
             return Choice("cuda:0", f"auto: torch sees {torch.cuda.get_device_name(0)}")
         return Choice("cpu", f"auto: {_why_no_cuda(torch)}")
-    cuda = re.fullmatch(r"cuda(?::(\d+))?", requested, re.ASCII)
-    if cuda is None:
-        raise UsageError(
-            f"there is no device {requested!r}", hint="use --device auto, cpu, cuda or cuda:N"
-        )
     if not torch.cuda.is_available():
         raise LoftqError(
             f"cannot use --device {requested}", cause=_why_no_cuda(torch), hint="use --device cpu"
         )
-    number = int(cuda[1] or 0)
+    number = int(requested.partition(":")[2] or 0)
     count = torch.cuda.device_count()
     if number >= count:
         seen = "1 CUDA device" if count == 1 else f"{count} CUDA devices"
@@ -51,6 +47,14 @@ def resolve_device(requested: str) -> Choice:
             hint=f"use --device cuda:{count - 1}",
         )
     return Choice(f"cuda:{number}", f"asked for: {torch.cuda.get_device_name(number)}")
+
+
+def require_device_name(requested: str) -> None:
+    """Raises UsageError for what is no device on any machine."""
+    if not re.fullmatch(r"auto|cpu|cuda(:\d{1,6})?", requested, re.ASCII):
+        raise UsageError(
+            f"there is no device {requested!r:.100}", hint="use --device auto, cpu, cuda or cuda:N"
+        )
 
 
 def resolve_dtype(

@@ -16,7 +16,7 @@ import inspect
 import itertools
 import os
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import fields, is_dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -118,6 +118,8 @@ class Run(Record):
         stamp = datetime.now(timezone.utc).strftime("%Y%m%dT%H%M%SZ")
         written: list[Path] = []
         try:
+            with disk_errors(directory):
+                directory.mkdir(parents=True, exist_ok=True)
             with (
                 disk_errors(directory),
                 _free_name(directory, f"loftq_{self.name}_{stamp}") as file,
@@ -147,6 +149,8 @@ def prepare_save_directory(directory: Path) -> None:
     if len(directory.parts) > 200:
         raise UsageError("the directory of --save lies too deep", hint="--save results")
     probe = directory / f".loftq_{os.getpid()}"
+    # Taken away again: a run that fails leaves nothing.
+    missing = [place for place in (directory, *directory.parents) if not os.path.lexists(place)]
     try:
         with disk_errors(directory):
             directory.mkdir(parents=True, exist_ok=True)
@@ -158,6 +162,10 @@ def prepare_save_directory(directory: Path) -> None:
             cause=error.cause,
             hint="choose a directory that can be written with --save DIR",
         ) from None
+    finally:
+        for place in missing:
+            with suppress(OSError):  # not there, or another run has put something into it
+                place.rmdir()
 
 
 @contextmanager

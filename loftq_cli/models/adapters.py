@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,12 +13,18 @@ from loftq_cli.checkpoint.adapter import ADAPTER_CONFIG, ADAPTER_DIRECTORY, ADAP
 from loftq_cli.checkpoint.index import load_json
 from loftq_cli.checkpoint.safetensors import read_header, shown
 from loftq_cli.errors import CorruptCheckpoint, InvalidSetting, ModelNotFound, UnsafeCheckpoint
+from loftq_cli.models.source import REPORT_FILE
 
 
 def own_adapter(directory: Path) -> Path | None:
-    """The adapter that `quantize` wrote beside a backbone, if there is one."""
+    """Where `quantize` put the adapter beside a backbone; None if it is not its directory.
+
+    Whether it can be used, even whether it is there, is for `attach_adapter` to find: without it
+    the backbone is another model.
+    """
     found = directory / ADAPTER_DIRECTORY
-    return found if (found / ADAPTER_CONFIG).exists() else None
+    ours = os.path.lexists(found) or (directory / REPORT_FILE).exists()
+    return found if ours else None
 
 
 def attach_adapter(model: Any, directory: Path) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -66,10 +67,22 @@ def test_a_directory_that_vanishes_during_the_run(
     from loftq_cli.commands import run
 
     monkeypatch.setattr(run, "prepare_save_directory", lambda directory: None)
-    done = loftq("noisy", "--json", "--save", tmp_path / "gone")
+    gone = tmp_path / "gone"
+    assert loftq("noisy", "--save", gone).code == 0
+    shutil.rmtree(gone)
+    gone.write_text("")  # and something else is there
+    done = loftq("noisy", "--json", "--save", gone)
     assert done.code == 1
     load_document(done.out)  # it is all that is left of the work
-    assert f"error: could not save the result in {tmp_path / 'gone'}\ncause: No such" in done.err
+    assert f"error: could not save the result in {gone}\ncause: File exists" in done.err
+
+
+def test_a_run_that_fails_leaves_no_directory(loftq: Callable[..., Any], tmp_path: Path) -> None:
+    there = tmp_path / "there"
+    there.mkdir()
+    for directory in (tmp_path / "a" / "b", there / "c", tmp_path / "d" / ("n" * 300)):
+        assert loftq("nan", "--save", directory).code == 1
+    assert [*tmp_path.rglob("*")] == [there]
 
 
 @pytest.mark.parametrize("fails_at", [1, 2])

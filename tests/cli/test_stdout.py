@@ -116,6 +116,8 @@ def test_stdout_or_stderr_closed() -> None:
     assert closed.returncode == 1
     assert closed.stderr.startswith("error: there is nowhere to write the result\ncause: ")
     assert "printed" not in closed.stderr, "the work began"
+    # A message has nowhere to go then; the exit code has.
+    assert [shell(f"{more} >&- 2>&-").returncode for more in ("", "<&-")] == [1, 1]
     mute = shell("2>&-")
     assert mute.returncode == 0
     assert json.loads(mute.stdout)["schema"] == "loftq/load"

@@ -205,6 +205,24 @@ def test_an_adapter_that_is_none(quantized: Path, tmp_path: Path, refused: Refus
     assert "has its adapter as a pickle only" in refused(*line, empty)
 
 
+@pytest.mark.parametrize("lost", ["all", "config", "link"])
+def test_an_adapter_that_was_lost(
+    lost: str, quantized: Path, tmp_path: Path, refused: Refused, document: Documents
+) -> None:
+    """The backbone without its adapter is another model: never in silence."""
+    out = Path(shutil.copytree(quantized, tmp_path / "copy"))
+    adapter = out / "loftq_init"
+    if lost == "config":
+        (adapter / "adapter_config.json").unlink()
+    else:
+        shutil.rmtree(adapter)
+    if lost == "link":
+        adapter.symlink_to(adapter)
+    assert f"error: no adapter in {adapter}" in refused("generate", "-p", PROMPT, "-m", out)
+    # Where another one is asked for, it is not needed.
+    assert document("generate", "-m", out, "-p", PROMPT, *SHORT, "--rank", 1)
+
+
 def test_an_adapter_of_another_shape(tmp_path: Path, loftq: Loftq, refused: Refused) -> None:
     BATTERY["gpt2"].build().save_pretrained(tmp_path / "other")
     out = tmp_path / "out"

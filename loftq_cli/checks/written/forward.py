@@ -12,7 +12,7 @@ from loftq_cli.checks.battery import Finding, NothingToCheck
 from loftq_cli.checks.written.directory import Written
 from loftq_cli.checks.written.passes import adapters_of, run_through
 from loftq_cli.containers import layer_classes
-from loftq_cli.errors import CheckFailed
+from loftq_cli.errors import CheckFailed, told_as
 from loftq_cli.models.auto_classes import class_named
 from loftq_cli.models.loading import keep_layout
 from loftq_cli.report.loading import auto_class
@@ -65,12 +65,13 @@ def _load(written: Written) -> Any:
         options["dtype"] = getattr(torch, written.dtype)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what they would warn about is looked at below
-        model, info = auto.from_pretrained(
-            written.directory,
-            device_map={"": written.device},
-            output_loading_info=True,
-            **options,
-        )
+        with told_as(CheckFailed, "transformers cannot load it", hint=written.remedy):
+            model, info = auto.from_pretrained(
+                written.directory,
+                device_map={"": written.device},
+                output_loading_info=True,
+                **options,
+            )
         for what in ("missing", "mismatched"):
             keys = sorted(map(str, info[f"{what}_keys"]))
             if keys:
@@ -82,9 +83,10 @@ def _load(written: Written) -> Any:
                 )
         _require_layers(written, "quantized", _quantized(model))
         keep_layout(model)
-        model = PeftModel.from_pretrained(
-            model, written.directory, subfolder=ADAPTER_DIRECTORY, is_trainable=True
-        )
+        with told_as(CheckFailed, "PEFT cannot put the adapter on it", hint=written.remedy):
+            model = PeftModel.from_pretrained(
+                model, written.directory, subfolder=ADAPTER_DIRECTORY, is_trainable=True
+            )
     _require_layers(written, "adapted", set(adapters_of(model.get_base_model())))
     return model.eval()
 
