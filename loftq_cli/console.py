@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 PLAIN_PROGRESS_SHARE = 0.1
 PLAIN_PROGRESS_SECONDS = 30.0
 LIVE_SECONDS = 0.1
+_LONGEST_LINE = 4000  # of a message: a path has 4096 bytes at most, and is hardly ever as long
 
 _STYLES = {"error": "1;31", "warning": "33", "cause": "2", "hint": "36", "note": "2"}
 
@@ -158,7 +159,7 @@ class Console(Listener):
         if wants_colour(self.stderr_is_terminal):
             label = f"\x1b[{_STYLES[kind]}m{label}\x1b[0m"
         # A multi-line message keeps its lines; whatever else is not printable is spelled out.
-        lines = [visible(line) for line in text.splitlines()] or [""]
+        lines = [_shortened(visible(line)) for line in text.splitlines()] or [""]
         self._write(f"{label} " + "\n  ".join(lines) + "\n")
 
     def _write(self, text: str) -> None:
@@ -221,6 +222,14 @@ class Console(Listener):
                 yield shown
             finally:
                 self._bar = None
+
+
+def _shortened(line: str) -> str:
+    """The line; of one with a name of a megabyte in it, what can be read."""
+    if len(line) <= _LONGEST_LINE:
+        return line
+    half = _LONGEST_LINE // 2
+    return f"{line[:half]} … {line[-half:]}"
 
 
 def _rich_live() -> Live:

@@ -186,6 +186,18 @@ def _free_name(directory: Path, name: str) -> Iterator[Path]:
             mark.unlink(missing_ok=True)
 
 
+def _require_working_directory() -> None:
+    """Refuses to work where no path leads from: libraries below torch end the process there."""
+    try:
+        Path.cwd()
+    except OSError as error:
+        raise LoftqError(
+            "the working directory cannot be used",
+            cause=error.strerror,
+            hint="cd to a directory that is there",
+        ) from None
+
+
 def _require_texts(context: typer.Context, argv: list[str]) -> None:
     """Refuses options that have no value, or one that no result could tell."""
     # As it was typed: Path("") is the working directory.
@@ -226,6 +238,7 @@ def command(
         def framed(context: typer.Context, **arguments: Any) -> None:
             invocation: Invocation = context.obj
             _require_texts(context, invocation.argv)
+            _require_working_directory()
             shared = {key: arguments.pop(key) for key in _SHARED}
             console = invocation.console
             console.quiet = shared["quiet"]

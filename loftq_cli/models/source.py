@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -54,13 +55,19 @@ _SIZES = {
         ),
         1_000_000_000,
     ),
+    "num_labels": 1_000_000,  # each of them is given a name
 }
+
+
+# As transformers takes them; of what it does not know, it makes its own default.
+_FLOATING = re.compile(r"auto|(torch\.)?(b?float\d+(_\w+)?|float|half|double)")
 
 
 def check_values(config: dict[str, Any], path: Path) -> None:
     """Raises CorruptCheckpoint naming the first key whose value cannot be meant.
 
-    `architectures` must be a list of names, `model_type` a name, and sizes whole numbers in range.
+    `architectures` must be a list of names, `model_type` a name, a dtype one of floating-point
+    numbers, and sizes whole numbers in range.
     """
     named = config.get("architectures")
     if named is not None and not (
@@ -72,6 +79,12 @@ def check_values(config: dict[str, Any], path: Path) -> None:
     kind = config.get("model_type")
     if kind is not None and not isinstance(kind, str):
         raise CorruptCheckpoint(f"{path}: model_type is not a name", cause=f"it is {kind!r:.80}")
+    for key in ("dtype", "torch_dtype"):
+        dtype = config.get(key)
+        if dtype is not None and not (isinstance(dtype, str) and _FLOATING.fullmatch(dtype)):
+            raise CorruptCheckpoint(
+                f"{path}: {key} is no type of floating-point numbers", cause=f"it is {dtype!r:.80}"
+            )
     for key, largest in _SIZES.items():
         value = config.get(key)
         # Models whose layers differ list one size for each.

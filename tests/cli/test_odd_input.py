@@ -144,9 +144,9 @@ def test_a_working_directory_that_was_deleted(
     gone.mkdir()
     monkeypatch.chdir(gone)
     gone.rmdir()
-    assert loftq("targets", "-q").code == 0
-    for line in ("quantize -q -o out", "targets -q --save out", "targets -q -m ./x"):
+    # Not even with nothing to look for in it: MKL would end the process with a code of its own.
+    for line in ("targets -q", "generate -q -p a", "quantize -q -o out", "targets -q --save out"):
         done = loftq(*line.split())
         assert (done.code, done.out) == (1, "")
-        assert "unexpected" not in done.err
+        assert "error: the working directory cannot be used" in done.err
     os.chdir(tmp_path)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from pathlib import PurePath
 from typing import Any
 
 from loftq_cli import starts
@@ -27,8 +28,8 @@ from loftq_cli.checks.written.directory import WRITE_AGAIN, Written
 from loftq_cli.errors import CheckFailed, first_line
 
 _CONFIG_NAME = f"{ADAPTER_DIRECTORY}/{ADAPTER_CONFIG}"
-# A copy may be called anything; what targets and patterns match is seen when PEFT has used them.
-_FOR_PEFT_TO_SAY = {"base_model_name_or_path", "target_modules", "rank_pattern", "alpha_pattern"}
+# What they match is seen when PEFT has used them.
+_FOR_PEFT_TO_SAY = {"target_modules", "rank_pattern", "alpha_pattern"}
 
 
 def adapter(written: Written) -> Finding:
@@ -56,7 +57,7 @@ def _require_config(written: Written) -> None:
     claims = written.claims
     found = load_json(written.directory / ADAPTER_DIRECTORY / ADAPTER_CONFIG)
     expected = adapter_config(
-        base_model="",
+        base_model=PurePath(claims.results.output).name,
         task_type=claims.results.task_type,
         rank=claims.config_rank,
         lora_alpha=claims.config_alpha,
@@ -71,6 +72,24 @@ def _require_config(written: Written) -> None:
             raise CheckFailed(
                 f"{_CONFIG_NAME} is not the config of this adapter",
                 cause=f"{key} is {found.get(key)!r:.80}, and by the report {expected[key]!r}",
+                hint=WRITE_AGAIN,
+            )
+
+
+    _require_nothing_else(found, expected)
+
+
+def _require_nothing_else(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    """What loftq does not write may be there with PEFT's default: some of it names code to import,
+    other models, or a way to begin anew."""
+    from peft import LoraConfig
+
+    defaults = LoraConfig().to_dict()
+    for key in sorted(found.keys() - expected.keys()):
+        if key not in defaults or found[key] != defaults[key]:
+            raise CheckFailed(
+                f"{_CONFIG_NAME} is not the config of this adapter",
+                cause=f"{shown(key)} is {found[key]!r:.80}, which loftq does not write",
                 hint=WRITE_AGAIN,
             )
 

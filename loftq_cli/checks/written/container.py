@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING
 
 from loftq_cli.checkpoint.safetensors import shown
@@ -12,6 +12,7 @@ from loftq_cli.checks.battery import Finding
 from loftq_cli.checks.written.claims import ClaimedLayer
 from loftq_cli.checks.written.directory import WRITE_AGAIN, Written, not_as_reported
 from loftq_cli.errors import CheckFailed
+from loftq_cli.formats import DTYPE_NAMES
 from loftq_cli.models.source import CONFIG_FILE
 
 if TYPE_CHECKING:
@@ -87,13 +88,24 @@ def _quantization_config(written: Written) -> list[str]:
     if not isinstance(config, dict):
         raise _wrong_config("it has no quantization_config")
     skipped = config.get(container.skip_list)
-    for key, value in container.quantization_config(skipped or [], dtype=None).items():
+    expected = container.quantization_config(skipped or [], dtype=None)
+    computed = container.quantization_config([], dtype="F32").keys() - expected.keys()
+    for key in sorted(config.keys() - expected.keys()):
+        if key not in computed or config[key] not in _computed_in(written):
+            raise _wrong_config(f"{key} is {config[key]!r:.80}, which loftq does not write here")
+    for key, value in expected.items():
         if key != container.skip_list and config.get(key) != value:
             raise _wrong_config(f"{key} is {config.get(key)!r:.80}, and by the report {value!r}")
     if not isinstance(skipped, list) or not all(isinstance(name, str) for name in skipped):
         # Without a list transformers makes one up, which misses heads that have a bias.
         raise _wrong_config(f"its {container.skip_list} is no list of names")
     return skipped
+
+
+def _computed_in(written: Written) -> Collection[str]:
+    """The dtypes that the layers may be computed in: that of all, where the report has it."""
+    dtype = written.claims.settings.dtype
+    return DTYPE_NAMES.values() if dtype is None else [dtype]
 
 
 def _require_skipped(written: Written, skipped: list[str]) -> None:

@@ -7,6 +7,7 @@ residuals do not measure.
 from __future__ import annotations
 
 from hashlib import sha256
+from pathlib import Path
 from typing import Any
 
 from loftq_cli.checkpoint.adapter import ADAPTER_DIRECTORY, ADAPTER_NAME, PREFIX
@@ -156,15 +157,31 @@ def _not_copied(name: str, cause: str, source: ResolvedModel) -> CheckFailed:
 def _require_files(written: Written, source: ResolvedModel) -> int:
     """The files that were copied; the number of those that were compared."""
     ours = {CONFIG_FILE, INDEX_FILE, README_FILE, *written.checkpoint.headers}
-    theirs = {each.name: each.path for each in companions(source.directory, with_code=True).files}
+    found = companions(source.directory, with_code=True)
+    theirs = {each.name: each for each in found.files}
+    listed = {each.name: each for each in written.claims.results.files}
+    left_out = {each.name for each in written.claims.results.not_copied}
+    from_hub = source.identity.source == "hub"  # whose cache may have been filled by others
+    for each in found.tokenizer:
+        if not from_hub and each.name not in listed.keys() | left_out:
+            raise _not_copied(each.name, "the source has it, and no file here is it", source)
     compared = 0
-    for name in (each.name for each in written.claims.results.files):
+    for name, claimed in listed.items():
         if name in ours or name.startswith(f"{ADAPTER_DIRECTORY}/"):
             continue
         if name in theirs:
             compared += 1
-            if hash_file(written.directory / name).sha256 != hash_file(theirs[name]).sha256:
-                raise _not_copied(name, f"{theirs[name]} has other bytes", source)
-        elif source.identity.source != "hub":  # whose cache may have been filled by others
+            path = theirs[name].path
+            # The sizes first: a file that another has taken the place of may be of any.
+            sizes = {claimed.bytes, _size(written.directory / name), theirs[name].bytes}
+            if len(sizes) > 1 or (
+                hash_file(written.directory / name).sha256 != hash_file(path).sha256
+            ):
+                raise _not_copied(name, f"{path} has other bytes", source)
+        elif not from_hub:
             raise _not_copied(name, "the source has no such file to copy", source)
     return compared
+
+
+def _size(path: Path) -> int | None:
+    return path.stat().st_size if path.is_file() else None

@@ -6,11 +6,13 @@ import os
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
+from loftq_cli.checkpoint.adapter import ADAPTER_CONFIG, ADAPTER_DIRECTORY, ADAPTER_NAME
 from loftq_cli.checkpoint.safetensors import shown
 from loftq_cli.checkpoint.writer import hash_file
 from loftq_cli.checks.battery import Finding
 from loftq_cli.checks.written.directory import WRITE_AGAIN, Written
 from loftq_cli.errors import CheckFailed
+from loftq_cli.models.companions import OWN, WEIGHTS, why_not
 from loftq_cli.models.source import README_FILE, REPORT_FILE
 from loftq_cli.schema import WrittenFile
 
@@ -29,6 +31,7 @@ def files(written: Written) -> Finding:
         raise CheckFailed(f"{REPORT_FILE} lists no files", hint=WRITE_AGAIN)
     # What takes no reading comes first: it may spare an hour of it.
     for each in claimed:
+        _require_ours(each)
         _require_size(written.directory, each)
     listed = {each.name for each in claimed}
     for name in _present(written.directory):
@@ -62,6 +65,25 @@ def _require_plain(name: str) -> None:
         raise CheckFailed(
             f"the report lists {shown(name)}, which is no plain name of a file in the directory",
             cause="loftq writes no such name: this report was made or changed by someone else",
+            hint="do not use this directory unless you know where it comes from",
+        )
+
+
+def _require_ours(each: WrittenFile) -> None:
+    """A list can be made to fit any file. Some are never written, whatever the source had."""
+    folder, _, rest = each.name.partition("/")
+    if folder == ADAPTER_DIRECTORY:
+        known = each.name in (ADAPTER_NAME, f"{ADAPTER_DIRECTORY}/{ADAPTER_CONFIG}")
+        reason = None if known else "the adapter has no such file"
+    else:
+        modules = {folder} if rest else set()
+        reason = why_not(each.name, each.bytes, with_code=True, modules=modules)
+        if reason == OWN or (reason == WEIGHTS and each.name.endswith(".safetensors")):
+            return
+    if reason is not None:
+        raise CheckFailed(
+            f"the report lists {shown(each.name)}, which loftq does not write",
+            cause=reason,
             hint="do not use this directory unless you know where it comes from",
         )
 

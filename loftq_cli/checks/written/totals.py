@@ -119,8 +119,16 @@ def _require_errors(claims: Claims) -> None:
         # Without an adapter there is the backbone alone.
         each = [getattr(layer, name, layer.weight_error_relative) for layer in claims.listed]
         known = [error for error in each if error is not None]
-        if total is None or len(known) < len(each) or not known:
+        if min(known, default=0.0) < 0:
+            raise _wrong(f"{name} of a layer", f"{min(known):.6g}")
+        if not known and total is not None:
+            raise _wrong(f"total {name}", f"{total:.6g}, and its layers have none")
+        if len(known) < len(each) or not known:
             continue
+        if total is None:
+            if not all(hasattr(layer, name) for layer in claims.listed):
+                continue
+            raise _wrong(f"total {name}", "nothing, and its layers have one each")
         if not min(known) * (1 - 1e-9) <= total <= max(known) * (1 + 1e-9):
             raise _wrong(
                 f"total {name}",
