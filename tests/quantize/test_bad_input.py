@@ -302,3 +302,20 @@ def test_dry_run_announces_what_the_run_writes(loftq: Loftq, tmp_path: Path) -> 
         layer["name"] for layer in written["layers"]
     ]
     assert not torch.cuda.is_available() or written["totals"]["peak_memory_bytes"] > 0
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("dtype", 5), ("dtype", "int8"), ("torch_dtype", "torch.uint8"), ("num_labels", 10**9)],
+)
+def test_a_config_that_no_library_could_load(
+    key: str, value: object, refused: Callable[..., str], model: Path
+) -> None:
+    edit_config(model, **{key: value})
+    assert f"config.json: {key} is " in refused("-m", model)
+
+
+@pytest.mark.parametrize("dtype", ["torch.float32", "float64", "auto", None])
+def test_a_dtype_as_people_write_it(dtype: str | None, model: Path, loftq: Loftq) -> None:
+    edit_config(model, dtype=dtype)
+    assert loftq("targets", "-q", "-m", model).code == 0

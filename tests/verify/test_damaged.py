@@ -29,6 +29,7 @@ from tests.verify.conftest import (
 WEIGHTS = "model.safetensors"
 ADAPTER = "loftq_init/adapter_model.safetensors"
 ADAPTER_CONFIG = "loftq_init/adapter_config.json"
+Damage = Callable[[Path], None]
 
 
 def flip(piece: bytearray) -> None:
@@ -716,3 +717,95 @@ def test_a_source_that_is_not_on_this_disk(written: Path, loftq: Loftq) -> None:
     outcome = loftq("verify", written, "--source", "no-such-org/no-such-model")
     assert (outcome.code, outcome.out) == (1, "")
     assert "hint: hf download no-such-org/no-such-model" in outcome.err
+
+
+def with_setting(file: str, key: str, value: object, inside: str | None = None) -> Damage:
+    def change(content: Any) -> None:
+        (content if inside is None else content[inside])[key] = value
+
+    return lambda out: edit_json(out / file, change)
+
+
+def put(name: str, content: bytes = b"{}") -> Damage:
+    """A file, and a line for it in the report's list."""
+
+    def change(out: Path) -> None:
+        (out / name).write_bytes(content)
+        edit_report(out, lambda results: results["files"].append({"name": name, "bytes": 0}))
+
+    return change
+
+
+def drop_the_tokenizer(out: Path) -> None:
+    (out / "tokenizer.json").unlink()
+    edit_report(
+        out,
+        lambda results: results.update(
+            files=[file for file in results["files"] if file["name"] != "tokenizer.json"]
+        ),
+    )
+
+
+@pytest.mark.parametrize(
+    ("forge", "found"),
+    [
+        # What would have another model, or any library, loaded with the adapter.
+        (with_setting(ADAPTER_CONFIG, "base_model_name_or_path", "/other"), "base_model_name"),
+        (with_setting(ADAPTER_CONFIG, "auto_mapping", {"parent_library": "os"}), "auto_mapping"),
+        (with_setting(ADAPTER_CONFIG, "loftq_config", {"loftq_bits": 2}), "loftq_config"),
+        (with_setting(ADAPTER_CONFIG, "unheard_of", 1), "unheard_of"),
+        (
+            with_setting("config.json", "bnb_4bit_compute_dtype", "int8", "quantization_config"),
+            "bnb_4bit_compute_dtype is 'int8'",
+        ),
+        (
+            with_setting(
+                "config.json", "llm_int8_enable_fp32_cpu_offload", True, "quantization_config"
+            ),
+            "llm_int8_enable_fp32_cpu_offload",
+        ),
+        # What is not written for any source.
+        (put("pytorch_model.bin"), "'pytorch_model.bin', which loftq does not write"),
+        (put("adapter_config.json"), "'adapter_config.json', which loftq does not write"),
+        (put("tf_model.h5"), "'tf_model.h5', which loftq does not write"),
+        (put("loftq_init/more.json"), "'loftq_init/more.json', which loftq does not write"),
+        # What the source has.
+        (drop_the_tokenizer, "'tokenizer.json' is not the source's"),
+    ],
+)
+def test_what_was_forged_with_its_report(
+    forge: Damage, found: str, written: Path, source: Path, loftq: Loftq
+) -> None:
+    (source / "tokenizer.json").write_text("{}")
+    put("tokenizer.json")(written)
+    reseal(written)
+    forge(written)
+    reseal(written)
+    outcome = loftq("verify", written)
+    assert outcome.code == 3
+    assert found in outcome.err
+    assert "unexpected" not in outcome.err
+
+
+@pytest.mark.parametrize("value", [-1.0, 0.0, 9.0, None])
+@pytest.mark.parametrize("name", ["backbone_error_relative", "output_error_relative"])
+def test_a_forged_error_of_all(name: str, value: float | None, written: Path, loftq: Loftq) -> None:
+    true = json.loads((written / "loftq_report.json").read_text())["results"]["totals"][name]
+    edit_report(written, lambda results: results["totals"].update({name: value}))
+    outcome = loftq("verify", written)
+    assert outcome.code == (0 if value == true else 3)
+
+
+def test_a_file_that_has_grown_without_end(written: Path, source: Path, loftq: Loftq) -> None:
+    """It is not read: that would take longer than anyone waits."""
+    with (written / "generation_config.json").open("r+b") as file:
+        file.truncate(1 << 40)
+    assert "has 1,099,511,627,776 bytes" in loftq("verify", written).err
+
+
+def test_files_that_transformers_will_not_load(written: Path, loftq: Loftq) -> None:
+    edit_json(written / "config.json", lambda config: config.update(hidden_act="none such"))
+    reseal(written)
+    outcome = loftq("verify", written, "--source", "demo")
+    assert outcome.code == 3
+    assert "unexpected" not in outcome.err

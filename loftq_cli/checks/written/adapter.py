@@ -75,7 +75,6 @@ def _require_config(written: Written) -> None:
                 hint=WRITE_AGAIN,
             )
 
-
     _require_nothing_else(found, expected)
 
 
