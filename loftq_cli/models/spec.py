@@ -127,7 +127,7 @@ def cached_model(repository: str, revision: str | None) -> ResolvedModel | None:
     folder = cache_directory() / f"models--{repository.replace('/', '--')}"
     try:
         commit = (folder / "refs" / wanted).read_text("ascii").strip()
-    except (OSError, UnicodeDecodeError):
+    except (OSError, ValueError):  # a null byte, or a name that is no text
         commit = wanted  # a commit needs no ref
     snapshot = folder / "snapshots" / commit
     if not _is_complete(snapshot):
