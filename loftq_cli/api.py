@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from loftq_cli import hardware
 from loftq_cli.errors import UsageError
 from loftq_cli.options import QuantizeOptions, require_text, size
 
@@ -145,7 +144,6 @@ def run_quantize(asked: QuantizeOptions, record: Record) -> tuple[Report, Verify
         raise UsageError(
             "--preflight is for --dry-run", cause="a run always asks", hint="leave it out"
         )
-    hardware.require_device_name(asked.device)
     from loftq_cli.engines.job import Job, foresee_directory, make_directory
     from loftq_cli.engines.settings import settings_of
 

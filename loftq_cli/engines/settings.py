@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from loftq_cli import options
+from loftq_cli import hardware, options
 from loftq_cli.containers import container_of, containers, widths
 from loftq_cli.containers.base import Container
 from loftq_cli.errors import UsageError
@@ -121,6 +121,7 @@ def settings_of(asked: QuantizeOptions) -> Settings:
     Raises:
         UsageError: two options contradict each other, or one would have no effect.
     """
+    hardware.require_device_name(asked.device)  # a dry run looks for none
     start = find(asked.init)
     if asked.bits is not None and not start.quantizes:
         raise UsageError(f"--init {start.name} does not quantize: no --bits")

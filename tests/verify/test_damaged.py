@@ -811,9 +811,9 @@ def test_files_that_transformers_will_not_load(written: Path, loftq: Loftq) -> N
     assert "unexpected" not in outcome.err
 
 
-@pytest.mark.parametrize("source", ["hub", "directory"])
-def test_a_source_that_nothing_can_be_called(source: str, written: Path, loftq: Loftq) -> None:
-    model = {"id": "a" if source == "hub" else "\0", "source": source, "revision": "\0"}
+@pytest.mark.parametrize("place", ["hub", "directory"])
+def test_a_source_that_nothing_can_be_called(place: str, written: Path, loftq: Loftq) -> None:
+    model = {"id": "a" if place == "hub" else "\0", "source": place, "revision": "\0"}
     edit_json(written / "loftq_report.json", lambda report: report.update(model=model))
     outcome = loftq("verify", written)
     assert outcome.code == 0, outcome.err
