@@ -11,19 +11,20 @@ from __future__ import annotations
 import ast
 import inspect
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from typing import Any, NamedTuple
 
 # What may be asked of a packed weight. (Not its dtype: inputs that are cast to it become bytes.)
 _HARMLESS = {"device"}
 _ASKING = {"isinstance", "hasattr", "type", "id"}
+_ANY = "*"  # a part of a path that an index chooses
 # These run before there are weights, or put one in another's place.
 _NOT_FORWARD = ("__init__", "init_", "_init_", "reset_", "tie_", "_tie_", "get_", "set_", "resize_")
 
 
 class _Read(NamedTuple):
-    """`self.a.b.weight` is read: ``path`` is `a.b`, and ``own`` whether it begins at `self`.
+    """`self.a[0].b.weight` is read: ``path`` is `a.*.b`, and ``own`` whether it begins at `self`.
 
     ``conditions`` have to hold for it, so far as they are about `self` alone.
     """
@@ -44,15 +45,19 @@ def read_directly(model: Any, linear: Iterable[str]) -> set[str]:
     for path, module in model.named_modules():
         for read in _reads(type(module)):
             inside = [name for name in names if not path or name.startswith(f"{path}.")]
-            full = f"{path}.{read.path}" if path else read.path
-            hit = {name for name in inside if name == full or _ends(name, read)}
+            hit = {name for name in inside if _is_read(name[len(path) :].lstrip("."), read)}
             if hit and all(_may_hold(each, module) for each in read.conditions):
                 found |= hit
     return found
 
 
-def _ends(name: str, read: _Read) -> bool:
-    return not read.own and name.endswith(f".{read.path}")
+def _is_read(name: str, read: _Read) -> bool:
+    parts, wanted = name.split("."), read.path.split(".")
+    if not read.own:  # of which module it is read is not known
+        parts = parts[-len(wanted) :]
+    return len(parts) == len(wanted) and all(
+        part == each or each == _ANY for part, each in zip(parts, wanted, strict=True)
+    )
 
 
 def _reads(kind: type) -> tuple[_Read, ...]:
@@ -77,33 +82,61 @@ def _classes(module: str) -> dict[str, frozenset[_Read]]:
             read
             for method in node.body
             if isinstance(method, ast.FunctionDef) and not method.name.startswith(_NOT_FORWARD)
-            for read in _in_method(method, ())
+            for read in _in_method(method, (), _aliases(method))
         )
         for node in tree.body
         if isinstance(node, ast.ClassDef)
     }
 
 
-def _in_method(node: ast.AST, conditions: tuple[str, ...]) -> Iterator[_Read]:
+def _aliases(method: ast.FunctionDef) -> dict[str, list[str]]:
+    """What names stand for: `a = self.b`, and one after the other of `for a in self.b`."""
+    found: dict[str, list[str]] = {}
+    for node in ast.walk(method):
+        if isinstance(node, ast.Assign) and len(node.targets) == 1:
+            target, chain = node.targets[0], _chain(node.value, found)
+        elif isinstance(node, ast.For):
+            target, chain = node.target, _chain(node.iter, found)
+            chain = chain and [*chain, _ANY]
+        else:
+            continue
+        if isinstance(target, ast.Name) and chain and chain[0] == "self":
+            found[target.id] = chain
+    return found
+
+
+def _chain(node: ast.AST, aliases: Mapping[str, list[str]]) -> list[str] | None:
+    """`self.a[0].b` as self, a, *, b; None of anything else."""
+    if isinstance(node, ast.Name):
+        return aliases.get(node.id, [node.id])
+    if not isinstance(node, ast.Attribute | ast.Subscript):
+        return None
+    before = _chain(node.value, aliases)
+    return before and [*before, node.attr if isinstance(node, ast.Attribute) else _ANY]
+
+
+def _in_method(
+    node: ast.AST, conditions: tuple[str, ...], aliases: Mapping[str, list[str]]
+) -> Iterator[_Read]:
     if isinstance(node, ast.If | ast.IfExp):
         test = ast.unparse(node.test)
-        yield from _in_method(node.test, conditions)
+        yield from _in_method(node.test, conditions, aliases)
         for part, condition in ((node.body, test), (node.orelse, f"not ({test})")):
             for each in part if isinstance(part, list) else [part]:
-                yield from _in_method(each, (*conditions, condition))
+                yield from _in_method(each, (*conditions, condition), aliases)
         return
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in _ASKING:
         return
     if isinstance(node, ast.Attribute):
         if node.attr in _HARMLESS and _is_weight(node.value):
             return
-        if _is_weight(node):
-            parts = ast.unparse(node.value).split(".")
-            if all(part.isidentifier() for part in parts) and len(parts) > 1:
-                yield _Read(".".join(parts[1:]), parts[0] == "self", conditions)
+        if _is_weight(node) and (chain := _chain(node.value, aliases)) is not None:
+            own = chain[0] == "self"
+            if len(chain) > 1 and (own or chain[-1] != _ANY):  # else it could be any layer at all
+                yield _Read(".".join(chain[1:]), own, conditions)
             return
     for child in ast.iter_child_nodes(node):
-        yield from _in_method(child, conditions)
+        yield from _in_method(child, conditions, aliases)
 
 
 def _is_weight(node: ast.AST) -> bool:
