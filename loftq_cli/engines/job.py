@@ -154,8 +154,8 @@ def foresee_directory(
     record: Record,
     output: Path | None,
     *,
-    preflight: bool = False,
-    trust_remote_code: bool = False,
+    preflight: bool,
+    trust_remote_code: bool,
 ) -> Report:
     """What a run would give, estimated. Reads headers and config only.
 

@@ -26,10 +26,10 @@ def auto_class(results: QuantizeResults) -> str:
     return name if name.isidentifier() else "AutoModel"
 
 
-def base_call(results: QuantizeResults, place: str, more: str = "") -> str:
+def base_call(results: QuantizeResults, place: str) -> str:
     """The call that loads the backbone; ``place`` is code for where it is."""
     own_code = ", trust_remote_code=True" if results.own_code else ""
-    return f"{auto_class(results)}.from_pretrained({place}{own_code}{more})"
+    return f"{auto_class(results)}.from_pretrained({place}{own_code})"
 
 
 def quoted(name: str) -> str:
