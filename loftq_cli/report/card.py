@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import textwrap
 from pathlib import PurePath
 
 from loftq_cli import starts
 from loftq_cli.report import units
+from loftq_cli.report.escape import code_span, visible
 from loftq_cli.report.formats import (
     all_layers,
     bits_a_weight,
@@ -92,6 +94,10 @@ original model: there it would add the quantization error instead of taking it a
 merged model again loses the correction again."""
 
 
+# Of a name in the title: links, tags and code.
+_MARKUP, _ESCAPED = re.compile(r"([\\`\[\]<>])"), r"\\\1"
+
+
 def card(document: Document[QuantizeResults]) -> str:
     """Markdown whose code runs as it stands, from the directory that holds the output."""
     results = document.results
@@ -101,7 +107,7 @@ def card(document: Document[QuantizeResults]) -> str:
     dtype = results.settings.dtype
     stored = _OTHER_DTYPE if dtype is None else f"All that is not quantized is stored in {dtype}."
     parts = [
-        f"# {here}",
+        f"# {_MARKUP.sub(_ESCAPED, visible(here))}",
         _introduction(document),
         _figures(results),
         "## Load",
@@ -205,9 +211,9 @@ def _another_head(results: QuantizeResults) -> list[str]:
 
 def _introduction(document: Document[QuantizeResults]) -> str:
     settings, model = document.results.settings, document.model
-    source = "a model" if model is None else f"`{model.id}`"
+    source = "a model" if model is None else code_span(model.id)
     if model is not None and model.revision is not None:
-        source += f" (revision `{model.revision}`)"
+        source += f" (revision {code_span(model.revision)})"
     return (
         f"{source}{_form(document.results)}, and in `loftq_init/` a LoRA adapter of "
         f"{_ranks(document.results)}. The adapter {starts.of_report(settings.init).sentence}. "
@@ -298,7 +304,7 @@ def _evaluation(results: QuantizeResults, here: str) -> str:
             "Compare its outputs with those of the original on inputs of your own, before and "
             "after training."
         )
-    arguments = shlex.quote(f"pretrained={here},peft={here}/loftq_init")
+    arguments = _in_shell(f"pretrained={here},peft={here}/loftq_init")
     return (
         "The loss on a text of yours, to be held against the original model's:\n\n"
         + _python("""
@@ -313,6 +319,13 @@ def _evaluation(results: QuantizeResults, here: str) -> str:
         f"lm_eval --model hf --model_args {arguments} --tasks ...\n"
         "```"
     )
+
+
+def _in_shell(text: str) -> str:
+    """One word of a command line; what is not printable is spelled out, as bash reads it."""
+    if text.isprintable():
+        return shlex.quote(text)
+    return "$'" + visible(text.replace("\\", r"\\").replace("'", r"\'")) + "'"
 
 
 def _has_tokenizer(results: QuantizeResults) -> bool:

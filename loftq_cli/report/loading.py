@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 
+from loftq_cli.report.escape import visible
 from loftq_cli.schema import QuantizeResults
 
 # By PEFT's task type, for reports that do not name the class.
@@ -33,5 +34,5 @@ def base_call(results: QuantizeResults, place: str) -> str:
 
 
 def quoted(name: str) -> str:
-    """A directory's name as a Python string."""
-    return json.dumps(name, ensure_ascii=False)
+    """A directory's name as a Python string; what is not printable is spelled out in it."""
+    return visible(json.dumps(name, ensure_ascii=False))

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-from loftq_cli.report.escape import visible
+from loftq_cli.report.escape import code_span, longest_run, visible
 from loftq_cli.report.tables import (
     Code,
     Column,
@@ -67,20 +67,11 @@ def _text(text: str) -> str:
 
 
 def _code(text: str) -> str:
-    """A code span. Backticks inside need a longer fence; a bar splits the row even in code."""
-    if not text:
-        return ""
-    text = visible(text).replace("|", "\\|")
-    fence = "`" * (_longest_run(text) + 1)
-    pad = " " if text.startswith("`") or text.endswith("`") else ""
-    return f"{fence}{pad}{text}{pad}{fence}"
+    """A code span in a table; a bar splits the row even in code."""
+    return code_span(text.replace("|", "\\|")) if text else ""
 
 
 def _fenced(lines: Iterable[str], language: str = "text") -> str:
     text = "\n".join(lines)
-    fence = "`" * max(3, _longest_run(text) + 1)
+    fence = "`" * max(3, longest_run(text) + 1)
     return f"{fence}{language}\n{text}\n{fence}"
-
-
-def _longest_run(text: str) -> int:
-    return max((len(run) for run in re.findall(r"`+", text)), default=0)

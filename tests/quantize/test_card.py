@@ -383,3 +383,39 @@ def test_what_was_not_quantized_is_loaded_and_merged_like_any_model(
 def test_an_error_that_grew_and_one_that_is_not_there() -> None:
     assert units.error_change(0.08, 0.09) == "8.00 % → 9.00 % with the adapter (12.5 % more)"
     assert units.error_change(0.0, 0.0) == "0 % → 0 % with the adapter (0 % of it removed)"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "a`b",
+        "```",
+        "[x](y)",
+        "<b>",
+        "q'u\"o",
+        "new\n# line\n```",
+        "\x1b[31m",
+        "\u202egpj",
+        "\x7f\\",
+        "é",
+    ],
+)
+def test_names_that_say_more_than_a_name(name: str, tmp_path: Path) -> None:
+    document = schema.document_of(copy.deepcopy(documents.ALL["quantize"]))
+    named = document.model_copy(
+        update={
+            "model": schema.ModelIdentity(id=f"/tmp/{name}", source="directory"),
+            "results": document.results.model_copy(update={"output": str(tmp_path / name)}),
+        }
+    )
+    text = card(named)
+    assert all(line.isprintable() for line in text.split("\n"))
+    plain = card(document)
+    assert text.startswith("# ")
+    assert text.count("\n") == plain.count("\n"), "a name has lines of its own"
+    found: dict[str, Any] = {}
+    (line,) = re.findall(r"^here = .*$", text, flags=re.MULTILINE)
+    exec(f"from pathlib import Path\n{line}", found)
+    assert found["here"] == Path(name).resolve()
+    fence = re.compile(r"^```[^`]*$", re.MULTILINE)
+    assert len(fence.findall(text)) == len(fence.findall(plain))
