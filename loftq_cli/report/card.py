@@ -40,8 +40,8 @@ quantized as it is stored and converts only a part of the rest, and the first fo
 where the two meet. """
 
 _OTHER_DTYPE = """\
-For a card without bfloat16 (T4, V100, RTX 20) make the directory with `loftq quantize --dtype
-float16`."""
+For a card without bfloat16 (T4, V100, RTX 20) make the directory with
+`loftq quantize --dtype float16`."""
 
 _WHERE_IT_IS = """\
 The last line says where the backbone is. PEFT looks there when it saves embeddings that you
