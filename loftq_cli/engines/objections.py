@@ -8,7 +8,7 @@ so each is asked of a new one.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -55,7 +55,7 @@ def objections(
             return refused, ()
     try:
         adapted = _as_adapted(model, settings)
-    except ValueError as error:
+    except Exception as error:  # PEFT, torch and bitsandbytes have types of their own
         return _refused_kinds(plan, build, settings, error), ()
     return _held_against(plan, adapted)
 
@@ -110,13 +110,8 @@ def _held_against(plan: Plan, adapted: Any) -> tuple[Refused, tuple[str, ...]]:
 
     planned = {each.layer.module: each for each in plan.layers if each.adapted}
     state = get_peft_model_state_dict(adapted, save_embedding_layers=False)
-    heads = tuple(sorted(name.removeprefix(PREFIX) for name in state if ".lora_" not in name))
-    in_head = {
-        each.layer.module: words.OUTPUT_HEAD
-        for each in plan.layers
-        if any(head.startswith(f"{each.layer.module}.") for head in heads)
-    }
-    if in_head:
+    heads = _trained_heads(state)
+    if in_head := _in_heads(plan, heads):
         return Refused(kept=in_head), ()
     # As it is loaded: PEFT may give the tensors other names first.
     tensors = {
@@ -153,25 +148,45 @@ def _held_against(plan: Plan, adapted: Any) -> tuple[Refused, tuple[str, ...]]:
     ), heads
 
 
+def _trained_heads(state: Iterable[str]) -> tuple[str, ...]:
+    """The parameters that PEFT keeps with an adapter, and are none of its own."""
+    return tuple(sorted(name.removeprefix(PREFIX) for name in state if ".lora_" not in name))
+
+
+def _in_heads(plan: Plan, heads: Iterable[str]) -> dict[str, str]:
+    """The plan's layers that PEFT trains as they are, with the reason to keep them so."""
+    modules = {head.rpartition(".")[0] for head in heads}
+    planned = [each.layer.module for each in plan.layers]
+    return {module: words.OUTPUT_HEAD for module in planned if module in modules}
+
+
 def _refused_kinds(
     plan: Plan,
     build: Callable[[], Architecture],
     settings: Mapping[str, Any],
-    error: ValueError,
+    error: Exception,
 ) -> Refused:
     """Of the layers' kinds, by the ends of their names, those that PEFT will not take at all.
+
+    Where that is because they are of a head that it trains whole, they are to be kept so.
 
     Raises:
         UnsupportedModel: it takes each of them, and not all.
     """
+    from peft import get_peft_model_state_dict
+
     refused: dict[str, str] = {}
     adapted = [planned.layer.module for planned in plan.layers if planned.adapted]
     for kind in sorted({last_part(module) for module in adapted}):
         modules = [module for module in adapted if last_part(module) == kind]
         try:
-            _as_adapted(build().model, {**settings, "target_modules": modules})
-        except ValueError as one:
+            adapted_ones = _as_adapted(build().model, {**settings, "target_modules": modules})
+        except Exception as one:
             refused |= dict.fromkeys(modules, f"PEFT refuses it: {first_line(one)}")
+            continue
+        state = get_peft_model_state_dict(adapted_ones, save_embedding_layers=False)
+        if in_head := _in_heads(plan, _trained_heads(state)):
+            return Refused(kept=in_head)
     if not refused:
         raise UnsupportedModel("PEFT cannot adapt this model", cause=first_line(error)) from error
     return Refused(unadapted=refused)

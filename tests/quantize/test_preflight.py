@@ -20,7 +20,7 @@ from loftq_cli.engines import objections
 from loftq_cli.engines.preflight import Asked, ask
 from loftq_cli.engines.settings import Settings
 from loftq_cli.errors import LoftqError, UnsupportedModel
-from loftq_cli.models import layers
+from loftq_cli.models import architecture, layers
 from loftq_cli.models.source import read_config
 from tests.conftest import Outcome
 from tests.zoo import ZOO
@@ -145,6 +145,19 @@ def test_every_head_that_peft_trains_is_kept_and_written(tmp_path: Path, loftq: 
     original = load_file(source / "model.safetensors")
     trained = adapted.get_base_model().pre_classifier.modules_to_save["default"]
     assert torch.equal(trained.weight, original["pre_classifier.weight"])
+
+
+@pytest.mark.parametrize("settings", [{}, {"bits": 16, "init": "lora"}])
+def test_a_head_by_another_name_is_kept_all_the_same(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """PEFT trains what ends like a classifier, whoever calls it a head, and then not in 4 bits."""
+    others = [name for name in architecture._HEADS if not name.endswith("classifier")]
+    monkeypatch.setattr(architecture, "_HEADS", others)
+    found = asked(saved("DistilBERT, classifier", tmp_path, num_labels=32), **settings)
+    told = reasons(found)
+    assert told["classifier"] == told["pre_classifier"] == {layers.OUTPUT_HEAD}
+    assert len(found.plan.trained_heads) == 4
 
 
 @pytest.mark.parametrize(
