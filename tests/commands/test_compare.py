@@ -187,7 +187,7 @@ def test_qlora_is_always_there() -> None:
     [
         ("--init loftq,nonsense", "there is no start 'nonsense'", "--init loftq,"),
         ("--bits 5", "--bits takes 2, 3, 4 and 8", "--bits 4,2"),
-        ("--ranks 0", "--ranks takes positive whole numbers", ""),
+        ("--ranks 0", "--ranks takes whole numbers from 1", ""),
         ("-m gpt2 --init calibrated", "has to see what", "--calibration-text FILE"),
         ("--train-steps 3", "nothing to train on", "--train-text FILE"),
         ("--train-text x.txt", "no effect without steps", "--train-steps 100"),
