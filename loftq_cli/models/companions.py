@@ -35,7 +35,7 @@ _DEEPEST = 16
 _LONGEST_NAME = 200  # bytes: while it is written, a file has a longer name yet
 
 # The files that decide which tokens a text has.
-_TOKENIZER = (
+TOKENIZER = (
     "tokenizer*",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -121,7 +121,7 @@ class Companions:
     def tokenizer(self) -> list[Companion]:
         """Those that decide which tokens a text has."""
         top = [each for each in self.files if "/" not in each.name]
-        return [each for each in top if any(fnmatch(each.name, like) for like in _TOKENIZER)]
+        return [each for each in top if any(fnmatch(each.name, like) for like in TOKENIZER)]
 
     @property
     def missed(self) -> list[LeftOut]:

@@ -12,11 +12,12 @@ import re
 import stat
 from contextlib import suppress
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 
 from loftq_cli.checkpoint.index import INDEX_FILE, SINGLE_FILE, read_index
 from loftq_cli.errors import LoftqError, ModelNotFound, UnsafeCheckpoint, UsageError, first_line
-from loftq_cli.models.companions import LeftOut, wanted
+from loftq_cli.models.companions import TOKENIZER, LeftOut, wanted
 from loftq_cli.models.source import CONFIG_FILE, PICKLE_SUFFIXES
 from loftq_cli.schema import ModelIdentity
 
@@ -184,6 +185,9 @@ def _from_hub(
         unlisted = error
     try:
         names, left = wanted(sizes, with_code=with_code)
+        if not with_weights:
+            described = (*TOKENIZER, "*.py")
+            names = [name for name in names if any(fnmatch(name, each) for each in described)]
         directory = fetch([CONFIG_FILE, INDEX_FILE, *names])
         if with_weights:
             # Names from an index become patterns of what is downloaded, so it is checked first.

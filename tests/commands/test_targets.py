@@ -95,7 +95,7 @@ def test_a_model_with_nothing_to_adapt_says_why(loftq: Loftq) -> None:
 
 def test_unknown_names_are_reported(loftq: Loftq) -> None:
     found = results(loftq, "-m", "jamba")
-    assert "dt_proj" in found["without_role"]
+    assert "x_proj" in found["without_role"]
     assert results(loftq, "-m", "kimi_linear")["guessed"]
     page = loftq("targets", "-m", "jamba", "--format", "table").out
     assert "only all-linear takes these" in page
