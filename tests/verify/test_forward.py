@@ -174,7 +174,7 @@ def test_a_gradient_that_is_no_number_is_found() -> None:
         run_through(*wrapped(model), device="cpu")
 
 
-@pytest.mark.parametrize("name", ["LLaVA", "Whisper", "BERT to BERT", "Wav2Vec2, CTC"])
+@pytest.mark.parametrize("name", ["Whisper", "BERT to BERT"])
 def test_a_written_directory_of_another_kind(name: str, tmp_path: Path, loftq: Loftq) -> None:
     """And one whose task type PEFT cannot call the model by, as it used to be written."""
     ZOO[name].build(dtype=torch.bfloat16).save_pretrained(tmp_path / "source")
@@ -192,7 +192,7 @@ def test_a_written_directory_of_another_kind(name: str, tmp_path: Path, loftq: L
     for note in notes:
         assert f"verify: forward: {note}" in done.err
         assert note.split(",")[0] in " ".join(page.split())
-    assert bool(notes) == (name in ("LLaVA", "BERT to BERT"))
+    assert bool(notes) == (name == "BERT to BERT")
 
     if name == "Whisper":
         edit_report(out, lambda report: report.update(task_type="SEQ_2_SEQ_LM"))
