@@ -151,12 +151,15 @@ def said(*data: dict[str, Any]) -> tuple[list[str], list[str]]:
 
 
 @pytest.fixture
-def results(tmp_path: Path, checked: Path, quantized: Path) -> Path:
+def results(tmp_path: Path, quantized: Path) -> Path:
     """A directory such as people have: results of several commands among other files."""
     directory = tmp_path / "results"
     directory.mkdir()
-    for file in checked.iterdir():
-        shutil.copy(file, directory)
+    here = json.loads((quantized / "loftq_report.json").read_text())
+    check = {**documents.ALL["check"], "environment": here["environment"], "model": here["model"]}
+    for name in ("loftq_check_20261126T120000Z.json", "stdout"):
+        (directory / name).write_text(json.dumps(check))
+    (directory / "loftq_check_20261126T120000Z.txt").write_text("Check of this box: passed\n")
     shutil.copy(quantized / "loftq_report.json", directory)
     shutil.copy(quantized / "config.json", directory)
     (directory / "load.json").write_text(json.dumps(LOAD))
