@@ -22,7 +22,14 @@ CAN = [name for name, entry in BATTERY.items() if entry.cannot is None]
 CANNOT = [name for name, entry in BATTERY.items() if entry.cannot is not None]
 
 
-@pytest.mark.parametrize("name", CAN)
+# One of each kind; its like is slow, and in the zoo.
+_ALIKE = {"mistral", "qwen2", "qwen3", "gemma2", "phi3", "opt", "gpt_neox", "bloom", "bart"}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.slow if name in _ALIKE else ()) for name in CAN],
+)
 def test_quantized_model_loads_and_runs(
     name: str, tmp_path: Path, loftq: Callable[..., Outcome]
 ) -> None:

@@ -254,7 +254,16 @@ def test_only_the_stored_dtype_runs(demo: dict[str, Any], dtype: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["LLaVA", "Whisper", "BERT to BERT", "BERT, classifier", "Wav2Vec2, CTC", "T5"]
+    "name",
+    [
+        "LLaVA",
+        "Whisper",
+        "BERT, classifier",
+        *(
+            pytest.param(each, marks=pytest.mark.slow)
+            for each in ("BERT to BERT", "Wav2Vec2, CTC", "T5")
+        ),
+    ],
 )
 @pytest.mark.filterwarnings("ignore:Version v4.12.0 introduces:FutureWarning")
 def test_every_block_runs_for_models_of_other_kinds(
