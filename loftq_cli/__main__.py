@@ -14,7 +14,11 @@ def main() -> None:
         signal.signal(signal.SIGINT, _end)
     from loftq_cli.cli import main as run
 
-    sys.exit(run())
+    code = run()
+    # Python ends itself by SIGINT, whatever the exit code, if Ctrl-C ever came out of code given to
+    # `exec` as text, as libraries do while they are imported. The next such code makes it forget.
+    exec("")
+    sys.exit(code)
 
 
 def _end(*_: object) -> None:

@@ -195,6 +195,23 @@ def test_ctrl_c_while_libraries_are_imported() -> None:
         assert (process.returncode, out, err) == (130, "", "error: interrupted\n"), wait
 
 
+def test_ctrl_c_in_code_that_a_library_made(tmp_path: Path) -> None:
+    """A module that Python runs by name would then be ended by SIGINT, whatever it returns."""
+    (tmp_path / "ended.py").write_text(
+        "from loftq_cli import __main__, cli\n"
+        "def main():\n"
+        "    try:\n"
+        "        exec('raise KeyboardInterrupt')\n"
+        "    except KeyboardInterrupt:\n"
+        "        return 130\n"
+        "cli.main = main\n"
+        "__main__.main()\n"
+    )
+    environ = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    done = subprocess.run([sys.executable, "-m", "ended"], env=environ, check=False)
+    assert done.returncode == 130
+
+
 def test_a_signal_that_is_ignored_stays_ignored() -> None:
     """A shell script starts what it sends to the background with SIGINT ignored."""
     line = "import os, sys; from loftq_cli.signals import Signals\nwith Signals() as signals:\n"
