@@ -45,16 +45,16 @@ def fingerprint(
     return {
         "loftq": __version__,
         "source": _weights(checkpoint),
-        "config_sha256": _digest(config),
+        "config_sha256": digest(config),
         "settings": settings.as_dict(),
         **({"tokenizer_sha256": files} if files else {}),
         "device": device.partition(":")[0],
     }
 
 
-def digest(fingerprint: Mapping[str, Any]) -> str:
-    """A fingerprint as one word, to be compared with that of another run."""
-    return _digest(fingerprint)
+def digest(value: Mapping[str, Any]) -> str:
+    """A fingerprint, or a config, as one word to be compared with that of another run."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def state(found: ResolvedModel, checkpoint: Checkpoint) -> dict[str, Any]:
@@ -84,7 +84,7 @@ def require_unchanged(directory: Path, checkpoint: Checkpoint, before: Mapping[s
         if weights.get(name) != before["source"].get(name)
         or now.headers[name].stamp != checkpoint.headers[name].stamp
     ]
-    if _digest(read_config(directory)) != before["config_sha256"]:
+    if digest(read_config(directory)) != before["config_sha256"]:
         changed.append(CONFIG_FILE)
     if changed:
         raise CorruptCheckpoint(
@@ -104,7 +104,3 @@ def _weights(checkpoint: Checkpoint) -> dict[str, Any]:
         }
         for name, header in sorted(checkpoint.headers.items())
     }
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from loftq_cli.checkpoint.adapter import PREFIX, lora_names
+from loftq_cli.checkpoint.adapter import PREFIX
 from loftq_cli.engines.adapter_settings import adapter_settings
 from loftq_cli.engines.plan import Plan
 from loftq_cli.errors import UnsupportedModel, first_line
@@ -108,35 +108,28 @@ def _held_against(plan: Plan, adapted: Any) -> tuple[Refused, tuple[str, ...]]:
     import torch
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
-    planned = {each.layer.module: each for each in plan.layers if each.adapted}
+    planned = {each.layer.module for each in plan.layers if each.adapted}
     state = get_peft_model_state_dict(adapted, save_embedding_layers=False)
     heads = _trained_heads(state)
     if in_head := _in_heads(plan, heads):
         return Refused(kept=in_head), ()
+    attached = {_module(name) for name in state if ".lora_" in name}
     # As it is loaded: PEFT may give the tensors other names first.
     tensors = {
-        name: torch.empty(shape, device="meta")
-        for module, each in planned.items()
-        for name, shape in zip(
-            lora_names(module),
-            ((each.stored_rank, each.shape[1]), (each.shape[0], each.stored_rank)),
-            strict=True,
-        )
-    }
-    attached = {
-        name.partition(".lora_")[0].removeprefix(PREFIX) for name in state if ".lora_" in name
+        **{name: tensor for name, tensor in state.items() if ".lora_" not in name},
+        **{
+            each.name: torch.empty(each.shape, device="meta")
+            for each in plan.adapter_tensors(plan.layers)
+        },
     }
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         loaded = set_peft_model_state_dict(
-            adapted,
-            {**{name: state[name] for name in state if ".lora_" not in name}, **tensors},
-            adapter_name=_ADAPTER,
-            low_cpu_mem_usage=True,
+            adapted, tensors, adapter_name=_ADAPTER, low_cpu_mem_usage=True
         )
-    unplaced = {name.partition(".lora_")[0].removeprefix(PREFIX) for name in loaded.unexpected_keys}
-    beyond = attached - planned.keys()
-    lost = planned.keys() - attached | planned.keys() & unplaced
+    unplaced = {_module(name) for name in loaded.unexpected_keys}
+    beyond = attached - planned
+    lost = planned - attached | planned & unplaced
     if beyond and not lost:
         raise UnsupportedModel(
             "PEFT puts adapters where none were computed",
@@ -146,6 +139,11 @@ def _held_against(plan: Plan, adapted: Any) -> tuple[Refused, tuple[str, ...]]:
     return Refused(
         unadapted=dict.fromkeys(sorted(lost), words.MOVED if beyond else NOT_ATTACHED)
     ), heads
+
+
+def _module(name: str) -> str:
+    """The layer that a tensor of an adapter is of."""
+    return name.partition(".lora_")[0].removeprefix(PREFIX)
 
 
 def _trained_heads(state: Iterable[str]) -> tuple[str, ...]:
