@@ -6,6 +6,7 @@ report, is an object of the same class.
 
 from __future__ import annotations
 
+import math
 import re
 import shlex
 from collections.abc import Iterable, Sequence
@@ -111,7 +112,7 @@ class SweepOptions(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class CompareOptions(Options):
-    """Of `compare`. ``init``, ``bits`` and ``ranks`` are lists with commas."""
+    """Of `compare`. ``init``, ``bits``, ``ranks`` and ``learning_rate`` are lists with commas."""
 
     command = "compare"
 
@@ -123,7 +124,8 @@ class CompareOptions(Options):
     calibration_text: Path | None = None
     train_text: Path | None = None
     train_steps: int | None = None
-    learning_rate: float | None = None
+    learning_rate: str | None = None
+    seeds: int | None = None
     quant_type: QuantType = "nf4"
     block_size: int = DEFAULT_BLOCK_SIZE
     double_quant: bool = False
@@ -191,6 +193,20 @@ def ranks(text: str) -> list[int]:
             hint="--ranks 8,16",
         )
     return list(dict.fromkeys(int(each) for each in found))
+
+
+def learning_rates(text: str) -> list[float]:
+    """The value of --learning-rate: numbers above zero, in ascending order, each once."""
+    try:
+        found = sorted({float(each) for each in items(text, "--learning-rate")})
+    except ValueError:
+        found = []
+    if not found or not all(math.isfinite(each) and each > 0 for each in found):
+        raise UsageError(
+            f"--learning-rate takes numbers above 0, not {text!r:.80}",
+            hint="--learning-rate 2e-4,1e-3",
+        )
+    return found
 
 
 def iterations(value: str | int) -> int | None:

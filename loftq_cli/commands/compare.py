@@ -35,14 +35,23 @@ from loftq_cli.report.units import listed
         min=1,
         metavar="N",
         show_default="no training",
-        help="Fine-tune every start for N steps of 8 windows, all in the same order.",
+        help="Fine-tune every start for N steps, as transformers' Trainer does by default.",
     ),
     learning_rate=option(
-        float | None,
+        str | None,
         "--learning-rate",
-        metavar="X",
-        show_default="0.0004",
-        help="The learning rate of that, constant after a warmup.",
+        metavar="X,X,…",
+        show_default="each start's own best from 0.0001 to 0.008",
+        help="The rates to choose from; from the middle one it goes to where it gets better.",
+    ),
+    seeds=option(
+        int | None,
+        "--seeds",
+        min=1,
+        max=1000,
+        metavar="N",
+        show_default="2",
+        help="Fine-tune at the best rate with N seeds, from --seed on.",
     ),
 )
 def compare(run: Run, asked: CompareOptions) -> None:
@@ -53,20 +62,20 @@ def compare(run: Run, asked: CompareOptions) -> None:
     loftq compare --bits 4,2 --ranks 8,16 --train-steps 100 --train-text a.txt --text b.txt
 
     Writes each start as quantize does, loads it with transformers and peft, and measures how far
-    it is from the original model; and where a short fine-tune from it ends. The files are not
-    kept.
+    it is from the original model; and where a short fine-tune from it ends, each at the learning
+    rate that suits it best. The files are not kept.
     """
-    from loftq_cli.commands.compare_plan import methods, texts_of
+    from loftq_cli.commands.compare_plan import methods, texts_of, training_of
     from loftq_cli.commands.compare_run import Bench
 
-    texts = texts_of(asked)
+    training, texts = training_of(asked), texts_of(asked)
     planned = methods(asked, texts)
     if texts.evaluation_is_built_in and asked.model != "demo":
         run.note("evaluated on Python code, unless --text FILE says otherwise")
-    if texts.evaluation_is_built_in and texts.training is not None:
+    if texts.evaluation_is_built_in and training is not None:
         run.warn(
             "the held-out loss is that of the built-in text, Python code, whatever --train-text "
             "is; give a --text of the kind that is trained on"
         )
-    bench = Bench(run, asked, texts)
+    bench = Bench(run, asked, texts, training)
     run.finish(bench.compare(planned), model=bench.identity)

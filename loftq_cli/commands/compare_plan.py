@@ -1,37 +1,42 @@
-"""What `compare` is to do: which texts in which role, and which starts with which settings."""
+"""What `compare` is to do: which texts in which role, which starts, and how they are trained."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
 from loftq_cli import starts
+from loftq_cli.commands.compare_rates import LADDER
 from loftq_cli.containers import kind_of, widths
 from loftq_cli.engines.settings import Settings, settings_of
 from loftq_cli.errors import UsageError
-from loftq_cli.models.finetuning import LEARNING_RATE, Schedule
 from loftq_cli.models.spec import DEMO_DIRECTORY
 from loftq_cli.models.texts import is_same, require_different
-from loftq_cli.options import CompareOptions, QuantizeOptions, items, ranks
+from loftq_cli.options import (
+    LARGEST_SEED,
+    CompareOptions,
+    QuantizeOptions,
+    items,
+    learning_rates,
+    ranks,
+)
 from loftq_cli.report.units import listed
 from loftq_cli.starts import QLORA, Start
 
 HELDOUT = DEMO_DIRECTORY / "heldout.txt"
 DEMO_CALIBRATION = DEMO_DIRECTORY / "calibration.txt"
+DEFAULT_SEEDS = 2
 
 
 @dataclass(frozen=True)
 class Texts:
-    """Which text has which role, and how it is trained on."""
+    """Which text has which role."""
 
     evaluation: Path
     calibration: Path | None
     training: Path | None
-    steps: int | None
-    learning_rate: float
 
     @property
     def evaluation_is_built_in(self) -> bool:
@@ -45,32 +50,53 @@ class Texts:
         names = ["built-in" if text in built_in else str(text) if text else None for text in each]
         return names[0] or "", names[1], names[2]
 
-    def schedule(self, seed: int) -> Schedule | None:
-        return None if self.steps is None else Schedule(self.steps, self.learning_rate, seed)
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """How every start is trained: at which learning rates, to choose its best, and how often."""
+
+    steps: int
+    rates: tuple[float, ...]
+    seeds: tuple[int, ...]
+
+
+def training_of(asked: CompareOptions) -> TrainingPlan | None:
+    """How to train; None where only distances are asked for.
+
+    Raises:
+        UsageError: an option of it has no effect, or a value that means nothing.
+    """
+    if asked.train_steps is None:
+        for name in ("train_text", "learning_rate", "seeds"):
+            if getattr(asked, name) is not None:
+                raise UsageError(
+                    f"--{name.replace('_', '-')} has no effect without steps",
+                    hint="add --train-steps 100",
+                )
+        return None
+    if asked.train_text is None:
+        raise UsageError(
+            "--train-steps has nothing to train on",
+            hint="add --train-text FILE: other text of the same kind as --text",
+        )
+    count = DEFAULT_SEEDS if asked.seeds is None else asked.seeds
+    if asked.seed + count - 1 > LARGEST_SEED:
+        raise UsageError(f"there are no {count} seeds from {asked.seed} on", hint="--seed 0")
+    rates = LADDER if asked.learning_rate is None else learning_rates(asked.learning_rate)
+    return TrainingPlan(
+        steps=asked.train_steps,
+        rates=tuple(rates),
+        seeds=tuple(range(asked.seed, asked.seed + count)),
+    )
 
 
 def texts_of(asked: CompareOptions) -> Texts:
     """The text of every role.
 
     Raises:
-        UsageError: two roles have one text, or training lacks its text or its steps.
+        UsageError: two roles have one text.
     """
-    steps, training, rate = asked.train_steps, asked.train_text, asked.learning_rate
-    if steps is not None and training is None:
-        raise UsageError(
-            "--train-steps has nothing to train on",
-            hint="add --train-text FILE: other text of the same kind as --text",
-        )
-    if steps is None and training is not None:
-        raise UsageError("--train-text has no effect without steps", hint="add --train-steps 100")
-    if rate is not None:
-        if steps is None:
-            raise UsageError("--learning-rate has no effect here", hint="add --train-steps 100")
-        if not (math.isfinite(rate) and rate > 0):
-            raise UsageError(
-                f"--learning-rate {rate:g} is not above 0",
-                hint=f"--learning-rate {LEARNING_RATE:g}",
-            )
+    training = asked.train_text
     evaluation, calibration = asked.text or HELDOUT, asked.calibration_text
     if calibration is None and asked.model == "demo":
         taken = (evaluation, training)
@@ -79,7 +105,7 @@ def texts_of(asked: CompareOptions) -> Texts:
     require_different(
         {"--text": evaluation, "--calibration-text": calibration, "--train-text": training}
     )
-    return Texts(evaluation, calibration, training, steps, rate or LEARNING_RATE)
+    return Texts(evaluation, calibration, training)
 
 
 def methods(asked: CompareOptions, texts: Texts) -> list[Settings]:
@@ -91,7 +117,7 @@ def methods(asked: CompareOptions, texts: Texts) -> list[Settings]:
     wanted = _bits(asked.bits)
     if asked.init is None:
         tried = starts.compared(
-            with_text=texts.calibration is not None, trained=texts.steps is not None
+            with_text=texts.calibration is not None, trained=texts.training is not None
         )
     else:
         tried = _named(asked.init, texts)
@@ -149,7 +175,7 @@ def _named(text: str, texts: Texts) -> list[Start]:
                 f"--init {each.name} has to see what the layers are given",
                 hint="add --calibration-text FILE: text like that the model was made for",
             )
-        if not each.quantizes and texts.steps is None:
+        if not each.quantizes and texts.training is None:
             raise UsageError(
                 f"--init {each.name} has nothing to show without training",
                 cause="until it is trained, it is the original model",

@@ -5,12 +5,16 @@ from __future__ import annotations
 import gc
 import math
 import tempfile
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loftq_cli import schema
-from loftq_cli.commands.compare_plan import Texts
+from loftq_cli.commands.compare_plan import Texts, TrainingPlan
+from loftq_cli.commands.compare_rates import Search
 from loftq_cli.commands.loaded import choose
 from loftq_cli.commands.run import Run
 from loftq_cli.errors import InvalidSetting, LoftqError
@@ -21,17 +25,18 @@ from loftq_cli.report.start_verdict import Key, key, relative_to_qlora, verdict
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from loftq_cli.engines.report_file import Report
+    from loftq_cli.commands.compare_train import Contest, Tell, Trainee
     from loftq_cli.engines.settings import Settings
     from loftq_cli.models.evaluation import Evaluation
-    from loftq_cli.models.finetuning import Trained
     from loftq_cli.models.loading import LoadedModel
 
 
 class Bench:
     """The original model with its texts, and what every method is put through beside it."""
 
-    def __init__(self, run: Run, asked: CompareOptions, texts: Texts) -> None:
+    def __init__(
+        self, run: Run, asked: CompareOptions, texts: Texts, plan: TrainingPlan | None
+    ) -> None:
         """Loads the original.
 
         Raises:
@@ -45,7 +50,9 @@ class Bench:
         from loftq_cli.models.spec import resolve_model
         from loftq_cli.models.texts import read_text, text_windows
 
-        self.run, self.texts, self.asked = run, texts, asked
+        self.run, self.texts, self.asked, self.plan = run, texts, asked, plan
+        # Where the next search begins: at the best of the last one, first in the middle.
+        self._begin = 0 if plan is None else len(plan.rates) // 2
         with run.timing("resolve", "finding the model"):
             found = resolve_model(asked.model, with_code=asked.trust_remote_code)
         self.directory = found.directory
@@ -81,21 +88,23 @@ class Bench:
             progress.start("the original")
             found.append(self._measure_original())
             progress.advance()
-            for settings in planned:
-                name = f"{settings.init}, {settings.bits} bits, rank {settings.rank}"
+            self._tell_plan(len(planned))
+            for each in planned:
+                name = f"{each.init}, {each.bits} bits, rank {each.rank}"
                 progress.start(name)
-                method, after = self._measure(settings, name, progress)
+                method, contest = self._measure(each, name, progress)
                 found.append(method)
-                if after is not None:
-                    losses[key(method)] = after.window_losses
+                if contest is not None and contest.window_losses is not None:
+                    losses[key(method)] = contest.window_losses
                 progress.advance(name)
         found = relative_to_qlora(found)
+        settings = self._settings(planned)
         return schema.CompareResults(
             architecture=self.architecture.class_name,
             base_parameters=self.original.model.num_parameters(),
-            settings=self._settings(planned),
+            settings=settings,
             methods=found,
-            verdict=verdict(found, losses),
+            verdict=verdict(found, losses, settings.training),
         )
 
     def _require_possible(self, planned: Sequence[Settings]) -> None:
@@ -104,20 +113,28 @@ class Bench:
         from loftq_cli.engines.plan import make_plan
 
         inventory = self.architecture.inventory(open_checkpoint(self.directory).infos)
-        for settings in planned:
+        for each in planned:
             try:
-                make_plan(inventory, settings)
+                make_plan(inventory, each)
             except InvalidSetting as error:
                 if error.hint:
                     error.hint = error.hint.replace("--rank ", "--ranks ")
                 raise
 
+    def _tell_plan(self, methods: int) -> None:
+        if self.plan is not None:
+            from loftq_cli.commands.compare_train import forecast
+
+            self.run.note(forecast(self.plan, methods, len(self.heldout), self._forward_seconds))
+
     def _measure_original(self) -> schema.ComparedMethod:
         from loftq_cli.checkpoint.index import open_checkpoint
         from loftq_cli.models.evaluation import evaluate, finite
 
+        began = time.perf_counter()
         with self.run.timing("evaluate"):
             evaluation = evaluate(self.original.model, self.heldout, self.reference)
+        self._forward_seconds = time.perf_counter() - began
         if not math.isfinite(evaluation.kl_divergence or 0.0):
             raise LoftqError(
                 f"what {self.identity.id} predicts on {self.texts.evaluation} is no number",
@@ -144,37 +161,117 @@ class Bench:
 
     def _measure(
         self, settings: Settings, name: str, progress: Progress
-    ) -> tuple[schema.ComparedMethod, Evaluation | None]:
-        """One method, and what it makes of the held-out text after training."""
+    ) -> tuple[schema.ComparedMethod, Contest | None]:
+        """One method: its files, what it makes of the held-out text, and its fine-tunes."""
         from loftq_cli.models.evaluation import evaluate
 
-        with tempfile.TemporaryDirectory(prefix="loftq-compare-") as scratch:
-            output = Path(scratch) / "method"
-            with self.run.timing("quantize"):
-                totals = self._make(output, settings).results.totals
+        def tell(doing: str) -> None:
+            progress.start(f"{name}, {doing}")
+
+        with self._made(settings) as (output, totals):
             with self.run.timing("evaluate"):
                 evaluation = evaluate(self._load(output).model, self.heldout, self.reference)
-            trained = self._train(output, name, progress)
+            contest = None
+            if not math.isfinite(evaluation.kl_divergence or 0.0):
+                self.run.warn(f"{name}: what it predicts is no number, or rules out what comes")
+            if self.plan is not None:
+                if math.isfinite(evaluation.loss):
+                    contest = self._first_seed(self.plan, output, evaluation, tell)
+                else:
+                    self.run.warn(f"{name}: there is nothing to train")
+        if self.plan is not None and contest is not None:
+            self._more_seeds(self.plan, contest, settings, tell)
+            self._require_an_end(contest, name)
         gc.collect()  # models and trainers hold each other
-        if not math.isfinite(evaluation.kl_divergence or 0.0):
-            self.run.warn(f"{name}: what it predicts is no number, or rules out what comes")
-        after = None if trained is None else trained.after
-        return _method(settings, totals, evaluation, trained), after
+        return _method(settings, totals, evaluation, contest), contest
 
-    def _make(self, output: Path, settings: Settings) -> Report:
+    @contextmanager
+    def _made(self, settings: Settings) -> Iterator[tuple[Path, schema.QuantizeTotals]]:
         """The files of one method, as `quantize` writes them."""
         from loftq_cli.engines.job import Job, make_directory
 
-        job = Job(
-            model=str(self.directory),
-            output=output,
-            settings=settings,
-            device=self.device,
-            calibration_text=self.texts.calibration if settings.start.needs_moments else None,
-            trust_remote_code=self.asked.trust_remote_code,
-        )
-        record = Record("quantize", ["loftq", "quantize"], _Warnings(self.run))
-        return make_directory(job, record).document
+        with tempfile.TemporaryDirectory(prefix="loftq-compare-") as scratch:
+            job = Job(
+                model=str(self.directory),
+                output=Path(scratch) / "method",
+                settings=settings,
+                device=self.device,
+                calibration_text=self.texts.calibration if settings.start.needs_moments else None,
+                trust_remote_code=self.asked.trust_remote_code,
+            )
+            record = Record("quantize", ["loftq", "quantize"], _Warnings(self.run))
+            with self.run.timing("quantize"):
+                totals = make_directory(job, record).document.results.totals
+            yield job.output, totals
+
+    def _first_seed(
+        self, plan: TrainingPlan, output: Path, before: Evaluation, tell: Tell
+    ) -> Contest:
+        """Tries the learning rates."""
+        from loftq_cli.commands.compare_train import Contest, Fork
+        from loftq_cli.models.finetuning import Schedule
+
+        seed = plan.seeds[0]
+        with self._training(output) as trainee:
+            search = Search(
+                plan.rates,
+                lambda rate, goes_on: trainee.train(
+                    Schedule(plan.steps, rate, seed), tell, goes_on
+                ),
+            )
+            search.walk(self._begin)
+        if search.best is not None:
+            self._begin = search.best
+        runs = {plan.rates[index]: run for index, run in search.tried.items()}
+        return Contest([Fork(seed, before, runs)], search)
+
+    def _more_seeds(
+        self, plan: TrainingPlan, contest: Contest, settings: Settings, tell: Tell
+    ) -> None:
+        """At the best rate, with files made anew: a seed decides the adapter's random part too."""
+        from loftq_cli.commands.compare_train import Fork
+        from loftq_cli.models.evaluation import evaluate
+        from loftq_cli.models.finetuning import Schedule
+
+        rate = contest.search.best_rate
+        if rate is None:
+            return
+        for seed in plan.seeds[1:]:
+            with self._made(replace(settings, seed=seed)) as (output, _):
+                with self.run.timing("evaluate"):
+                    before = evaluate(self._load(output).model, self.heldout)
+                with self._training(output) as trainee:
+                    run = trainee.train(Schedule(plan.steps, rate, seed), tell)
+            contest.forks.append(Fork(seed, before, {rate: run}))
+
+    @contextmanager
+    def _training(self, output: Path) -> Iterator[Trainee]:
+        from loftq_cli.commands.compare_train import Trainee
+
+        assert self.training is not None
+        # On a GPU the original makes room for what training holds.
+        self.original.model.to("cpu")
+        try:
+            with self.run.timing("train"):
+                # Loaded anew: what was evaluated may not pass gradients any more.
+                yield Trainee(self._load(output).model, self.training, self.heldout)
+        finally:
+            self.original.model.to(self.device)
+
+    def _require_an_end(self, contest: Contest, name: str) -> None:
+        """Warns where no loss can stand for the method."""
+        rate = contest.search.best_rate
+        if rate is None:
+            lowest = contest.search.rates[min(contest.search.tried)]
+            self.run.warn(
+                f"{name}: training diverged at every learning rate that was tried "
+                f"(--learning-rate {lowest / 4:g})"
+            )
+        elif not contest.finals:
+            self.run.warn(
+                f"{name}: training diverged at learning rate {rate:g} with another seed than the "
+                f"first (--learning-rate {rate / 2:g})"
+            )
 
     def _load(self, directory: Path) -> LoadedModel:
         from loftq_cli.models.loading import load_model
@@ -186,37 +283,11 @@ class Bench:
             trust_remote_code=self.asked.trust_remote_code,
         )
 
-    def _train(self, output: Path, name: str, progress: Progress) -> Trained | None:
-        from loftq_cli.models.finetuning import TrainingDiverged, finetune
-
-        schedule = self.texts.schedule(self.asked.seed)
-        if schedule is None:
-            return None
-        assert self.training is not None
-
-        def tell(step: int) -> None:
-            progress.start(f"{name}, step {step} of {schedule.steps}")
-
-        # On a GPU the original makes room for what training holds.
-        self.original.model.to("cpu")
-        try:
-            with self.run.timing("train"):
-                # Loaded anew: what was evaluated may not pass gradients any more.
-                return finetune(
-                    self._load(output).model, self.training, self.heldout, schedule, tell
-                )
-        except TrainingDiverged as error:
-            self.run.warn(f"{name}: {error.what}" + (f" ({error.hint})" if error.hint else ""))
-            return None
-        finally:
-            self.original.model.to(self.device)
-
     def _settings(self, planned: Sequence[Settings]) -> schema.CompareSettings:
-        from loftq_cli.models.finetuning import BATCH
+        from loftq_cli.commands.compare_train import described
 
         texts, asked = self.texts, self.asked
         evaluation, calibration, training = texts.names
-        schedule = texts.schedule(asked.seed)
         count, length = self.heldout.shape
         calibrated = any(each.calibration for each in planned)
         return schema.CompareSettings.model_validate(
@@ -228,9 +299,7 @@ class Bench:
                 "predicted_tokens": count * (length - 1),
                 "window_tokens": length,
                 "target_modules": items(asked.target_modules, "--target-modules"),
-                "batch_windows": None if schedule is None else BATCH,
-                "learning_rate": None if schedule is None else schedule.learning_rate,
-                "warmup_steps": None if schedule is None else schedule.warmup_steps,
+                **({} if self.plan is None else described(self.plan, on_cpu=self.device == "cpu")),
             }
         )
 
@@ -249,7 +318,7 @@ def _method(
     settings: Settings,
     totals: schema.QuantizeTotals,
     evaluation: Evaluation,
-    trained: Trained | None,
+    contest: Contest | None,
 ) -> schema.ComparedMethod:
     from loftq_cli.models.evaluation import finite
 
@@ -266,8 +335,5 @@ def _method(
         adapter_bytes=totals.adapter_bytes,
         trainable_parameters=totals.trainable_parameters,
         seconds=totals.seconds or 0.0,
-        heldout_loss_before=None if trained is None else finite(trained.before.loss),
-        heldout_loss_after=None if trained is None else finite(trained.after.loss),
-        train_seconds=None if trained is None else trained.seconds,
-        loss_curve=[] if trained is None else trained.curve,
+        **({} if contest is None else contest.fields()),
     )

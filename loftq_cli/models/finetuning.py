@@ -1,7 +1,8 @@
 """A short fine-tune of an adapter with transformers' Trainer, the same for every start.
 
-Same seed, same windows in the same order, AdamW with a constant learning rate after a warmup, no
-dropout: what differs between two runs is where they began.
+Batch, optimizer and schedule are the Trainer's own: eight windows a step, AdamW, a learning rate
+that falls in a straight line to zero. Same seed, same windows in the same order, no dropout: what
+differs between two runs is where they began and the learning rate.
 """
 
 from __future__ import annotations
@@ -13,53 +14,45 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from loftq_cli.errors import LoftqError
 from loftq_cli.models.evaluation import Evaluation, evaluate, finite
 from loftq_cli.schema import LossPoint
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from transformers import TrainingArguments
 
-# Windows in a step.
+# Windows in a step: `per_device_train_batch_size` of TrainingArguments.
 BATCH = 8
-# Between QLoRA's 2e-4 for large models and the 1e-3 that suit small ones.
-LEARNING_RATE = 4e-4
-WARMUP_SHARE = 0.05
-# Points of the loss curve, and how often held-out text is evaluated on the way.
+# Points of the loss curve.
 _POINTS = 20
-_EVALUATIONS = 2
-
-
-class TrainingDiverged(LoftqError):
-    """The loss is no number any more."""
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """How every start is trained."""
+    """How long, how fast and in which order is trained."""
 
     steps: int
     learning_rate: float
     seed: int
 
     @property
-    def warmup_steps(self) -> int:
-        """Of the first of them the Trainer takes none: its rate is zero."""
-        steps = int(WARMUP_SHARE * self.steps)
-        return steps if steps > 1 else 0
+    def quarter(self) -> int:
+        """The step after which held-out text is looked at before the end."""
+        return math.ceil(self.steps / 4)
 
 
 @dataclass(frozen=True)
 class Trained:
-    """The loss before the first step, along the way, and after the last one.
+    """The loss along the way, at a quarter of the steps and after the last one.
 
-    The time is that of the steps and of the evaluations between them: what happens
-    once in a process would fall on the first of several models.
+    ``after`` is None where the run was stopped at the quarter. Losses that are no number any more
+    are kept as they are. The time is that of the steps and of the evaluations between them: what
+    happens once in a process would fall on the first of several models.
     """
 
     curve: list[LossPoint]
-    before: Evaluation
-    after: Evaluation
+    quarter: Evaluation
+    after: Evaluation | None
     seconds: float
 
 
@@ -69,6 +62,7 @@ def finetune(
     heldout: Tensor,
     schedule: Schedule,
     tell: Callable[[int], None] = lambda step: None,
+    goes_on: Callable[[Evaluation], bool] = lambda quarter: True,
 ) -> Trained:
     """Trains the adapter of a PEFT model, which stays as the training left it.
 
@@ -76,18 +70,12 @@ def finetune(
         windows: token ids to train on (n × length); they start again when all have been seen.
         heldout: token ids to evaluate on.
         tell: given the number of steps that are done.
-
-    Raises:
-        TrainingDiverged: the loss is no number any more.
+        goes_on: given what the model makes of ``heldout`` at a quarter of the steps.
     """
-    from transformers import Trainer, TrainerCallback, TrainingArguments
+    from transformers import Trainer, TrainerCallback
     from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
     _make_trainable(model)
-    evaluate_at = {
-        max(1, round(schedule.steps * each / _EVALUATIONS)) for each in range(1, _EVALUATIONS + 1)
-    }
-    every = max(1, schedule.steps // _POINTS)
     losses: dict[int, float] = {}
     evaluated: dict[int, Evaluation] = {}
 
@@ -97,39 +85,17 @@ def finetune(
                 losses[state.global_step] = float(logs["loss"])
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            tell(state.global_step)
-            if state.global_step in evaluate_at:
-                evaluated[state.global_step] = evaluate(model, heldout)
+            step = state.global_step
+            tell(step)
+            if step in (schedule.quarter, schedule.steps):
+                evaluated[step] = evaluate(model, heldout)
+            if step == schedule.quarter < schedule.steps and not goes_on(evaluated[step]):
+                control.should_training_stop = True
 
-    before = evaluate(model, heldout)
-    if not math.isfinite(before.loss):
-        raise TrainingDiverged("there is nothing to train: what it predicts is no number already")
     with tempfile.TemporaryDirectory(prefix="loftq-training-") as output:
-        arguments = TrainingArguments(
-            output_dir=output,
-            max_steps=schedule.steps,
-            per_device_train_batch_size=BATCH,
-            learning_rate=schedule.learning_rate,
-            lr_scheduler_type="constant_with_warmup",
-            warmup_steps=schedule.warmup_steps,
-            optim="adamw_torch",
-            weight_decay=0.0,
-            seed=schedule.seed,
-            data_seed=schedule.seed,
-            logging_steps=every,
-            logging_nan_inf_filter=False,
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-            dataloader_pin_memory=False,
-            use_cpu=model.device.type == "cpu",
-        )
-        # As the Trainer itself does for a model with a place of its own: on several GPUs it would
-        # give 16-bit models larger batches than 4-bit ones, which it does not spread.
-        arguments._n_gpu = min(arguments.n_gpu, 1)
         trainer = Trainer(
             model=model,
-            args=arguments,
+            args=training_arguments(schedule, output, on_cpu=model.device.type == "cpu"),
             train_dataset=[_example(each) for each in windows],
             callbacks=[Watch()],
         )
@@ -146,14 +112,32 @@ def finetune(
         )
         for step in sorted({*losses, *evaluated})
     ]
-    after = evaluated[schedule.steps]
-    if not math.isfinite(after.loss):
-        raise TrainingDiverged(
-            "training diverged: the loss is no number any more",
-            cause=f"after {schedule.steps} steps at a learning rate of {schedule.learning_rate:g}",
-            hint=f"--learning-rate {schedule.learning_rate / 4:g}",
-        )
-    return Trained(curve, before, after, seconds)
+    return Trained(curve, evaluated[schedule.quarter], evaluated.get(schedule.steps), seconds)
+
+
+def training_arguments(schedule: Schedule, output: str, *, on_cpu: bool) -> TrainingArguments:
+    """What the Trainer is told; whatever is not here is as it is for everybody."""
+    from transformers import TrainingArguments
+
+    arguments = TrainingArguments(
+        output_dir=output,
+        max_steps=schedule.steps,
+        per_device_train_batch_size=BATCH,
+        learning_rate=schedule.learning_rate,
+        seed=schedule.seed,
+        data_seed=schedule.seed,
+        logging_steps=max(1, schedule.steps // _POINTS),
+        logging_nan_inf_filter=False,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+        use_cpu=on_cpu,
+    )
+    # As the Trainer itself does for a model with a place of its own: on several GPUs it would
+    # give 16-bit models larger batches than 4-bit ones, which it does not spread.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments
 
 
 def _example(window: Tensor) -> dict[str, Tensor]:

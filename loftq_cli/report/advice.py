@@ -14,7 +14,6 @@ from loftq_cli.report.checks import figures, hints
 from loftq_cli.report.formats import all_layers, code_bits, error_changes
 from loftq_cli.report.parts import Rules, remarks
 from loftq_cli.schema import (
-    BitsVerdict,
     CheckResults,
     CompareResults,
     CompareSettings,
@@ -25,6 +24,7 @@ from loftq_cli.schema import (
     SweepRanksResults,
     TargetsResults,
 )
+from loftq_cli.starts import Start
 
 # Speed-ups and savings below these are not worth a change.
 _WORTH_A_DTYPE = 1.5
@@ -193,30 +193,36 @@ def _sweep_ranks(document: Document[SweepRanksResults]) -> Iterator[str]:
 
 
 def _compare(document: Document[CompareResults]) -> Iterator[str]:
-    """The start that was nearest to the original at each number of bits, where one gains at all."""
+    """The start that gains at each number of bits: after training, or else by its distance."""
     settings = document.results.settings
     for best in document.results.verdict.bits:
-        if best.gain:
+        init, rank, gain, trained = best.init, best.rank, best.gain, ""
+        if settings.train_steps is not None:
+            init, rank = best.trained_init or init, best.trained_rank or rank
+            gain = best.trained_gain is True
+            if best.trained_learning_rate is not None:
+                rate = f"{best.trained_learning_rate:g}"
+                trained = f" (it trained best at a learning rate of {rate})"
+        if gain:
             line = QuantizeOptions.like(
-                _for_start(settings, best),
+                _for_start(settings, starts.of_report(init), best.bits),
                 model=_model(document),
                 bits=best.bits,
-                rank=best.rank,
-                init=best.init,
+                rank=rank,
+                init=init,
                 output=_OUT,
             )
-            yield line.command_line("model", "bits", "rank", "init", "calibration_text")
+            yield line.command_line("model", "bits", "rank", "init", "calibration_text") + trained
 
 
-def _for_start(settings: CompareSettings, best: BitsVerdict) -> Iterator[tuple[str, Any]]:
+def _for_start(settings: CompareSettings, start: Start, bits: int) -> Iterator[tuple[str, Any]]:
     """Of the settings that all starts were asked to have, those that mean something to this one."""
-    start = starts.of_report(best.init)
     for name, value in settings:
         if name == "calibration_text":
             if start.needs_moments:
                 yield name, _FILE if value in (None, "built-in") else Path(value)
         elif name in ("quant_type", "block_size", "double_quant"):
-            if best.bits <= code_bits(settings.quant_type):
+            if bits <= code_bits(settings.quant_type):
                 yield name, value
         elif name != "iterations" or start.iterates:
             yield name, value

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from loftq_cli.report import units
 from loftq_cli.report.formats import code_bits
 from loftq_cli.report.parts import model_name
 from loftq_cli.report.tables import Column, Facts, Records, Section, Table, View
-from loftq_cli.schema import ComparedMethod, CompareResults, Document
+from loftq_cli.schema import ComparedMethod, CompareResults, CompareSettings, Document
 
 
 def compare_view(document: Document[CompareResults]) -> View:
@@ -15,8 +17,8 @@ def compare_view(document: Document[CompareResults]) -> View:
     if results.settings.train_steps is not None:
         sections.append(_trained(results))
     sections.append(Facts([("verdict", results.verdict.sentence)]))
-    # The loss curves are in the JSON.
-    keys = [key for key in ComparedMethod.model_fields if key != "loss_curve"]
+    # Curves and single runs are in the JSON.
+    keys = [key for key in ComparedMethod.model_fields if key not in ("loss_curve", "runs")]
     records = Records.of(results.methods, keys)
     return View(f"Starts for {model_name(document)}", sections, records)
 
@@ -36,9 +38,21 @@ def _facts(results: CompareResults) -> list[tuple[str, str]]:
     if settings.train_steps is not None:
         steps = units.plural(settings.train_steps, "step")
         batch = f"{settings.batch_windows} × {settings.window_tokens} tokens"
-        rate = f"learning rate {settings.learning_rate:g}"
-        facts.append(("trained on", f"{settings.train_text}: {steps} of {batch}, {rate}"))
+        facts.append(("trained on", f"{settings.train_text}: {steps} of {batch}"))
+        facts.append(("trained with", ", ".join(_schedule(settings))))
     return facts
+
+
+def _schedule(settings: CompareSettings) -> Iterator[str]:
+    if settings.learning_rate is not None:
+        yield f"learning rate {settings.learning_rate:g} for all"
+    if (training := settings.training) is not None:
+        if len(training.learning_rates) > 1:
+            lowest, *_, highest = (f"{rate:g}" for rate in training.learning_rates)
+            yield f"each start's best learning rate of {lowest} to {highest}"
+        yield f"{training.lr_scheduler} decay"
+        yield training.optimizer
+        yield f"{units.plural(len(training.seeds), 'seed')} from {training.seeds[0]}"
 
 
 def _distances(results: CompareResults) -> Table:
@@ -63,13 +77,26 @@ def _costs(results: CompareResults) -> Table:
 
 
 def _trained(results: CompareResults) -> Table:
+    loss = "{:.4f}".format
     columns = [
-        Column("heldout_loss_before", "before", show="{:.4f}".format),
-        Column("heldout_loss_after", "after", show="{:.4f}".format),
+        Column(_rate, "learning rate"),
+        Column("heldout_loss_before", "before", show=loss),
+        Column("heldout_loss_quarter", "at a quarter", show=loss),
+        Column("heldout_loss_after", "after", show=loss),
+        Column("heldout_loss_spread", "±", show=loss),
+        Column(lambda method: len(method.runs) or None, "runs"),
         Column("train_seconds", "training", show=units.seconds),
     ]
-    trained = [method for method in results.methods if method.heldout_loss_after is not None]
-    return _table(results, "Held-out loss, in nats a token", columns, trained)
+    trained = [method for method in results.methods if method.heldout_loss_before is not None]
+    title = "Held-out loss in nats a token, at each one's best learning rate"
+    return _table(results, title, columns, trained)
+
+
+def _rate(method: ComparedMethod) -> str | None:
+    if method.learning_rate is None:
+        return "diverged" if method.runs else None
+    marked = f" ({method.rate_at_end} tried)" if method.rate_at_end else ""
+    return f"{method.learning_rate:g}{marked}"
 
 
 def _perplexity(value: float) -> str:

@@ -1,20 +1,22 @@
 """What a comparison says, in sentences that follow from its figures, also where that is "no gain".
 
-Distances are KL divergences. Trained starts are compared window by window of the held-out text:
-the standard error of the mean difference says what another text of the kind could have given. It
-does not say what another seed or learning rate could have given (a start that puts much of the
-weights into the adapter takes larger steps at the same rate), and the verdict says so.
+Distances are KL divergences. Trained starts are held against each other at the learning rate that
+suits each best, and a difference counts where it is more than twice its standard error, of two
+parts: what another text of the kind could have given, from the differences in single windows, and
+what other seeds could have given, from the spread of each start's own, pooled over all of them.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from loftq_cli import starts
 from loftq_cli.report import units
-from loftq_cli.schema import BitsVerdict, ComparedMethod, CompareVerdict
+from loftq_cli.report.units import listed
+from loftq_cli.schema import BitsVerdict, ComparedMethod, CompareVerdict, Training
 from loftq_cli.starts import Start
 
 # Nearer by less than this is no gain.
@@ -47,8 +49,13 @@ def relative_to_qlora(methods: Sequence[ComparedMethod]) -> list[ComparedMethod]
     return found
 
 
-def verdict(methods: Sequence[ComparedMethod], losses: Losses) -> CompareVerdict:
-    """The verdict; ``losses`` has the held-out losses of every window after training, if any."""
+def verdict(
+    methods: Sequence[ComparedMethod], losses: Losses, training: Training | None = None
+) -> CompareVerdict:
+    """The verdict; ``losses`` has the held-out losses of every window after training, if any.
+
+    They are means over the seeds, at each method's own learning rate.
+    """
     quantized = [
         method
         for method in methods
@@ -58,13 +65,13 @@ def verdict(methods: Sequence[ComparedMethod], losses: Losses) -> CompareVerdict
     for bits in dict.fromkeys(each.bits for each in quantized):
         here = [each for each in quantized if each.bits == bits]
         parts.append(_by_distance(here))
-        if losses:
-            trained = _by_training(here, methods, losses)
+        if training is not None:
+            trained = _by_training(here, methods, Spread.of(methods, losses, training))
             sentence = f"{parts[-1].sentence} {trained['sentence']}"
             parts[-1] = parts[-1].model_copy(update=trained | {"sentence": sentence})
     sentences = [part.sentence for part in parts]
-    if losses:
-        sentences.append("One seed and one learning rate: others may order the starts otherwise.")
+    if training is not None:
+        sentences += _reservations(methods, training)
     return CompareVerdict(sentence=" ".join(sentences), bits=parts)
 
 
@@ -104,40 +111,86 @@ def _by_distance(here: Sequence[ComparedMethod]) -> BitsVerdict:
     )
 
 
+@dataclass(frozen=True)
+class Spread:
+    """What a difference between two trained starts is held against."""
+
+    losses: Losses
+    seeds: int
+    deviation: float | None  # of one start's loss over the seeds; None with a single seed
+
+    @classmethod
+    def of(cls, methods: Sequence[ComparedMethod], losses: Losses, training: Training) -> Spread:
+        own = [each.heldout_loss_spread for each in methods if each.heldout_loss_spread is not None]
+        pooled = math.sqrt(math.fsum(one**2 for one in own) / len(own)) if own else None
+        return cls(losses, len(training.seeds), pooled)
+
+    def difference(
+        self, high: ComparedMethod, low: ComparedMethod
+    ) -> tuple[float, float | None, bool]:
+        """Loss of high − low after training, its standard error, and whether it counts."""
+        margin, error = difference(self.losses[key(high)], self.losses[key(low)])
+        if self.deviation is not None:
+            error = math.hypot(error or 0.0, self.deviation * math.sqrt(2 / self.seeds))
+        return margin, error, error is not None and margin > _ERRORS * error
+
+
 def _by_training(
-    here: Sequence[ComparedMethod], methods: Sequence[ComparedMethod], losses: Losses
+    here: Sequence[ComparedMethod], methods: Sequence[ComparedMethod], spread: Spread
 ) -> dict[str, Any]:
     """Where the same starts ended, as fields of a `BitsVerdict`."""
-    best = min(here, key=lambda each: _or_infinite(each.heldout_loss_after))
-    qlora = _alike(here, starts.QLORA, best)
-    assert qlora is not None
-    if qlora.heldout_loss_after is None or best.heldout_loss_after is None:
+    ended = [each for each in here if key(each) in spread.losses]
+    best = min(ended, key=_after, default=None)
+    qlora = None if best is None else _alike(ended, starts.QLORA, best)
+    if best is None or qlora is None:
         return {"sentence": "Trained, nothing can be said: the training of QLoRA diverged."}
-    aside = ""
-    for each in methods:
-        alike = (each.init, each.rank) == (starts.LORA.name, best.rank)
-        if alike and each.heldout_loss_after is not None:
-            aside = f"; 16-bit LoRA ends at {each.heldout_loss_after:.4f}"
-    margin, error, clear = None, None, False
+    margin, error, clear = spread.difference(qlora, best)
+    place = f"{_placed(best)} ends lowest, at {_rated(best)}"
+    against = f"QLoRA ({_rated(qlora)})" + ("" if error is None else f" ± {error:.4f}")
     if best is qlora:
-        text = f"Trained, no start ends below QLoRA ({qlora.heldout_loss_after:.4f}){aside}."
+        text = f"no gain here: no start ends below {against.split(' ±')[0]}"
+    elif clear:
+        text = f"{place}: {margin:.4f} ± {error:.4f} below QLoRA ({_rated(qlora)})"
     else:
-        margin, error = difference(losses[key(qlora)], losses[key(best)])
-        clear = error is not None and margin > _ERRORS * error
-        text = (
-            f"Trained, {_placed(best)} ends lowest at a held-out loss of "
-            f"{best.heldout_loss_after:.4f}, {margin:.4f} below QLoRA"
-        )
-        text += "" if error is None else f" (standard error {error:.4f})"
-        text += f"{aside}." if clear else f", which is within the noise: no gain here{aside}."
+        shown = f"{margin:.4f}" + ("" if error is None else f" ± {error:.4f}")
+        text = f"no difference to QLoRA ({_rated(qlora)}): {place}, {shown} below it"
+    ties = [each for each in ended if each is not best and not spread.difference(each, best)[2]]
+    if ties and clear:
+        text += f"; no difference to {listed(map(_placed, ties))}"
     return {
         "trained_init": best.init,
         "trained_rank": best.rank,
-        "trained_margin": margin,
-        "trained_margin_error": error,
+        "trained_learning_rate": best.learning_rate,
+        "trained_margin": None if best is qlora else margin,
+        "trained_margin_error": None if best is qlora else error,
         "trained_gain": clear,
-        "sentence": text,
+        "trained_ties": [each.init for each in ties],
+        "sentence": f"Trained, {text}{_beside_lora(best, methods, spread)}.",
     }
+
+
+def _beside_lora(best: ComparedMethod, methods: Sequence[ComparedMethod], spread: Spread) -> str:
+    """How 16-bit LoRA of the same rank did, where it was trained."""
+    for each in methods:
+        if (each.init, each.rank) == (starts.LORA.name, best.rank) and key(each) in spread.losses:
+            above, error, higher = spread.difference(each, best)
+            lower = error is not None and -above > _ERRORS * error
+            shown = "no difference to it" if not (higher or lower) else f"{abs(above):.4f} "
+            if higher or lower:
+                shown += "above it" if higher else "below it"
+            return f"; 16-bit LoRA ends at {_rated(each)}, {shown}"
+    return ""
+
+
+def _reservations(methods: Sequence[ComparedMethod], training: Training) -> Iterator[str]:
+    """What limits what the figures say."""
+    if len(training.learning_rates) == 1:
+        yield "One learning rate for all: at its own best a start may end elsewhere."
+    if len(training.seeds) == 1:
+        yield "One seed: what others would give is not known."
+    for end in ("lowest", "highest"):
+        if names := [_called(each) for each in methods if each.rate_at_end == end]:
+            yield f"Best at the {end} learning rate that was tried: {', '.join(names)}."
 
 
 def difference(high: Sequence[float], low: Sequence[float]) -> tuple[float, float | None]:
@@ -156,6 +209,24 @@ def _alike(
     """The method with this start at the bits and rank of another."""
     wanted = (start.name, like.bits, like.rank)
     return next((each for each in methods if key(each) == wanted), None)
+
+
+def is_below(low: Sequence[float], high: Sequence[float]) -> bool:
+    """Whether the first loss is lower than the second, window by window, beyond the error."""
+    margin, error = difference(high, low)
+    return margin > _ERRORS * (error or 0.0)
+
+
+def _after(method: ComparedMethod) -> float:
+    return _or_infinite(method.heldout_loss_after)
+
+
+def _rated(method: ComparedMethod) -> str:
+    return f"{_after(method):.4f} with learning rate {method.learning_rate:g}"
+
+
+def _called(method: ComparedMethod) -> str:
+    return f"{starts.of_report(method.init).label} ({method.bits} bits, rank {method.rank})"
 
 
 def _placed(method: ComparedMethod) -> str:

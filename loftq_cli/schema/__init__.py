@@ -12,6 +12,8 @@ from loftq_cli.schema.comparing import (
     CompareSettings,
     CompareVerdict,
     LossPoint,
+    Training,
+    TrainingRun,
 )
 from loftq_cli.schema.envelope import (
     SCHEMA_VERSION,

@@ -2,11 +2,31 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from loftq_cli.schema.envelope import Model
 
 
+class Training(Model):
+    """How every start was trained, beside its steps and batch, in terms of `TrainingArguments`.
+
+    `learning_rates` are those to choose from: each start was led from one to the next until its
+    best lay between two that are no better.
+    """
+
+    learning_rates: list[float]
+    seeds: list[int]
+    optimizer: str
+    lr_scheduler: str
+    weight_decay: float
+    max_grad_norm: float
+
+
 class CompareSettings(Model):
-    """What all methods share. Texts are paths, or "built-in"; training is null without it."""
+    """What all methods share. Texts are paths, or "built-in"; training is null without it.
+
+    `learning_rate` is that of all methods, and null where each has its own.
+    """
 
     text: str
     calibration_text: str | None = None
@@ -25,6 +45,7 @@ class CompareSettings(Model):
     batch_windows: int | None = None
     learning_rate: float | None = None
     warmup_steps: int | None = None
+    training: Training | None = None
 
 
 class LossPoint(Model):
@@ -33,6 +54,22 @@ class LossPoint(Model):
     step: int
     train_loss: float | None = None
     heldout_loss: float | None = None
+
+
+class TrainingRun(Model):
+    """One fine-tune. Losses are null where they are no number, or the run did not get so far.
+
+    "stopped" is a run that was given up at a quarter of its steps, since it was far behind one at
+    another learning rate; "diverged" one whose loss is no number any more.
+    """
+
+    learning_rate: float
+    seed: int
+    ended: Literal["finished", "stopped", "diverged"]
+    heldout_loss_quarter: float | None
+    heldout_loss_after: float | None
+    seconds: float
+    loss_curve: list[LossPoint]
 
 
 class ComparedMethod(Model):
@@ -44,6 +81,12 @@ class ComparedMethod(Model):
     error that is gone, `kl_gain` is QLoRA's KL divergence over this one. `seconds` are those of
     making the files. KL, perplexity and losses are in nats a token of held-out text, and null where
     they are no finite number; losses also where there was no training, or it diverged.
+
+    `learning_rate` is the best of those that were tried with the first seed, and `rate_at_end` says
+    that it lies at an end of them, where a better one may lie beyond. Losses before, at a quarter
+    of the steps and after are means over the seeds at that rate, and `heldout_loss_spread` is the
+    standard deviation of the last. `train_seconds` are those of all `runs`, and `loss_curve` is
+    that of the first seed at the best rate.
     """
 
     init: str
@@ -59,18 +102,25 @@ class ComparedMethod(Model):
     adapter_bytes: int
     trainable_parameters: int
     seconds: float
+    learning_rate: float | None = None
+    rate_at_end: Literal["lowest", "highest"] | None = None
     heldout_loss_before: float | None = None
+    heldout_loss_quarter: float | None = None
     heldout_loss_after: float | None = None
+    heldout_loss_spread: float | None = None
     train_seconds: float | None = None
     loss_curve: list[LossPoint] = []
+    runs: list[TrainingRun] = []
 
 
 class BitsVerdict(Model):
     """At these bits: the start nearest to the original by KL, and what it gains.
 
     `gain` is false where the best is within 2 % of QLoRA. `trained_*` compare held-out losses after
-    training, at one seed: `trained_margin` is how much lower than QLoRA's that of `trained_init`
-    is, `trained_margin_error` its standard error over the windows of the text.
+    training, each start at its own learning rate: `trained_init` ends lowest, `trained_margin` is
+    how much lower than QLoRA, `trained_margin_error` the standard error of that over windows and
+    seeds (null with one of each), and `trained_gain` whether it is more than twice the error.
+    `trained_ties` are the starts whose difference to the lowest is not.
     """
 
     bits: int
@@ -81,9 +131,11 @@ class BitsVerdict(Model):
     kl_gain_over_plain_loftq: float | None = None
     trained_init: str | None = None
     trained_rank: int | None = None
+    trained_learning_rate: float | None = None
     trained_margin: float | None = None
     trained_margin_error: float | None = None
     trained_gain: bool | None = None
+    trained_ties: list[str] = []
     sentence: str
 
 

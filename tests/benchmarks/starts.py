@@ -3,13 +3,13 @@
     python -m tests.benchmarks.starts --bits 4,3,2
     python -m tests.benchmarks.starts --model DIR --text DIR/heldout.txt \\
         --calibration-text DIR/calibration.txt --bits 4,3,2
-    python -m tests.benchmarks.starts --bits 4,2 --init lora,loftq-plain,loftq,calibrated \\
-        --train-steps 200 --seeds 0,1,2
+    python -m tests.benchmarks.starts --bits 4,2 --train-steps 200 --seeds 3
 
 Options that are not its own go to `loftq compare`. The table it prints is Markdown: KL divergences,
-each also as a share of that of `loftq-plain` at the same bits; or after training held-out losses,
-mean and standard deviation over the seeds (a seed decides the adapter's random part and the order
-of the data). `--keep` leaves compare's documents in a folder.
+each also as a share of that of `loftq-plain` at the same bits; or with training the held-out losses
+of every start at its best learning rate, means over the seeds, the last with their standard
+deviation (a seed decides the adapter's random part and the order of the data). `--keep` leaves
+compare's document in a file.
 
 What is trained on is C++: headers that torch installs, which a model of Python code has not seen.
 One file in ten, by the hash of its path, is not trained on but evaluated on.
@@ -20,11 +20,11 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import statistics
 import subprocess
 import sys
 import tempfile
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -67,59 +67,62 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=(__doc__ or "").splitlines()[0], allow_abbrev=False
     )
-    parser.add_argument("--seeds", default="0")
     parser.add_argument("--train-steps", type=int)
-    parser.add_argument("--keep", type=Path, help="folder for the documents")
+    parser.add_argument("--keep", type=Path, help="file for the document")
     arguments, options = parser.parse_known_args()
     options += ["--ranks", RANK]
-    documents = []
     with tempfile.TemporaryDirectory() as scratch:
         if arguments.train_steps is not None:
             options += ["--train-steps", str(arguments.train_steps), *write_headers(Path(scratch))]
-        for seed in arguments.seeds.split(","):
-            documents.append(compare([*options, "--seed", seed]))
-            if arguments.keep:
-                arguments.keep.mkdir(parents=True, exist_ok=True)
-                target = arguments.keep / f"seed-{seed}.json"
-                target.write_text(json.dumps(documents[-1], indent=1))
-    results = [document["results"] for document in documents]
-    print(f"{documents[0]['model']['id']}, {results[0]['architecture']}, rank {RANK}\n")
-    print(table(results, after_training=arguments.train_steps is not None))
+        document = compare(options)
+    if arguments.keep:
+        arguments.keep.write_text(json.dumps(document, indent=1))
+    print(report(document))
 
 
-def table(results: list[dict[str, Any]], *, after_training: bool) -> str:
+def report(document: dict[str, Any]) -> str:
+    results = document["results"]
+    table = _distances if results["settings"]["train_steps"] is None else _losses
+    title = f"{document['model']['id']}, {results['architecture']}, rank {RANK}"
+    return "\n".join(
+        [title, "", *table(results["methods"][1:]), "", results["verdict"]["sentence"]]
+    )
+
+
+def _distances(methods: list[dict[str, Any]]) -> Iterator[str]:
     """One row a start, one column a number of bits."""
-    key = "heldout_loss_after" if after_training else "kl_divergence"
-    found: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for result in results:
-        for method in result["methods"]:
-            if method[key] is not None and method["init"] != "original":
-                found[method["init"]][method["bits"]].append(method[key])
+    found: dict[str, dict[int, float]] = defaultdict(dict)
+    for each in methods:
+        if each["kl_divergence"] is not None:
+            found[each["init"]][each["bits"]] = each["kl_divergence"]
     bits = sorted({each for start in found.values() for each in start}, reverse=True)
-    lines = [f"| | {' | '.join(f'{each} bits' for each in bits)} |", f"|---{'|---:' * len(bits)}|"]
+    yield f"| | {' | '.join(f'{each} bits' for each in bits)} |"
+    yield f"|---{'|---:' * len(bits)}|"
+    published = found.get("loftq-plain", {})
     for start, values in found.items():
-        cells = []
-        for each in bits:
-            if each not in values:
-                cells.append("")
-            elif after_training:
-                cells.append(_mean_and_spread(values[each]))
-            else:
-                published = found["loftq-plain"][each] if "loftq-plain" in found else None
-                cells.append(_share(values[each], published))
-        lines.append(f"| {start} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        cells = [_share(values.get(each), published.get(each)) for each in bits]
+        yield f"| {start} | {' | '.join(cells)} |"
 
 
-def _mean_and_spread(values: list[float]) -> str:
-    mean = f"{statistics.mean(values):.4f}"
-    return f"{mean} ± {statistics.stdev(values):.4f}" if len(values) > 1 else mean
+def _share(value: float | None, published: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:#.3g}" + (f" ({value / published:.2f})" if published else "")
 
 
-def _share(values: list[float], published: list[float] | None) -> str:
-    mean = statistics.mean(values)
-    share = f" ({mean / statistics.mean(published):.2f})" if published else ""
-    return f"{mean:#.3g}{share}"
+def _losses(methods: list[dict[str, Any]]) -> Iterator[str]:
+    yield "| bits | start | learning rate | before | at a quarter | after |"
+    yield "|---:|---|---:|---:|---:|---:|"
+    for each in methods:
+        if each["heldout_loss_after"] is None:
+            yield f"| {each['bits']} | {each['init']} | diverged | | | |"
+            continue
+        rate = f"{each['learning_rate']:g}" + ("*" if each["rate_at_end"] else "")
+        losses = [each[f"heldout_loss_{name}"] for name in ("before", "quarter", "after")]
+        cells = [f"{loss:.3f}" for loss in losses]
+        if each["heldout_loss_spread"] is not None:
+            cells[-1] += f" ± {each['heldout_loss_spread']:.3f}"
+        yield f"| {each['bits']} | {each['init']} | {rate} | {' | '.join(cells)} |"
 
 
 if __name__ == "__main__":

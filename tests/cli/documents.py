@@ -304,12 +304,27 @@ def compare() -> dict[str, Any]:
         }
 
     trained = {
+        "learning_rate": 0.008,
+        "rate_at_end": "highest",
         "heldout_loss_before": 2.21,
+        "heldout_loss_quarter": 2.19,
         "heldout_loss_after": 2.17,
+        "heldout_loss_spread": 0.0012,
         "train_seconds": 61.0,
         "loss_curve": [
             {"step": 25, "train_loss": 2.5},
             {"step": 50, "train_loss": 2.4, "heldout_loss": 2.17},
+        ],
+        "runs": [
+            {
+                "learning_rate": 0.008,
+                "seed": 0,
+                "ended": "finished",
+                "heldout_loss_quarter": 2.19,
+                "heldout_loss_after": 2.17,
+                "seconds": 61.0,
+                "loss_curve": [{"step": 50, "train_loss": 2.4, "heldout_loss": 2.17}],
+            }
         ],
     }
     sentence = "At 2 bits no gain here: no start is nearer to the original than QLoRA (KL 0.0123)."
@@ -334,8 +349,16 @@ def compare() -> dict[str, Any]:
                 "seed": 0,
                 "train_steps": 50,
                 "batch_windows": 8,
-                "learning_rate": 0.0004,
-                "warmup_steps": 2,
+                "learning_rate": None,
+                "warmup_steps": 0,
+                "training": {
+                    "learning_rates": [0.004, 0.008],
+                    "seeds": [0],
+                    "optimizer": "adamw_torch_fused",
+                    "lr_scheduler": "linear",
+                    "weight_decay": 0.0,
+                    "max_grad_norm": 1.0,
+                },
             },
             "methods": [
                 method("original", 16, None, kl_divergence=0.0, weight_error_relative=0.0),

@@ -30,7 +30,7 @@ CONTRACT = {
     "--batch-size --sequence-length --vram --error --device",
     "targets": "--model -m --rank",
     "compare": "--model -m --init --bits --ranks --text --calibration-text --train-text "
-    "--train-steps --learning-rate --quant-type --block-size --double-quant --iterations "
+    "--train-steps --learning-rate --seeds --quant-type --block-size --double-quant --iterations "
     "--lora-alpha --rslora --target-modules --device --dtype --seed --trust-remote-code",
     "check": "--model -m --device --dtype",
     "verify": "--source --sample --device",

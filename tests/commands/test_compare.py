@@ -13,12 +13,19 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from loftq_cli.commands.compare_plan import DEMO_CALIBRATION, HELDOUT, methods, texts_of
+from loftq_cli.commands.compare_plan import (
+    DEMO_CALIBRATION,
+    HELDOUT,
+    methods,
+    texts_of,
+    training_of,
+)
+from loftq_cli.commands.compare_rates import LADDER
 from loftq_cli.errors import UsageError
 from loftq_cli.models import evaluation
-from loftq_cli.options import CompareOptions
+from loftq_cli.options import LARGEST_SEED, CompareOptions
 from loftq_cli.report.start_verdict import difference, key, relative_to_qlora, verdict
-from loftq_cli.schema import ComparedMethod
+from loftq_cli.schema import ComparedMethod, Training
 from tests.conftest import Outcome
 
 Loftq = Callable[..., Outcome]
@@ -54,12 +61,18 @@ def trained(
         patch.setattr("tempfile.tempdir", None)
         done = loftq(
             "compare", "-m", tiny, "--init", "lora,loftq", "--bits", "4,2", "--ranks", 4,
-            "--train-steps", 4, "--train-text", other_text, "--learning-rate", 0.01, "--json",
+            "--train-steps", 4, "--train-text", other_text, "--learning-rate", "0.012,0.01",
+            "--seeds", 2, "--json",
         )  # fmt: skip
     assert done.code == 0, done.err
     assert list(scratch.iterdir()) == [], "the files are not kept"
     assert "warning: the held-out loss is that of the built-in text" in done.err
     assert "quantizing" not in done.err, "what happens inside is not told"
+    told = next(line for line in done.err.splitlines() if line.startswith("note: 5 starts"))
+    assert (
+        "to fine-tune for 4 steps, each at the best it finds of 2 learning rates from 0.01 to "
+        "0.012 and there with 1 more seed: about "
+    ) in told
     document: Results = json.loads(done.out)
     return document
 
@@ -97,28 +110,106 @@ def test_the_methods(trained: Results) -> None:
     assert by["qlora", 2]["kl_divergence"] > by["qlora", 4]["kl_divergence"]
 
 
-def test_the_training(trained: Results, tiny: Path) -> None:
+def test_the_training(trained: Results) -> None:
     settings = trained["results"]["settings"]
     assert settings["train_steps"] == 4
-    assert settings["learning_rate"] == 0.01
+    assert settings["learning_rate"] is None
     assert settings["text"] == "built-in"
     assert settings["window_tokens"] == 32
     assert settings["predicted_tokens"] == 32 * 31
+    assert (settings["batch_windows"], settings["warmup_steps"]) == (8, 0)
+    assert settings["training"] == {
+        "learning_rates": [0.01, 0.012],
+        "seeds": [0, 1],
+        "optimizer": "adamw_torch_fused",
+        "lr_scheduler": "linear",
+        "weight_decay": 0.0,
+        "max_grad_norm": 1.0,
+    }
     original, *rest = trained["results"]["methods"]
-    assert original["loss_curve"] == []
-    assert original["heldout_loss_after"] is None
+    assert original["loss_curve"] == original["runs"] == []
+    assert original["heldout_loss_after"] is original["learning_rate"] is None
     for each in rest:
+        *searched, other = each["runs"]
+        first, second = sorted(searched, key=lambda run: float(run["learning_rate"]))
+        assert [(run["learning_rate"], run["seed"]) for run in (first, second)] == [
+            (0.01, 0), (0.012, 0),
+        ]  # fmt: skip
+        assert (other["learning_rate"], other["seed"]) == (each["learning_rate"], 1)
+        best = first if each["learning_rate"] == 0.01 else second
+        assert each["rate_at_end"] in (None, "lowest" if best is first else "highest")
+        ended = [run for run in (first, second) if run["ended"] == "finished"]
+        assert best["heldout_loss_after"] == min(run["heldout_loss_after"] for run in ended)
+        for kind in ("quarter", "after"):
+            mean = (best[f"heldout_loss_{kind}"] + other[f"heldout_loss_{kind}"]) / 2
+            assert each[f"heldout_loss_{kind}"] == pytest.approx(mean)
+        spread = abs(best["heldout_loss_after"] - other["heldout_loss_after"]) / math.sqrt(2)
+        assert each["heldout_loss_spread"] == pytest.approx(spread)
+        assert best["heldout_loss_after"] != other["heldout_loss_after"]
+        assert each["loss_curve"] == best["loss_curve"]
         assert [point["step"] for point in each["loss_curve"]] == [1, 2, 3, 4]
-        assert each["loss_curve"][-1]["heldout_loss"] == each["heldout_loss_after"]
+        assert each["loss_curve"][0]["heldout_loss"] == best["heldout_loss_quarter"]
+        assert each["loss_curve"][-1]["heldout_loss"] == best["heldout_loss_after"]
         losses = [point["train_loss"] for point in each["loss_curve"]]
         assert losses[-1] < losses[0]
-        assert each["heldout_loss_before"] == pytest.approx(math.log(each["perplexity"]), rel=1e-3)
+        # The first seed's; another seed's adapter is hardly another model.
+        assert each["heldout_loss_before"] == pytest.approx(math.log(each["perplexity"]), rel=0.01)
+        assert each["train_seconds"] == pytest.approx(sum(run["seconds"] for run in each["runs"]))
     told = trained["results"]["verdict"]
     assert [part["bits"] for part in told["bits"]] == [4, 2]
     assert all(part["sentence"] in told["sentence"] for part in told["bits"])
-    assert told["sentence"].endswith(
-        "One seed and one learning rate: others may order the starts otherwise."
+    assert "Trained, " in told["bits"][0]["sentence"]
+    assert "One learning rate" not in told["sentence"]
+    assert "One seed" not in told["sentence"]
+
+
+def test_by_default_every_start_finds_its_own_rate(
+    loftq: Loftq, tiny: Path, other_text: Path, tmp_path: Path
+) -> None:
+    import json
+
+    done = loftq(
+        "compare", "-m", tiny, "--init", "qlora", "--ranks", 2, "--train-steps", 1,
+        "--train-text", other_text, "--seeds", 1, "--format", "table", "--save", tmp_path,
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    assert "the best it finds of 7 learning rates from 0.0001 to 0.008: about " in done.err
+    shown = " ".join(done.out.split())
+    assert "each start's best learning rate of 0.0001 to 0.008, linear decay" in shown
+    assert "One seed: what others would give is not known." in shown
+    document = json.loads(next(tmp_path.glob("*.json")).read_text())
+    method = document["results"]["methods"][1]
+    assert f"{method['learning_rate']:g}" in shown
+    tried = [run["learning_rate"] for run in method["runs"]]
+    best = LADDER.index(method["learning_rate"])
+    assert tried[0] == 1e-3, "from the middle"
+    assert set(LADDER[max(0, best - 1) : best + 2]) <= set(tried)
+
+
+def test_a_run_is_the_same_whatever_was_run_before(
+    loftq: Loftq, tiny: Path, other_text: Path, trained: Results
+) -> None:
+    """Every run begins where the files say, not where the last one ended."""
+    import json
+
+    done = loftq(
+        "compare", "-m", tiny, "--init", "lora", "--ranks", 4, "--train-steps", 4,
+        "--train-text", other_text, "--learning-rate", 0.01, "--seeds", 1, "--json",
+    )  # fmt: skip
+    results = json.loads(done.out)["results"]
+    assert results["settings"]["learning_rate"] == 0.01
+    assert results["verdict"]["sentence"].endswith(
+        "One learning rate for all: at its own best a start may end elsewhere. One seed: what "
+        "others would give is not known."
     )
+    assert results["methods"][1]["rate_at_end"] is None
+    alone = results["methods"][1]["runs"][0]
+    beside = next(
+        run
+        for run in trained["results"]["methods"][1]["runs"]
+        if (run["learning_rate"], run["seed"]) == (0.01, 0)
+    )
+    assert beside["loss_curve"] == alone["loss_curve"]
 
 
 def test_the_original_is_what_transformers_says(trained: Results, tiny: Path) -> None:
@@ -149,6 +240,17 @@ def test_in_every_form(loftq: Loftq, tiny: Path) -> None:
 
 
 # --- what is planned ----------------------------------------------------------------------------
+
+
+def test_the_training_that_is_planned(other_text: Path) -> None:
+    def plan(**given: Any) -> Any:
+        return training_of(CompareOptions(train_steps=5, train_text=other_text, **given))
+
+    assert training_of(CompareOptions()) is None
+    usual = plan()
+    assert (usual.rates, usual.seeds) == (LADDER, (0, 1))
+    listed = plan(learning_rate="1e-3, 2e-4,0.001", seed=7, seeds=3)
+    assert (listed.rates, listed.seeds) == ((2e-4, 1e-3), (7, 8, 9))
 
 
 def planned(init: str | None, bits: str, ranks: str, **changes: Any) -> list[tuple[Any, ...]]:
@@ -190,9 +292,15 @@ def test_qlora_is_always_there() -> None:
         ("--ranks 0", "--ranks takes whole numbers from 1", ""),
         ("-m gpt2 --init calibrated", "has to see what", "--calibration-text FILE"),
         ("--train-steps 3", "nothing to train on", "--train-text FILE"),
-        ("--train-text x.txt", "no effect without steps", "--train-steps 100"),
-        ("--learning-rate 0.1", "no effect here", "--train-steps 100"),
-        ("--train-steps 3 --train-text x --learning-rate 0", "not above 0", "0.0004"),
+        ("--train-text x.txt", "--train-text has no effect without", "--train-steps 100"),
+        ("--learning-rate 0.1", "--learning-rate has no effect without", "--train-steps 100"),
+        ("--seeds 3", "--seeds has no effect without", "--train-steps 100"),
+        ("--train-steps 3 --train-text x --learning-rate 0", "numbers above 0", "2e-4,1e-3"),
+        ("--train-steps 3 --train-text x --learning-rate 1e-3,nan", "numbers above 0", "2e-4"),
+        ("--train-steps 3 --train-text x --learning-rate 1e-3,fast", "numbers above 0", "2e-4"),
+        ("--train-steps 3 --train-text x --learning-rate 1e-3,", "an empty item", ""),
+        ("--train-steps 3 --train-text x --seeds 0", "--seeds", ""),
+        (f"--train-steps 3 --train-text x --seed {LARGEST_SEED}", "no 2 seeds", "--seed 0"),
         ("--bits 2 --quant-type fp4", "fp4 has 4 bits only", "nf4"),
         (f"--text {HELDOUT} --calibration-text {HELDOUT}", "are the same text", "another file"),
         (f"--init loftq --calibration-text {__file__}", "has no effect", "--init calibrated"),
@@ -289,8 +397,18 @@ def method(init: str, kl: float | None, bits: int = 4, **changes: Any) -> Compar
 ORIGINAL = method("original", 0.0, 16, rank=None)
 
 
-def decide(*found: ComparedMethod, losses: Any = None) -> Any:
-    return verdict(relative_to_qlora([ORIGINAL, *found]), losses or {})
+def decide(*found: ComparedMethod, losses: Any = None, **training: Any) -> Any:
+    how = None if losses is None else a_training(**training)
+    return verdict(relative_to_qlora([ORIGINAL, *found]), losses or {}, how)
+
+
+def a_training(**changes: Any) -> Training:
+    given = {
+        "learning_rates": [1e-3, 2e-3, 4e-3], "seeds": [0, 1],
+        "optimizer": "adamw_torch_fused", "lr_scheduler": "linear", "weight_decay": 0.0,
+        "max_grad_norm": 1.0, **changes,
+    }  # fmt: skip
+    return Training.model_validate(given)
 
 
 def test_the_nearest_start_with_its_factors() -> None:
@@ -331,35 +449,106 @@ def test_figures_that_are_no_numbers() -> None:
     assert best.bits[0].gain
 
 
-def trained_method(init: str, after: float | None, bits: int = 4) -> ComparedMethod:
-    return method(init, 0.01, bits, heldout_loss_after=after)
+def ended(
+    init: str, after: float, bits: int = 4, spread: float | None = 0.001, **changes: Any
+) -> tuple[ComparedMethod, list[float]]:
+    """A trained method, and its held-out windows, which differ alike in all of them."""
+    found = method(
+        init, 0.01, bits, learning_rate=2e-3, heldout_loss_after=after,
+        heldout_loss_spread=spread, **changes,
+    )  # fmt: skip
+    return found, [after - 0.5, after, after + 0.5]
 
 
-def test_training_is_judged_by_the_windows() -> None:
-    lora, qlora = trained_method("lora", 2.2, 16), trained_method("qlora", 2.5)
-    loftq = trained_method("loftq", 2.4)
-    clear = {key(qlora): [2.4, 2.5, 2.6], key(loftq): [2.301, 2.4, 2.499]}
-    told = decide(lora, qlora, loftq, losses=clear)
-    assert told.bits[0].trained_init == "loftq"
-    assert told.bits[0].trained_gain is True
-    assert told.bits[0].trained_margin == pytest.approx(0.1)
-    assert (
-        "Trained, loftq at rank 8 ends lowest at a held-out loss of 2.4000, 0.1000 below QLoRA "
-        "(standard error 0.0006); 16-bit LoRA ends at 2.2000."
-    ) in told.sentence
-    assert told.sentence.endswith(
-        "One seed and one learning rate: others may order the starts otherwise."
+def judged(*trained: tuple[ComparedMethod, list[float]], **training: Any) -> Any:
+    losses = {key(found): windows for found, windows in trained}
+    return decide(*[found for found, _ in trained], losses=losses, **training)
+
+
+def test_a_difference_beyond_the_spread() -> None:
+    told = judged(ended("lora", 2.2, 16), ended("qlora", 2.5), ended("loftq", 2.4))
+    four = told.bits[0]
+    assert (four.trained_init, four.trained_rank, four.trained_gain) == ("loftq", 8, True)
+    assert four.trained_learning_rate == 2e-3
+    assert four.trained_margin == pytest.approx(0.1)
+    # The seeds' alone: 0.001 · √(2 / 2).
+    assert four.trained_margin_error == pytest.approx(0.001)
+    assert four.trained_ties == []
+    assert four.sentence.endswith(
+        "Trained, loftq at rank 8 ends lowest, at 2.4000 with learning rate 0.002: 0.1000 ± 0.0010 "
+        "below QLoRA (2.5000 with learning rate 0.002); 16-bit LoRA ends at 2.2000 with learning "
+        "rate 0.002, 0.2000 below it."
     )
-    noisy = {key(qlora): [2.4, 2.5, 2.6], key(loftq): [2.1, 2.5, 2.6]}
-    told = decide(qlora, loftq, losses=noisy)
-    assert told.bits[0].trained_gain is False
-    assert "within the noise: no gain here" in told.sentence
-    diverged = trained_method("qlora", None)
-    told = decide(diverged, loftq, losses={key(loftq): [2.1, 2.5, 2.6]})
+    assert told.sentence.endswith("below it."), "nothing to reserve"
+
+
+def test_a_difference_of_less_than_twice_the_error_is_none() -> None:
+    told = judged(
+        ended("lora", 2.401, 16), ended("qlora", 2.404, spread=0.004), ended("loftq", 2.4)
+    )
+    four = told.bits[0]
+    assert four.trained_gain is False
+    assert "Trained, no difference to QLoRA (2.4040 with learning rate 0.002): " in four.sentence
+    assert "loftq at rank 8 ends lowest, at 2.4000" in four.sentence
+    assert "; 16-bit LoRA ends at 2.4010 with learning rate 0.002, no difference to it." in (
+        four.sentence
+    )
+
+
+def test_a_difference_that_other_windows_could_undo_is_none() -> None:
+    qlora, loftq = ended("qlora", 2.5), ended("loftq", 2.4)
+    loftq[1][:] = [2.0, 2.3, 2.9]  # 0.3 and 0.2 below, and 0.2 above
+    four = judged(qlora, loftq).bits[0]
+    assert four.trained_gain is False
+    assert four.trained_margin == pytest.approx(0.1)
+    windows = difference(qlora[1], loftq[1])[1]
+    assert windows is not None
+    assert four.trained_margin_error == pytest.approx(math.hypot(windows, 0.001))
+
+
+def test_starts_that_are_as_good_as_the_best_are_named() -> None:
+    told = judged(
+        ended("qlora", 2.5), ended("loftq-plain", 2.45), ended("loftq", 2.4), ended("pissa", 2.4001)
+    )
+    assert told.bits[0].trained_ties == ["pissa"]
+    assert "; no difference to pissa at rank 8." in told.sentence
+
+
+def test_qlora_ends_lowest() -> None:
+    four = judged(ended("qlora", 2.4), ended("loftq", 2.5)).bits[0]
+    assert (four.trained_init, four.trained_gain, four.trained_margin) == ("qlora", False, None)
+    assert four.sentence.endswith(
+        "Trained, no gain here: no start ends below QLoRA (2.4000 with learning rate 0.002)."
+    )
+
+
+def test_training_that_diverged() -> None:
+    qlora = method("qlora", 0.01)
+    loftq, windows = ended("loftq", 2.1)
+    told = decide(qlora, loftq, losses={key(loftq): windows})
     assert "nothing can be said: the training of QLoRA diverged" in told.sentence
-    told = decide(qlora, trained_method("loftq", 2.6), losses=noisy)
-    assert told.bits[0].trained_init == "qlora"
-    assert "no start ends below QLoRA (2.5000)" in told.sentence
+    assert told.bits[0].trained_gain is None
+    told = decide(qlora, losses={})
+    assert "the training of QLoRA diverged" in told.sentence
+
+
+def test_what_limits_a_verdict_is_said() -> None:
+    few = {"learning_rates": [1e-3], "seeds": [3]}
+    told = judged(ended("qlora", 2.5, spread=None), ended("loftq", 2.4, spread=None), **few)
+    assert told.sentence.endswith(
+        "One learning rate for all: at its own best a start may end elsewhere. One seed: what "
+        "others would give is not known."
+    )
+    told = judged(ended("qlora", 2.5, rate_at_end="highest"), ended("loftq", 2.4))
+    assert told.sentence.endswith(
+        "Best at the highest learning rate that was tried: QLoRA (4 bits, rank 8)."
+    )
+    single = decide(
+        ended("qlora", 2.5, spread=None)[0], ended("loftq", 2.4, spread=None)[0],
+        losses={("qlora", 4, 8): [2.5], ("loftq", 4, 8): [2.4]}, seeds=[0],
+    )  # fmt: skip
+    assert single.bits[0].trained_gain is False, "one window and one seed have no spread"
+    assert single.bits[0].trained_margin_error is None
 
 
 def test_the_standard_error_of_paired_differences() -> None:

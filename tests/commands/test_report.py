@@ -562,14 +562,22 @@ def test_the_advice_of_a_comparison_is_the_line_that_was_measured() -> None:
         "double_quant": True, "iterations": "3", "lora_alpha": 8.0, "rslora": True,
         "target_modules": ["c_attn", "c_proj"], "seed": 3,
     }  # fmt: skip
-    content["results"]["verdict"]["bits"][0] |= {"bits": 4, "init": "calibrated", "gain": True}
+    best = content["results"]["verdict"]["bits"][0]
+    best |= {"bits": 4, "init": "pissa", "rank": 4, "gain": True}
+    assert best["trained_init"] == "calibrated"
+    assert said(content)[1] == [], "trained, it did not gain"
+    best |= {"trained_gain": True, "trained_learning_rate": 0.008}
     _, (advice,) = said(content)
-    assert advice == (
+    line = (
         f"loftq quantize --model {content['model']['id']} --bits 4 --rank 16 --init calibrated "
         "--calibration-text 'my text.txt' --quant-type fp4 --block-size 128 --double-quant "
         "--iterations 3 --lora-alpha 8 --rslora --target-modules c_attn,c_proj --seed 3 "
         "--output OUT"
     )
+    assert advice == f"{line} (it trained best at a learning rate of 0.008)"
+    content["results"]["settings"] |= {"train_steps": None, "train_text": None}
+    best |= {"init": "calibrated", "rank": 16}
+    assert said(content)[1] == [line], "untrained, the nearest"
 
 
 def other_value(option: str) -> Any:
@@ -604,7 +612,9 @@ def test_an_advised_line_asks_for_what_was_measured(command: str, option: str) -
             "quantized_only_output_error_relative": None, "output_error_relative": None,
         }  # fmt: skip
     if command == "compare":
-        content["results"]["verdict"]["bits"][0] |= {"bits": 4, "init": "loftq", "gain": True}
+        content["results"]["verdict"]["bits"][0] |= {
+            "bits": 4, "trained_init": "loftq", "trained_gain": True, "trained_learning_rate": 1.0,
+        }  # fmt: skip
     _, advised = said(content)
     line = next(match[1] for text in advised if (match := re.search(r"(loftq [^()]*)", text)))
     value = other_value(option)
