@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from loftq_cli import schema
 from loftq_cli.commands.compare_plan import Texts, TrainingPlan
-from loftq_cli.commands.compare_rates import Search
+from loftq_cli.commands.compare_train import Contest, Trainee, Trials, described, forecast
 from loftq_cli.commands.loaded import choose
 from loftq_cli.commands.run import Run
 from loftq_cli.errors import InvalidSetting, LoftqError
@@ -25,7 +25,6 @@ from loftq_cli.report.start_verdict import Key, key, relative_to_qlora, verdict
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from loftq_cli.commands.compare_train import Contest, Tell, Trainee
     from loftq_cli.engines.settings import Settings
     from loftq_cli.models.evaluation import Evaluation
     from loftq_cli.models.loading import LoadedModel
@@ -50,9 +49,8 @@ class Bench:
         from loftq_cli.models.spec import resolve_model
         from loftq_cli.models.texts import read_text, text_windows
 
-        self.run, self.texts, self.asked, self.plan = run, texts, asked, plan
-        # Where the next search begins: at the best of the last one, first in the middle.
-        self._begin = 0 if plan is None else len(plan.rates) // 2
+        self.run, self.texts, self.asked = run, texts, asked
+        self.trials = None if plan is None else Trials(plan)
         with run.timing("resolve", "finding the model"):
             found = resolve_model(asked.model, with_code=asked.trust_remote_code)
         self.directory = found.directory
@@ -88,7 +86,9 @@ class Bench:
             progress.start("the original")
             found.append(self._measure_original())
             progress.advance()
-            self._tell_plan(len(planned))
+            if self.trials is not None:
+                heldout = len(self.heldout), self._forward_seconds
+                run.note(forecast(self.trials.plan, len(planned), *heldout))
             for each in planned:
                 name = f"{each.init}, {each.bits} bits, rank {each.rank}"
                 progress.start(name)
@@ -120,12 +120,6 @@ class Bench:
                 if error.hint:
                     error.hint = error.hint.replace("--rank ", "--ranks ")
                 raise
-
-    def _tell_plan(self, methods: int) -> None:
-        if self.plan is not None:
-            from loftq_cli.commands.compare_train import forecast
-
-            self.run.note(forecast(self.plan, methods, len(self.heldout), self._forward_seconds))
 
     def _measure_original(self) -> schema.ComparedMethod:
         from loftq_cli.checkpoint.index import open_checkpoint
@@ -171,17 +165,24 @@ class Bench:
         with self._made(settings) as (output, totals):
             with self.run.timing("evaluate"):
                 evaluation = evaluate(self._load(output).model, self.heldout, self.reference)
-            contest = None
             if not math.isfinite(evaluation.kl_divergence or 0.0):
                 self.run.warn(f"{name}: what it predicts is no number, or rules out what comes")
-            if self.plan is not None:
-                if math.isfinite(evaluation.loss):
-                    contest = self._first_seed(self.plan, output, evaluation, tell)
-                else:
-                    self.run.warn(f"{name}: there is nothing to train")
-        if self.plan is not None and contest is not None:
-            self._more_seeds(self.plan, contest, settings, tell)
-            self._require_an_end(contest, name)
+            if self.trials is None:
+                return _method(settings, totals, evaluation, None), None
+            if not math.isfinite(evaluation.loss):
+                self.run.warn(f"{name}: there is nothing to train")
+                return _method(settings, totals, evaluation, None), None
+            with self._training(output) as trainee:
+                contest = self.trials.search(trainee, evaluation, tell)
+        for seed in self.trials.plan.seeds[1:] if contest.rate is not None else ():
+            # Made anew: a seed decides the adapter's random part too.
+            with self._made(replace(settings, seed=seed)) as (output, _):
+                with self.run.timing("evaluate"):
+                    before = evaluate(self._load(output).model, self.heldout)
+                with self._training(output) as trainee:
+                    self.trials.repeat(contest, seed, trainee, before, tell)
+        if contest.complaint is not None:
+            self.run.warn(f"{name}: {contest.complaint}")
         gc.collect()  # models and trainers hold each other
         return _method(settings, totals, evaluation, contest), contest
 
@@ -204,50 +205,8 @@ class Bench:
                 totals = make_directory(job, record).document.results.totals
             yield job.output, totals
 
-    def _first_seed(
-        self, plan: TrainingPlan, output: Path, before: Evaluation, tell: Tell
-    ) -> Contest:
-        """Tries the learning rates."""
-        from loftq_cli.commands.compare_train import Contest, Fork
-        from loftq_cli.models.finetuning import Schedule
-
-        seed = plan.seeds[0]
-        with self._training(output) as trainee:
-            search = Search(
-                plan.rates,
-                lambda rate, goes_on: trainee.train(
-                    Schedule(plan.steps, rate, seed), tell, goes_on
-                ),
-            )
-            search.walk(self._begin)
-        if search.best is not None:
-            self._begin = search.best
-        runs = {plan.rates[index]: run for index, run in search.tried.items()}
-        return Contest([Fork(seed, before, runs)], search)
-
-    def _more_seeds(
-        self, plan: TrainingPlan, contest: Contest, settings: Settings, tell: Tell
-    ) -> None:
-        """At the best rate, with files made anew: a seed decides the adapter's random part too."""
-        from loftq_cli.commands.compare_train import Fork
-        from loftq_cli.models.evaluation import evaluate
-        from loftq_cli.models.finetuning import Schedule
-
-        rate = contest.search.best_rate
-        if rate is None:
-            return
-        for seed in plan.seeds[1:]:
-            with self._made(replace(settings, seed=seed)) as (output, _):
-                with self.run.timing("evaluate"):
-                    before = evaluate(self._load(output).model, self.heldout)
-                with self._training(output) as trainee:
-                    run = trainee.train(Schedule(plan.steps, rate, seed), tell)
-            contest.forks.append(Fork(seed, before, {rate: run}))
-
     @contextmanager
     def _training(self, output: Path) -> Iterator[Trainee]:
-        from loftq_cli.commands.compare_train import Trainee
-
         assert self.training is not None
         # On a GPU the original makes room for what training holds.
         self.original.model.to("cpu")
@@ -257,21 +216,6 @@ class Bench:
                 yield Trainee(self._load(output).model, self.training, self.heldout)
         finally:
             self.original.model.to(self.device)
-
-    def _require_an_end(self, contest: Contest, name: str) -> None:
-        """Warns where no loss can stand for the method."""
-        rate = contest.search.best_rate
-        if rate is None:
-            lowest = contest.search.rates[min(contest.search.tried)]
-            self.run.warn(
-                f"{name}: training diverged at every learning rate that was tried "
-                f"(--learning-rate {lowest / 4:g})"
-            )
-        elif not contest.finals:
-            self.run.warn(
-                f"{name}: training diverged at learning rate {rate:g} with another seed than the "
-                f"first (--learning-rate {rate / 2:g})"
-            )
 
     def _load(self, directory: Path) -> LoadedModel:
         from loftq_cli.models.loading import load_model
@@ -284,12 +228,13 @@ class Bench:
         )
 
     def _settings(self, planned: Sequence[Settings]) -> schema.CompareSettings:
-        from loftq_cli.commands.compare_train import described
-
         texts, asked = self.texts, self.asked
         evaluation, calibration, training = texts.names
         count, length = self.heldout.shape
         calibrated = any(each.calibration for each in planned)
+        how = {}
+        if self.trials is not None:
+            how = described(self.trials.plan, on_cpu=self.device == "cpu")
         return schema.CompareSettings.model_validate(
             {
                 **vars(asked),
@@ -299,7 +244,7 @@ class Bench:
                 "predicted_tokens": count * (length - 1),
                 "window_tokens": length,
                 "target_modules": items(asked.target_modules, "--target-modules"),
-                **({} if self.plan is None else described(self.plan, on_cpu=self.device == "cpu")),
+                **how,
             }
         )
 

@@ -53,27 +53,50 @@ class Trainee:
 
 
 @dataclass(frozen=True)
-class Fork:
+class SeedRuns:
     """One start with one seed: what it makes of the held-out text untrained, and its fine-tunes."""
 
     seed: int
     before: Evaluation
     runs: dict[float, Trained]
 
+    def told(self) -> list[schema.TrainingRun]:
+        return [_told(rate, self.seed, run) for rate, run in self.runs.items()]
+
 
 @dataclass(frozen=True)
 class Contest:
-    """All fine-tunes of a start; the first fork is that of the search."""
+    """All fine-tunes of a start; the search was with the first of the seeds."""
 
-    forks: list[Fork]
     search: Search
+    seeds: list[SeedRuns]
+
+    @property
+    def rate(self) -> float | None:
+        """The best learning rate; None where no run ended with a number."""
+        return self.search.best_rate
 
     @property
     def finals(self) -> list[Trained]:
         """At the best rate, a run a seed; none where one of them has no number to show."""
-        rate = self.search.best_rate
-        found = [] if rate is None else [fork.runs[rate] for fork in self.forks]
+        found = [] if self.rate is None else [each.runs[self.rate] for each in self.seeds]
         return found if all(map(ended, found)) else []
+
+    @property
+    def complaint(self) -> str | None:
+        """Why no loss stands for the start, where none does."""
+        if self.rate is None:
+            lowest = self.search.rates[min(self.search.tried)]
+            return (
+                "training diverged at every learning rate that was tried "
+                f"(--learning-rate {lowest / 4:g})"
+            )
+        if not self.finals:
+            return (
+                f"training diverged at learning rate {self.rate:g} with another seed than the "
+                f"first (--learning-rate {self.rate / 2:g})"
+            )
+        return None
 
     @property
     def window_losses(self) -> list[float] | None:
@@ -86,22 +109,55 @@ class Contest:
         finals = self.finals
         losses = [run.after.loss for run in finals if run.after is not None]
         return {
-            "learning_rate": self.search.best_rate,
+            "learning_rate": self.rate,
             "rate_at_end": self.search.at_end,
-            "heldout_loss_before": finite(statistics.fmean(f.before.loss for f in self.forks)),
+            "heldout_loss_before": finite(
+                statistics.fmean(each.before.loss for each in self.seeds)
+            ),
             "heldout_loss_quarter": (
                 finite(statistics.fmean(run.quarter.loss for run in finals)) if finals else None
             ),
             "heldout_loss_after": statistics.fmean(losses) if losses else None,
             "heldout_loss_spread": statistics.stdev(losses) if len(losses) > 1 else None,
-            "train_seconds": sum(run.seconds for fork in self.forks for run in fork.runs.values()),
+            "train_seconds": sum(run.seconds for each in self.seeds for run in each.runs.values()),
             "loss_curve": finals[0].curve if finals else [],
             "runs": [
                 _told(rate, fork.seed, run)
-                for fork in self.forks
+                for fork in self.seeds
                 for rate, run in fork.runs.items()
             ],
         }
+
+
+class Trials:
+    """Trains one start after the other."""
+
+    def __init__(self, plan: TrainingPlan) -> None:
+        self.plan = plan
+        # Where the next search begins: at the best of the last one, first in the middle.
+        self._begin = len(plan.rates) // 2
+
+    def search(self, trainee: Trainee, before: Evaluation, tell: Tell) -> Contest:
+        """The best learning rate, with the first seed."""
+        plan = self.plan
+        seed = plan.seeds[0]
+        search = Search(
+            plan.rates,
+            lambda rate, goes_on: trainee.train(Schedule(plan.steps, rate, seed), tell, goes_on),
+        )
+        search.walk(self._begin)
+        if search.best is not None:
+            self._begin = search.best
+        runs = {plan.rates[index]: run for index, run in search.tried.items()}
+        return Contest(search, [SeedRuns(seed, before, runs)])
+
+    def repeat(
+        self, contest: Contest, seed: int, trainee: Trainee, before: Evaluation, tell: Tell
+    ) -> None:
+        """The same at its best rate with another seed."""
+        assert contest.rate is not None
+        run = trainee.train(Schedule(self.plan.steps, contest.rate, seed), tell)
+        contest.seeds.append(SeedRuns(seed, before, {contest.rate: run}))
 
 
 def _told(rate: float, seed: int, run: Trained) -> schema.TrainingRun:

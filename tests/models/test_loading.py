@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit, modules
 
 from loftq_cli.models.adapters import attach_adapter
@@ -96,3 +99,26 @@ def test_forward_wrap_train_save_and_load_again(written: Path, tmp_path: Path) -
     saved = wrapped.unload()
     saved.save_pretrained(tmp_path / "backbone", save_original_format=False)
     assert torch.equal(logits(load(tmp_path / "backbone", tmp_path / "trained")), trained)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_quantized_layers_compute_in_the_dtype_that_was_asked_for(
+    written: Path, tmp_path: Path, dtype: str
+) -> None:
+    """Whatever config.json names: here it is the other one."""
+    shutil.copytree(written, tmp_path / "out")
+    config = json.loads((written / "config.json").read_text())
+    other = {"float32": "bfloat16", "bfloat16": "float32"}[dtype]
+    config["quantization_config"]["bnb_4bit_compute_dtype"] = other
+    (tmp_path / "out/config.json").write_text(json.dumps(config))
+    model = load_model(tmp_path / "out", device="cpu", dtype=dtype).model
+    layer = next(each for each in model.modules() if isinstance(each, Linear4bit))
+    kind = getattr(torch, dtype)
+    inputs = torch.randn(5, layer.in_features, dtype=kind, generator=torch.manual_seed(0))
+    weight = dequantize_4bit(layer.weight.data, layer.weight.quant_state).to(kind)
+    with torch.no_grad():
+        found, expected = layer(inputs), torch.nn.functional.linear(inputs, weight)
+    tolerance = 1e-6 if dtype == "float32" else 1e-2
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+    assert layer.compute_dtype == kind
+    assert torch.equal(logits(model), logits(model))
