@@ -20,7 +20,7 @@ from loftq_cli.report.start_verdict import is_below
 LADDER = (1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
 # At a quarter of the steps a run is hopeless that is behind by more than this share of what the
 # best one gained after its own quarter.
-HOPELESS_SHARE = 0.5
+HOPELESS_SHARE = 0.25
 
 # Given what the model makes of the held-out windows at a quarter of the steps.
 GoesOn: TypeAlias = Callable[[Evaluation], bool]

@@ -207,6 +207,6 @@ def forecast(plan: TrainingPlan, methods: int, windows: int, forward: float) -> 
     seeds = f" and there with {units.plural(more, 'more seed')}" if more else ""
     return (
         f"{units.plural(methods, 'start')} to fine-tune for {units.plural(plan.steps, 'step')}, "
-        f"each at {rates}{seeds}: about {units.seconds(run)} a run, {full:g} runs a start, "
+        f"each at {rates}{seeds}: about {units.seconds(run)} a run, {full:g} of them a start, "
         f"{units.seconds(full * methods * run)} in all"
     )

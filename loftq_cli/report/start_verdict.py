@@ -188,9 +188,20 @@ def _reservations(methods: Sequence[ComparedMethod], training: Training) -> Iter
         yield "One learning rate for all: at its own best a start may end elsewhere."
     if len(training.seeds) == 1:
         yield "One seed: what others would give is not known."
-    for end in ("lowest", "highest"):
-        if names := [_called(each) for each in methods if each.rate_at_end == end]:
-            yield f"Best at the {end} learning rate that was tried: {', '.join(names)}."
+    trained = [each for each in methods if each.learning_rate is not None]
+    lowest, highest = training.learning_rates[0], training.learning_rates[-1]
+    for end, beyond in (
+        ("lowest", (lowest / 4, lowest / 2, lowest)),
+        ("highest", (highest, highest * 2, highest * 4)),
+    ):
+        there = [each for each in trained if each.rate_at_end == end]
+        if there:
+            names = ", ".join(map(_called, there)) if there != trained else "every start"
+            rates = ",".join(f"{rate:g}" for rate in beyond)
+            yield (
+                f"Best at the {end} learning rate that was tried, so that others may be better: "
+                f"{names} (--learning-rate {rates})."
+            )
 
 
 def difference(high: Sequence[float], low: Sequence[float]) -> tuple[float, float | None]:

@@ -16,11 +16,13 @@ from safetensors.torch import load_file, save_file
 from loftq_cli.commands.compare_plan import (
     DEMO_CALIBRATION,
     HELDOUT,
+    TrainingPlan,
     methods,
     texts_of,
     training_of,
 )
 from loftq_cli.commands.compare_rates import LADDER
+from loftq_cli.commands.compare_train import forecast
 from loftq_cli.errors import UsageError
 from loftq_cli.models import evaluation
 from loftq_cli.options import LARGEST_SEED, CompareOptions
@@ -251,6 +253,24 @@ def test_the_training_that_is_planned(other_text: Path) -> None:
     assert (usual.rates, usual.seeds) == (LADDER, (0, 1))
     listed = plan(learning_rate="1e-3, 2e-4,0.001", seed=7, seeds=3)
     assert (listed.rates, listed.seeds) == ((2e-4, 1e-3), (7, 8, 9))
+
+
+def test_the_plan_is_told_with_its_seconds() -> None:
+    """A pass over 128 windows takes 4 s; 200 steps see 1600 windows, forth and twice as long back.
+
+    So a run takes 4 · (3 · 1600 / 128 + 2) = 158 s, with its two looks at the held-out text.
+    """
+    usual = TrainingPlan(steps=200, rates=LADDER, seeds=(0, 1))
+    assert forecast(usual, 7, 128, 4.0) == (
+        "7 starts to fine-tune for 200 steps, each at the best it finds of 7 learning rates from "
+        "0.0001 to 0.008 and there with 1 more seed: about 2 min 38 s a run, 4.5 of them a start, "
+        "1 h 22 min in all"
+    )
+    single = TrainingPlan(steps=1, rates=(1e-3,), seeds=(0,))
+    assert forecast(single, 1, 8, 1.0) == (
+        "1 start to fine-tune for 1 step, each at learning rate 0.001: about 5.00 s a run, 1 of "
+        "them a start, 5.00 s in all"
+    )
 
 
 def planned(init: str | None, bits: str, ranks: str, **changes: Any) -> list[tuple[Any, ...]]:
@@ -541,7 +561,12 @@ def test_what_limits_a_verdict_is_said() -> None:
     )
     told = judged(ended("qlora", 2.5, rate_at_end="highest"), ended("loftq", 2.4))
     assert told.sentence.endswith(
-        "Best at the highest learning rate that was tried: QLoRA (4 bits, rank 8)."
+        "Best at the highest learning rate that was tried, so that others may be better: QLoRA (4 "
+        "bits, rank 8) (--learning-rate 0.004,0.008,0.016)."
+    )
+    ends = [ended(init, 2.5, rate_at_end="lowest") for init in ("qlora", "loftq")]
+    assert judged(*ends).sentence.endswith(
+        "so that others may be better: every start (--learning-rate 0.00025,0.0005,0.001)."
     )
     single = decide(
         ended("qlora", 2.5, spread=None)[0], ended("loftq", 2.4, spread=None)[0],
