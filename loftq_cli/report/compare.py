@@ -83,7 +83,7 @@ def _trained(results: CompareResults) -> Table:
         Column("heldout_loss_before", "before", show=loss),
         Column("heldout_loss_quarter", "at a quarter", show=loss),
         Column("heldout_loss_after", "after", show=loss),
-        Column("heldout_loss_spread", "±", show=loss),
+        Column("heldout_loss_spread", "spread", show=loss),
         Column(lambda method: len(method.runs) or None, "runs"),
         Column("train_seconds", "training", show=units.seconds),
     ]

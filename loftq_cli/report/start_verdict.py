@@ -165,20 +165,35 @@ def _by_training(
         "trained_margin_error": None if best is qlora else error,
         "trained_gain": clear,
         "trained_ties": [each.init for each in ties],
-        "sentence": f"Trained, {text}{_beside_lora(best, methods, spread)}.",
+        "sentence": f"Trained, {text}{_on_the_way(ended)}{_beside_lora(best, methods, spread)}.",
     }
+
+
+def _on_the_way(ended: Sequence[ComparedMethod]) -> str:
+    """Where the starts were before training and at a quarter of it: what few steps come to."""
+    parts = []
+    for name, when in (("before", "before training"), ("quarter", "at a quarter of the steps")):
+        known = [
+            (loss, each)
+            for each in ended
+            if (loss := getattr(each, f"heldout_loss_{name}")) is not None
+        ]
+        if len(known) > 1:
+            loss, lowest = min(known, key=lambda pair: float(pair[0]))
+            parts.append(f"{when} {_placed(lowest)} was lowest ({loss:.4f})")
+    return f"; {', '.join(parts)}" if parts else ""
 
 
 def _beside_lora(best: ComparedMethod, methods: Sequence[ComparedMethod], spread: Spread) -> str:
     """How 16-bit LoRA of the same rank did, where it was trained."""
     for each in methods:
         if (each.init, each.rank) == (starts.LORA.name, best.rank) and key(each) in spread.losses:
-            above, error, higher = spread.difference(each, best)
-            lower = error is not None and -above > _ERRORS * error
-            shown = "no difference to it" if not (higher or lower) else f"{abs(above):.4f} "
-            if higher or lower:
-                shown += "above it" if higher else "below it"
-            return f"; 16-bit LoRA ends at {_rated(each)}, {shown}"
+            above, _, is_higher = spread.difference(each, best)
+            below, _, is_lower = spread.difference(best, each)
+            beside = "no difference to that"
+            if is_higher or is_lower:
+                beside = f"{above:.4f} above that" if is_higher else f"{below:.4f} below that"
+            return f"; 16-bit LoRA ends at {_rated(each)}, {beside}"
     return ""
 
 

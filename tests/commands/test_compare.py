@@ -497,9 +497,9 @@ def test_a_difference_beyond_the_spread() -> None:
     assert four.sentence.endswith(
         "Trained, loftq at rank 8 ends lowest, at 2.4000 with learning rate 0.002: 0.1000 ± 0.0010 "
         "below QLoRA (2.5000 with learning rate 0.002); 16-bit LoRA ends at 2.2000 with learning "
-        "rate 0.002, 0.2000 below it."
+        "rate 0.002, 0.2000 below that."
     )
-    assert told.sentence.endswith("below it."), "nothing to reserve"
+    assert told.sentence.endswith("below that."), "nothing to reserve"
 
 
 def test_a_difference_of_less_than_twice_the_error_is_none() -> None:
@@ -510,7 +510,7 @@ def test_a_difference_of_less_than_twice_the_error_is_none() -> None:
     assert four.trained_gain is False
     assert "Trained, no difference to QLoRA (2.4040 with learning rate 0.002): " in four.sentence
     assert "loftq at rank 8 ends lowest, at 2.4000" in four.sentence
-    assert "; 16-bit LoRA ends at 2.4010 with learning rate 0.002, no difference to it." in (
+    assert "; 16-bit LoRA ends at 2.4010 with learning rate 0.002, no difference to that." in (
         four.sentence
     )
 
@@ -532,6 +532,17 @@ def test_starts_that_are_as_good_as_the_best_are_named() -> None:
     )
     assert told.bits[0].trained_ties == ["pissa"]
     assert "; no difference to pissa at rank 8." in told.sentence
+
+
+def test_where_the_starts_were_on_the_way() -> None:
+    told = judged(
+        ended("qlora", 2.5, heldout_loss_before=3.2, heldout_loss_quarter=2.8),
+        ended("loftq", 2.4, heldout_loss_before=3.1, heldout_loss_quarter=2.9),
+    )
+    assert (
+        "; before training loftq at rank 8 was lowest (3.1000), at a quarter of the steps QLoRA at "
+        "rank 8 was lowest (2.8000)."
+    ) in told.sentence
 
 
 def test_qlora_ends_lowest() -> None:

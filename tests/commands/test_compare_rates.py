@@ -111,12 +111,12 @@ def test_where_everything_diverges() -> None:
 
 
 def test_a_rate_far_behind_at_a_quarter_is_given_up() -> None:
-    """The best one gains 1.0 after its quarter; a quarter of that may be made up for."""
+    """The best one gains 1.0 after its quarter; half of that may be made up for."""
     after = [2.5, 2.3, 2.0, 2.1, 1.0, 1.0, 1.0]
-    contest = Contest(after, quarter=[3.6, 3.24, 3.0, 3.24, 3.9, 9.0, 9.0])
+    contest = Contest(after, quarter=[3.6, 3.49, 3.0, 3.49, 3.9, 9.0, 9.0])
     search = contest.search.walk(2)
     assert (search.best, contest.whole, contest.stopped) == (2, [2, 3, 1], [])
-    contest = Contest(after, quarter=[9, 9, 3.0, 3.26, 3, 3, 3])
+    contest = Contest(after, quarter=[9, 9, 3.0, 3.51, 3, 3, 3])
     search = contest.search.walk(2)
     assert (search.best, contest.whole, contest.stopped) == (2, [2], [3, 1])
     assert not ended(search.tried[3])

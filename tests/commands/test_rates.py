@@ -124,13 +124,14 @@ def test_dequantization(clock: Clock, monkeypatch: Monkey) -> None:
 
 
 def test_training(clock: Clock, monkeypatch: Monkey) -> None:
-    """The held-out text is read before the first step, and twice on the way."""
+    """The held-out text was read before, as `compare` does, and is twice on the way."""
     monkeypatch.setattr(finetuning, "evaluate", clock.slow_at_first(finetuning.evaluate))
     config = transformers.GPT2Config(
         n_layer=1, n_head=1, n_embd=8, n_positions=8, vocab_size=9, bos_token_id=0, eos_token_id=0
     )
     adapted = attach_fresh(GPT2LMHeadModel(config), 2, "CAUSAL_LM")
     windows = torch.arange(32).remainder(9).view(4, 8)
+    finetuning.evaluate(adapted, windows)
     trained = finetuning.finetune(adapted, windows, windows, finetuning.Schedule(2, 1e-3, 0))
     assert trained.seconds == 2.0
 
