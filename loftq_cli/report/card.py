@@ -76,6 +76,16 @@ _HIDDEN_STATES = """\
 Hidden states are those of `model.get_base_model().base_model`; the class `AutoModel` has other
 names for its layers than the adapter."""
 
+# For LoRA on large models, as QLoRA's authors have it.
+_RATE, _HALF_OF_IT = "2e-4", "1e-4"
+
+_HALVED = """\
+its adapter holds more of the weights, and a step moves it further"""
+
+_OWN_RATE = """\
+What suits your model and data, each start by itself, finds `loftq compare --model MODEL
+--train-steps 100 --train-text FILE --text OTHER-FILE`."""
+
 _DROPOUT = """\
 Only the adapter is trained. Keep its dropout at 0: dropout drops part of the correction too."""
 
@@ -117,14 +127,7 @@ def card(document: Document[QuantizeResults]) -> str:
         *([_ON_A_CPU] if _is_repacked(results) else []),
         *([_NO_SECOND_QUANTIZATION, _DTYPE + stored] if quantized else []),
         "## Fine-tune",
-        _python("""
-            from transformers import Trainer, TrainingArguments
-
-            arguments = TrainingArguments("runs", learning_rate=2e-4, num_train_epochs=1)
-            trainer = Trainer(model, arguments, train_dataset=train_dataset)  # your prepared data
-            trainer.train()
-            model.save_pretrained("trained-adapter")
-            """),
+        _training(results),
         _DROPOUT if corrects else _UNCORRECTED,
         *(["## The backbone alone", _backbone(results)] if quantized and corrects else []),
         "## Merge",
@@ -186,9 +189,30 @@ def _backbone(results: QuantizeResults) -> str:
     return f"The adapter is part of this model.{figures}\n\n{_WITHOUT_ADAPTER}"
 
 
+def _training(results: QuantizeResults) -> str:
+    settings = results.settings
+    halved = settings.bits <= starts.of_report(settings.init).half_rate_up_to
+    rate = _HALF_OF_IT if halved else _RATE
+    code = _python(f"""
+        from transformers import Trainer, TrainingArguments
+
+        arguments = TrainingArguments("runs", learning_rate={rate}, num_train_epochs=1)
+        trainer = Trainer(model, arguments, train_dataset=train_dataset)  # your prepared data
+        trainer.train()
+        model.save_pretrained("trained-adapter")
+        """)
+    text = f"{_RATE} is where most begin with LoRA"
+    if halved:
+        text += f", and half of that is for this start: {_HALVED}"
+    return f"{code}\n\n{text}." + (f" {_OWN_RATE}" if _is_causal(results) else "")
+
+
+def _is_causal(results: QuantizeResults) -> bool:
+    return (auto_class(results), results.task_type) == ("AutoModelForCausalLM", "CAUSAL_LM")
+
+
 def _another_head(results: QuantizeResults) -> list[str]:
-    a_decoder = (auto_class(results), results.task_type) == ("AutoModelForCausalLM", "CAUSAL_LM")
-    if results.own_code or not a_decoder:
+    if results.own_code or not _is_causal(results):
         return []
     lines = [
         "from peft import LoraConfig, get_peft_model",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -428,3 +429,18 @@ def test_names_that_say_more_than_a_name(name: str, tmp_path: Path) -> None:
     assert found["here"] == Path(name).resolve()
     fence = re.compile(r"^```[^`]*$", re.MULTILINE)
     assert len(fence.findall(text)) == len(fence.findall(plain))
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+@pytest.mark.parametrize("init", sorted(STARTS))
+def test_the_learning_rate_is_that_of_the_start(init: str, bits: int) -> None:
+    content = documents.quantize()
+    content["results"]["settings"] |= {"init": init, "bits": bits}
+    content["results"] |= {"auto_class": "AutoModelForCausalLM", "task_type": "CAUSAL_LM"}
+    text = card(schema.load_document(json.dumps(content)))
+    halved = bits <= STARTS[init].half_rate_up_to
+    assert f"learning_rate={'1e-4' if halved else '2e-4'}, num_train_epochs=1" in text
+    assert ("half of that is for this start" in text) is halved
+    assert "finds `loftq compare" in text
+    content["results"] |= {"auto_class": "AutoModelForSequenceClassification"}
+    assert "finds `loftq compare" not in card(schema.load_document(json.dumps(content)))
