@@ -34,7 +34,6 @@ class Search:
     """Runs at several rates of an ascending list, from the same start."""
 
     rates: Sequence[float]
-    train: Train
     tried: dict[int, Trained] = field(default_factory=dict)
     best: int | None = None
 
@@ -59,15 +58,15 @@ class Search:
                 return None
         return "lowest" if self.best == 0 else "highest"
 
-    def walk(self, begin: int) -> Search:
+    def walk(self, begin: int, train: Train) -> Search:
         """From one rate to the next, until both neighbours of the best are known to be no better.
 
-        What diverged is followed by lower rates only.
+        What diverged is followed by lower rates only. ``train`` is not kept: it holds a model.
         """
         here, upward = begin, True
-        self._try(here)
+        self._try(here, train)
         while (after := self._next(here, upward)) is not None:
-            self._try(after)
+            self._try(after, train)
             if self.best == after or self.best is None:
                 here, upward = after, after > here
         return self
@@ -79,8 +78,8 @@ class Search:
         new = (each for each in around if 0 <= each < len(self.rates) and each not in self.tried)
         return next(new, None)
 
-    def _try(self, index: int) -> None:
-        found = self.tried[index] = self.train(self.rates[index], self._is_hopeful)
+    def _try(self, index: int, train: Train) -> None:
+        found = self.tried[index] = train(self.rates[index], self._is_hopeful)
         if ended(found) and (
             self.best is None or _after(found).loss < _after(self.tried[self.best]).loss
         ):

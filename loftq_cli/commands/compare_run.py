@@ -174,6 +174,7 @@ class Bench:
                 return _method(settings, totals, evaluation, None), None
             with self._training(output) as trainee:
                 contest = self.trials.search(trainee, evaluation, tell)
+            del trainee  # one model is trained at a time
         for seed in self.trials.plan.seeds[1:] if contest.rate is not None else ():
             # Made anew: a seed decides the adapter's random part too.
             with self._made(replace(settings, seed=seed)) as (output, _):
@@ -181,9 +182,9 @@ class Bench:
                     before = evaluate(self._load(output).model, self.heldout)
                 with self._training(output) as trainee:
                     self.trials.repeat(contest, seed, trainee, before, tell)
+                del trainee
         if contest.complaint is not None:
             self.run.warn(f"{name}: {contest.complaint}")
-        gc.collect()  # models and trainers hold each other
         return _method(settings, totals, evaluation, contest), contest
 
     @contextmanager
@@ -204,6 +205,7 @@ class Bench:
             with self.run.timing("quantize"):
                 totals = make_directory(job, record).document.results.totals
             yield job.output, totals
+        gc.collect()  # models and trainers hold each other
 
     @contextmanager
     def _training(self, output: Path) -> Iterator[Trainee]:

@@ -141,11 +141,10 @@ class Trials:
         """The best learning rate, with the first seed."""
         plan = self.plan
         seed = plan.seeds[0]
-        search = Search(
-            plan.rates,
+        search = Search(plan.rates).walk(
+            self._begin,
             lambda rate, goes_on: trainee.train(Schedule(plan.steps, rate, seed), tell, goes_on),
         )
-        search.walk(self._begin)
         if search.best is not None:
             self._begin = search.best
         runs = {plan.rates[index]: run for index, run in search.tried.items()}

@@ -146,14 +146,14 @@ def _by_training(
         return {"sentence": "Trained, nothing can be said: the training of QLoRA diverged."}
     margin, error, clear = spread.difference(qlora, best)
     place = f"{_placed(best)} ends lowest, at {_rated(best)}"
-    against = f"QLoRA ({_rated(qlora)})" + ("" if error is None else f" ± {error:.4f}")
+    against = f"QLoRA ({_rated(qlora)})"
+    shown = f"{margin:.4f}" + ("" if error is None else f" ± {error:.4f}")
     if best is qlora:
-        text = f"no gain here: no start ends below {against.split(' ±')[0]}"
+        text = f"no gain here: no start ends below {against}"
     elif clear:
-        text = f"{place}: {margin:.4f} ± {error:.4f} below QLoRA ({_rated(qlora)})"
+        text = f"{place}: {shown} below {against}"
     else:
-        shown = f"{margin:.4f}" + ("" if error is None else f" ± {error:.4f}")
-        text = f"no difference to QLoRA ({_rated(qlora)}): {place}, {shown} below it"
+        text = f"no difference to {against}: {place}, {shown} below it"
     ties = [each for each in ended if each is not best and not spread.difference(each, best)[2]]
     if ties and clear:
         text += f"; no difference to {listed(map(_placed, ties))}"

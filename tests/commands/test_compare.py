@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import math
 import shutil
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from loftq_cli.commands import compare_run
 from loftq_cli.commands.compare_plan import (
+    DEFAULT_SEEDS,
     DEMO_CALIBRATION,
     HELDOUT,
     TrainingPlan,
@@ -214,6 +217,27 @@ def test_a_run_is_the_same_whatever_was_run_before(
     assert beside["loss_curve"] == alone["loss_curve"]
 
 
+def test_one_model_is_trained_at_a_time(
+    loftq: Loftq, tiny: Path, other_text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU there may be no room for another one."""
+    models: list[weakref.ref[Any]] = []
+
+    class Watched(compare_run.Trainee):
+        def __init__(self, model: Any, windows: Any, heldout: Any) -> None:
+            assert [each for each in models if each() is not None] == []
+            models.append(weakref.ref(model))
+            super().__init__(model, windows, heldout)
+
+    monkeypatch.setattr(compare_run, "Trainee", Watched)
+    done = loftq(
+        "compare", "-m", tiny, "--init", "lora,qlora", "--ranks", 2, "--train-steps", 1,
+        "--train-text", other_text, "--learning-rate", 0.01, "--seeds", 2,
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    assert len(models) == 4
+
+
 def test_the_original_is_what_transformers_says(trained: Results, tiny: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -242,6 +266,12 @@ def test_in_every_form(loftq: Loftq, tiny: Path) -> None:
 
 
 # --- what is planned ----------------------------------------------------------------------------
+
+
+def test_help_names_the_rates_and_seeds_that_are_planned(loftq: Loftq) -> None:
+    told = " ".join(loftq("compare", "--help").out.split())
+    assert f"own best from {LADDER[0]:g} to {LADDER[-1]:g})]" in told
+    assert f"from --seed on. [default: ({DEFAULT_SEEDS}); 1<=x<=1000]" in told
 
 
 def test_the_training_that_is_planned(other_text: Path) -> None:

@@ -30,7 +30,10 @@ class Contest:
         self.quarter = [loss + 1 for loss in after] if quarter is None else quarter
         self.whole: list[int] = []
         self.stopped: list[int] = []
-        self.search = Search([10.0 ** -(len(after) - each) for each in range(len(after))], self.run)
+        self.search = Search([10.0 ** -(len(after) - each) for each in range(len(after))])
+
+    def walk(self, begin: int) -> Search:
+        return self.search.walk(begin, self.run)
 
     def run(self, rate: float, goes_on: Callable[[Evaluation], bool]) -> Trained:
         index = self.search.rates.index(rate)
@@ -49,7 +52,7 @@ class Contest:
 @pytest.mark.parametrize("best", range(7))
 def test_a_bowl_is_walked_down_to_its_floor(begin: int, best: int) -> None:
     contest = Contest([abs(index - best) / 100 for index in range(7)])
-    search = contest.search.walk(begin)
+    search = contest.walk(begin)
     assert search.best == best
     assert search.at_end == {0: "lowest", 6: "highest"}.get(best)
     around = {each for each in (best - 1, best, best + 1) if 0 <= each < 7}
@@ -61,17 +64,17 @@ def test_a_bowl_is_walked_down_to_its_floor(begin: int, best: int) -> None:
 
 def test_it_goes_on_in_the_direction_that_paid() -> None:
     contest = Contest([5, 4, 3, 2, 1, 2, 3])
-    assert list(contest.search.walk(2).tried) == [2, 3, 4, 5]
+    assert list(contest.walk(2).tried) == [2, 3, 4, 5]
     contest = Contest([3, 2, 1, 2, 3, 4, 5])
-    assert list(contest.search.walk(4).tried) == [4, 5, 3, 2, 1]
+    assert list(contest.walk(4).tried) == [4, 5, 3, 2, 1]
 
 
 def test_a_flat_contest_is_left_where_it_began() -> None:
     contest = Contest([2.0] * 7)
-    search = contest.search.walk(3)
+    search = contest.walk(3)
     assert (search.best, search.at_end, contest.whole) == (3, None, [3, 4, 2])
     contest = Contest([2.0] * 7)
-    search = contest.search.walk(6)
+    search = contest.walk(6)
     assert (search.best, search.at_end, contest.whole) == (6, None, [6, 5])
 
 
@@ -80,31 +83,31 @@ def test_a_tie_at_the_end_is_no_reason_to_look_beyond_it() -> None:
     after = [2.0, 1.9, 1.8, 1.7, 1.6, 1.501, 1.5]
     noise = [[0.0, 0.02, 0.04], [0.04, 0.0, 0.02], [0.02, 0.04, 0.0]]
     contest = Contest(after, noise=lambda index, window: noise[index % 3][window])
-    search = contest.search.walk(3)
+    search = contest.walk(3)
     assert (search.best, search.at_end) == (6, None), "the lower one is the best all the same"
     # The same in every window: there it is lower.
-    assert Contest(after).search.walk(3).at_end == "highest"
+    assert Contest(after).walk(3).at_end == "highest"
     after = [*after[:5], math.nan, 1.5]
-    assert Contest(after).search.walk(6).at_end == "highest", "nothing beside it to be as good"
+    assert Contest(after).walk(6).at_end == "highest", "nothing beside it to be as good"
 
 
 @pytest.mark.parametrize("bad", [NAN, math.inf])
 def test_what_diverges_is_not_best_and_not_walked_past(bad: float) -> None:
     contest = Contest([4, 3, 2, 1, bad, bad, bad], quarter=[5, 4, 3, 2, bad, bad, bad])
-    search = contest.search.walk(2)
+    search = contest.walk(2)
     assert (search.best, search.at_end) == (3, None)
     assert contest.stopped == [4], "given up at a quarter"
     assert 5 not in search.tried
     # A number at a quarter and none at the end.
     contest = Contest([4, 3, 2, 1, bad, bad, bad])
     contest.quarter = [2.0] * 7
-    search = contest.search.walk(5)
+    search = contest.walk(5)
     assert (search.best, contest.whole) == (3, [5, 4, 3, 2])
 
 
 def test_where_everything_diverges() -> None:
     contest = Contest([NAN] * 7)
-    search = contest.search.walk(3)
+    search = contest.walk(3)
     assert (search.best, search.best_rate, search.at_end) == (None, None, None)
     assert contest.stopped == [3, 2, 1, 0], "only lower rates could help"
     assert not any(ended(run) for run in search.tried.values())
@@ -114,25 +117,25 @@ def test_a_rate_far_behind_at_a_quarter_is_given_up() -> None:
     """The best one gains 1.0 after its quarter; half of that may be made up for."""
     after = [2.5, 2.3, 2.0, 2.1, 1.0, 1.0, 1.0]
     contest = Contest(after, quarter=[3.6, 3.49, 3.0, 3.49, 3.9, 9.0, 9.0])
-    search = contest.search.walk(2)
+    search = contest.walk(2)
     assert (search.best, contest.whole, contest.stopped) == (2, [2, 3, 1], [])
     contest = Contest(after, quarter=[9, 9, 3.0, 3.51, 3, 3, 3])
-    search = contest.search.walk(2)
+    search = contest.walk(2)
     assert (search.best, contest.whole, contest.stopped) == (2, [2], [3, 1])
     assert not ended(search.tried[3])
 
 
 def test_the_first_run_is_never_given_up() -> None:
     contest = Contest([9.0, 9.0, 9.0], quarter=[100.0, 100.0, 100.0])
-    contest.search.walk(1)
+    contest.walk(1)
     assert contest.whole == [1, 2, 0]
 
 
 def test_short_lists() -> None:
-    single = Contest([3]).search.walk(0)
+    single = Contest([3]).walk(0)
     assert (single.best, single.at_end) == (0, None), "one rate is no ladder"
     for after, best, end in (([3, 1], 1, "highest"), ([1, 3], 0, "lowest"), ([3, 1, 2], 1, None)):
-        search = Contest(after).search.walk(len(after) // 2)
+        search = Contest(after).walk(len(after) // 2)
         assert (search.best, search.at_end) == (best, end)
         assert len(search.tried) == len(after)
 
