@@ -23,6 +23,9 @@ DEFAULT_BLOCK_SIZE = 64
 # With double quantization so many absmax share a scale.
 NESTED_BLOCK_SIZE = 256
 
+# Widths that kernels for integers have, in training and in serving.
+INTEGER_BITS = (2, 3, 4, 8)
+
 SvdMethod: TypeAlias = Literal["auto", "exact", "randomized"]
 # Beyond these, float32 adapters lose the correction; nobody trains there.
 SCALINGS = (1e-6, 1e6)

@@ -20,19 +20,12 @@ the float32 adapter; those of the outputs by the moments as they were given, und
 
 import math
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from loftq_cli.core.blockwise import (
-    QuantizedBlockwise,
-    double_quantize,
-    pack,
-    quantize_blockwise,
-    restore_absmax,
-)
-from loftq_cli.core.codebooks import codebook
+from loftq_cli.core.blockwise import quantize_blockwise
 from loftq_cli.core.gptq import Grid, Rounding, descend, gptq
 from loftq_cli.core.input_moments import (
     DampedMoments,
@@ -44,7 +37,7 @@ from loftq_cli.core.input_moments import (
 from loftq_cli.core.loftq import LoftqResult, checked, randomize_unused
 from loftq_cli.core.lowrank import LowRank, check_rank, split
 from loftq_cli.core.parallel import one_thread_each
-from loftq_cli.core.quantizers import Blockwise
+from loftq_cli.core.quantizers import BlocksQuantizer, Blockwise
 from loftq_cli.core.residual import sum_of_squares
 from loftq_cli.errors import InvalidSetting, NonFiniteWeight
 
@@ -60,7 +53,7 @@ _SWEEPS = 2
 def initialize_calibrated(
     W: Tensor,
     input_moments: Tensor,
-    quantizer: Blockwise,
+    quantizer: BlocksQuantizer,
     rank: int,
     *,
     method: Method = "calibrated",
@@ -79,8 +72,10 @@ def initialize_calibrated(
     """
     if method not in get_args(Method):
         raise InvalidSetting(f"method {method!r} is not one of {', '.join(get_args(Method))}")
-    if not isinstance(quantizer, Blockwise):
-        raise InvalidSetting("calibrated starts are for blockwise quantization, not for 8 bits")
+    if not isinstance(quantizer, BlocksQuantizer):
+        raise InvalidSetting(
+            "calibrated starts are for codes in blocks, not for bitsandbytes' int8"
+        )
     if iterations is not None and iterations < 1:
         raise InvalidSetting(f"{iterations} iterations are not possible here: at least 1 is needed")
     W = checked(W, scaling)
@@ -106,7 +101,7 @@ class _Problem:
         self,
         source: Tensor,  # W as it was given
         input_moments: Tensor,
-        quantizer: Blockwise,
+        quantizer: BlocksQuantizer,
         rank: int,
         generator: torch.Generator,
     ) -> None:
@@ -124,12 +119,10 @@ class _Problem:
         # ‖W·G^½‖, which errors are relative to; 1 if that is zero.
         self.norm = math.sqrt(output_energy(W, self.moments)) or 1.0
         self.dtype = quantizer.dtype or source.dtype
-        fmt = quantizer.format
-        self.book = codebook(fmt.quant_type, fmt.bits)
-        largest = min(torch.finfo(self.dtype).max * self.unit, torch.finfo(torch.float32).max)
-        self.grid = Grid.of(self.book, fmt, W, largest)
+        size, largest = quantizer.block_size(W.shape[1]), quantizer.largest(self.dtype)
+        self.grid = Grid.of(quantizer.levels, size, W, largest, self.unit)
 
-    def residual(self, quantized: QuantizedBlockwise) -> Tensor:
+    def residual(self, quantized: Any) -> Tensor:
         """W − Q (out × in), in the units of this problem."""
         return self.W - self.quantizer.dequantize(quantized).float() * self.unit
 
@@ -137,22 +130,17 @@ class _Problem:
         """‖R·G^½‖ / ‖W·G^½‖."""
         return math.sqrt(output_energy(R, self.moments)) / self.norm
 
-    def stored(self, rounding: Rounding, like: QuantizedBlockwise | None) -> QuantizedBlockwise:
+    def stored(self, rounding: Rounding, like: Any) -> Any:
         """What is written to the file; with the absmax of ``like``, if that is given."""
-        codes = self.book.order_tensor(self.W.device)[rounding.indices.view(-1).int()]
-        packed = pack(codes).view(-1, 1)
-        if like is not None:
-            return replace(like, packed=packed)
-        fmt, shape = self.quantizer.format, (self.W.shape[0], self.W.shape[1])
-        absmax = double_quantize(rounding.absmax / self.unit, fmt)
-        return QuantizedBlockwise(packed, *absmax, shape, fmt, self.dtype)
+        absmax = rounding.absmax / self.unit
+        return self.quantizer.stored(rounding.indices, absmax, self.dtype, like)
 
 
 @dataclass(frozen=True)
 class _Found:
     """A start, and its relative output error."""
 
-    quantized: QuantizedBlockwise
+    quantized: Any  # the stored form, as its quantizer makes it
     low_rank: LowRank  # in the units of the problem
     error: float
     iteration: int = 1
@@ -194,24 +182,22 @@ def _alternate(problem: _Problem, iterations: int | None) -> tuple[_Found, list[
     return best, errors
 
 
-def _first_rounding(
-    problem: _Problem, inputs: DampedMoments, T: Tensor
-) -> tuple[Rounding, QuantizedBlockwise | None]:
-    """``T`` rounded by GPTQ; and the absmax as stored, if they are to stay."""
-    U, grid, fmt = inputs.inverse_root(), problem.grid, problem.quantizer.format
+def _first_rounding(problem: _Problem, inputs: DampedMoments, T: Tensor) -> tuple[Rounding, Any]:
+    """``T`` rounded by GPTQ; and the stored form whose absmax are to stay, if they are."""
+    U, grid, quantizer = inputs.inverse_root(), problem.grid, problem.quantizer
     if grid.aligned:
         rounding = gptq(T, U, grid)
     else:
-        by_block = quantize_blockwise(
-            T, replace(fmt, double_quant=False), search=problem.quantizer.search
-        )
+        assert isinstance(quantizer, Blockwise)
+        fmt = replace(quantizer.format, double_quant=False)
+        by_block = quantize_blockwise(T, fmt, search=quantizer.search)
         rounding = gptq(T, U, grid, by_block.absmax.clamp_(-grid.largest, grid.largest))
-    if not fmt.double_quant:
+    if not quantizer.rounds_together:
         return rounding, None
     # They are as good as they will be before they are rounded themselves.
     rounding = descend(T, inputs.moments, rounding, grid, sweeps=_SWEEPS, free=True)
     kept = problem.stored(rounding, None)
-    return gptq(T, U, grid, restore_absmax(kept) * problem.unit), kept
+    return gptq(T, U, grid, quantizer.scales(kept) * problem.unit), kept
 
 
 def _result(problem: _Problem, found: _Found, errors: list[float], scaling: float) -> LoftqResult:

@@ -1,17 +1,25 @@
-"""The levels that stored codes stand for, in bitsandbytes' own order and float32 values.
+"""The levels that stored codes stand for, and what a block's scale may be.
 
-A 4-bit code is an index into sixteen levels between -1 and 1; a value is its level times the
-absmax of its block. bitsandbytes' kernels choose the table by name and ignore the one stored
+bitsandbytes: a 4-bit code is an index into sixteen levels between -1 and 1; a value is its level
+times the absmax of its block. Its kernels choose the table by name and ignore the one stored
 beside the codes, so these sixteen numbers are the format: no others can be loaded.
+
+Integer formats: a code is its own level, from -2^(bits - 1) to 2^(bits - 1) - 1, and a value is the
+code times the scale of its block. Scales are stored in 16 bits, and not all are possible.
+
+Both are searched for the same way (``absmax.py``, ``gptq.py``): what is called absmax there is the
+scale, whatever the outermost level.
 """
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from loftq_cli.errors import InvalidSetting
+from loftq_cli.formats import INTEGER_BITS
 
 # NormalFloat: quantiles of N(0, 1), scaled so that the outermost are ±1, eight negative, seven
 # positive and an exact zero (QLoRA, arXiv 2305.14314, appendix E). The quantiles are those of
@@ -77,8 +85,70 @@ class Codebook:
 
         Computed in float32: a border rounded differently would move the ties.
         """
-        ascending = self.level_tensor("cpu")[list(self.order)]
+        ascending = self.ascending("cpu")
         return ((ascending[:-1] + ascending[1:]) / 2).to(device)
+
+    def ascending(self, device: torch.device | str = "cpu") -> Tensor:
+        """The levels that a quantizer may choose, float32, ascending."""
+        return self.level_tensor(device)[self.order_tensor(device).int()]
+
+    def nearest(self, values: Tensor) -> Tensor:
+        """The levels nearest to values of blocks whose absmax is 1."""
+        borders = self.midpoints(values.device)
+        return self.ascending(values.device)[torch.bucketize(values, borders, out_int32=True)]
+
+
+# The largest value of eight significant bits that float16 has, and so has bfloat16.
+LARGEST_SCALE = 65280.0
+
+
+@dataclass(frozen=True)
+class IntegerGrid:
+    """The integers of so many bits, two's complement. A value halfway between goes to the even."""
+
+    bits: int
+
+    def __post_init__(self) -> None:
+        if self.bits not in INTEGER_BITS:
+            possible = ", ".join(map(str, INTEGER_BITS))
+            raise InvalidSetting(f"integers of {self.bits} bits are not possible: only {possible}")
+
+    @property
+    def lowest(self) -> int:
+        return -(2 ** (self.bits - 1))
+
+    @property
+    def highest(self) -> int:
+        return 2 ** (self.bits - 1) - 1
+
+    @property
+    def plain_share(self) -> float:
+        """The scale of a block whose largest magnitude is 1, without a search."""
+        return 2.0 / (2**self.bits - 1)
+
+    def ascending(self, device: torch.device | str = "cpu") -> Tensor:
+        return torch.arange(self.lowest, self.highest + 1, dtype=torch.float32, device=device)
+
+    def midpoints(self, device: torch.device | str = "cpu") -> Tensor:
+        return self.ascending(device)[1:] - 0.5
+
+    def nearest(self, values: Tensor) -> Tensor:
+        """The integers, as float32, nearest to values of blocks whose scale is 1."""
+        return values.round().clamp_(self.lowest, self.highest)
+
+    def possible(self, scale: Tensor, largest: float) -> Tensor:
+        """The nearest scale that both bfloat16 and float16 hold exactly, up to ``largest``.
+
+        That is eight significant bits, and no finer than float16's 2^-24. ``largest`` must be such
+        a value itself.
+        """
+        scale = scale.clamp(-largest, largest)
+        # Below 2^-17 float16 alone is the coarser, above it bfloat16: no scale is rounded twice.
+        eight_bits = torch.where(scale.abs() < 2**-17, scale, scale.bfloat16().float())
+        return eight_bits.half().float()
+
+
+Levels: TypeAlias = Codebook | IntegerGrid
 
 
 # Which codes each number of bits may choose.

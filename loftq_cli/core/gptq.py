@@ -18,6 +18,9 @@ Every row of T is a problem of its own. Two ways to a good Q, neither to the bes
 
 Where blocks reach over the ends of rows, a block's codes belong to two problems; its absmax then
 stays what it was.
+
+For integers, absmax are the scales (``codebooks.py``): each goes to the nearest that can be stored,
+which on a parabola is the best of those, at once, so what follows makes that good too.
 """
 
 from collections.abc import Callable, Iterator
@@ -26,8 +29,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from loftq_cli.core.blockwise import BlockwiseFormat
-from loftq_cli.core.codebooks import Codebook
+from loftq_cli.core.codebooks import Codebook, Levels
 from loftq_cli.core.parallel import each
 
 # Columns that are rounded one by one before their errors are passed on to all others at once.
@@ -48,16 +50,35 @@ _SMALLEST = 1e-30
 class Grid:
     """The values that codes may stand for, and how blocks lie in a weight of this shape."""
 
+    book: Levels
     levels: Tensor  # float32 (k,), ascending
     midpoints: Tensor  # float32 (k − 1,)
     block_size: int
     shape: tuple[int, int]
-    largest: float  # what no absmax's magnitude may exceed
+    most: float  # what no stored absmax's magnitude may exceed
+    unit: float  # the weight worked on is the stored one times this, a power of two
 
     @classmethod
-    def of(cls, book: Codebook, fmt: BlockwiseFormat, W: Tensor, largest: float) -> "Grid":
-        levels = book.level_tensor(W.device)[book.order_tensor(W.device).long()]
-        return cls(levels, book.midpoints(W.device), fmt.block_size, (*W.shape,), largest)
+    def of(cls, book: Levels, block_size: int, W: Tensor, most: float, unit: float = 1.0) -> "Grid":
+        levels, midpoints = book.ascending(W.device), book.midpoints(W.device)
+        return cls(book, levels, midpoints, block_size, (W.shape[0], W.shape[1]), most, unit)
+
+    @property
+    def largest(self) -> float:
+        """``most`` as the weight is worked on."""
+        return min(self.most * self.unit, torch.finfo(torch.float32).max)
+
+    @property
+    def rounds(self) -> bool:
+        """Whether not every float32 is a possible absmax."""
+        return not isinstance(self.book, Codebook)
+
+    def possible(self, absmax: Tensor) -> Tensor:
+        """The nearest absmax that can be stored; where that is 0, one that is as good as 0."""
+        if isinstance(self.book, Codebook):
+            return absmax
+        stored = self.book.possible(absmax / self.unit, self.most) * self.unit
+        return stored.masked_fill_(stored == 0, _SMALLEST)
 
     @property
     def aligned(self) -> bool:
@@ -138,8 +159,9 @@ def _search(block: Tensor, weights: Tensor, grid: Grid) -> Tensor:
     peak = block.abs().amax(dim=0).clamp_(_SMALLEST, grid.largest)
     weights = weights[:, None]
     best, least = peak, torch.full_like(peak, torch.inf)
+    outermost = -grid.levels[0].item()
     for share in (*_SHARES, *(-share for share in _SHARES)):
-        absmax = peak * share
+        absmax = grid.possible(peak * (share / outermost))
         for last in [False] * _ROUNDS + [True]:
             level = grid.levels[grid.nearest(block / absmax)]
             weighted = weights * level
@@ -149,7 +171,7 @@ def _search(block: Tensor, weights: Tensor, grid: Grid) -> Tensor:
             better = cost < least
             best, least = torch.where(better, absmax, best), torch.where(better, cost, least)
             if not last:
-                fitted = cross / square.clamp_min(_SMALLEST)
+                fitted = grid.possible(cross / square.clamp_min(_SMALLEST))
                 absmax = torch.where(grid.usable(fitted), fitted, absmax)
     return best
 
@@ -219,6 +241,9 @@ def _descend_columns(
     square = (level * (G @ level)).sum(dim=0)
     step = (level * before.addmm_(G, moved, alpha=-1)).sum(dim=0) / square.clamp_min(_SMALLEST)
     absmax = scales[0] + step
+    if grid.rounds:
+        absmax = grid.possible(absmax)
+        step = absmax - scales[0]
     fits = (square > 0) & grid.usable(absmax)
     rest -= level * torch.where(fits, step, 0.0)
     return torch.where(fits, absmax, scales[0])

@@ -1,6 +1,8 @@
-"""The two quantizers: blocks of a few bits, and rows of eight."""
+"""The quantizers: blocks of bitsandbytes' few bits or of integers, and its rows of eight bits."""
 
+from abc import abstractmethod
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,24 +11,34 @@ from loftq_cli.core.blockwise import (
     BlockwiseFormat,
     QuantizedBlockwise,
     dequantize_blockwise,
+    double_quantize,
+    pack,
     quantize_blockwise,
     restore_absmax,
 )
+from loftq_cli.core.codebooks import Levels, codebook
 from loftq_cli.core.int8 import QuantizedInt8, dequantize_int8, quantize_int8
+from loftq_cli.core.integers import (
+    IntegerFormat,
+    QuantizedIntegers,
+    dequantize_integers,
+    quantize_integers,
+)
 from loftq_cli.core.parallel import each
 from loftq_cli.core.residual import Residual, rows_a_piece, worth_compiling
 from loftq_cli.core.steps import Factors, Quantizer, ReferenceSteps, Steps, without
 
 
 @dataclass(frozen=True)
-class Blockwise(Quantizer):
-    """4-bit blocks, dequantized by the runtime to ``dtype`` (the source's own unless given).
+class BlocksQuantizer(Quantizer):
+    """Codes for levels, in blocks that share a scale; dequantized to ``dtype`` by the runtime.
 
-    Every block's absmax is searched for, or bitsandbytes' own without ``search``. On the CPU
-    compiled kernels do the work; ``readable`` keeps to the reference.
+    ``dtype`` is the source's own unless given. Every block's scale (absmax) is searched for, or
+    what the format's own library would take without ``search``. On the CPU compiled kernels do the
+    work; ``readable`` keeps to the reference.
     """
 
-    format: BlockwiseFormat
+    format: Any
     dtype: torch.dtype | None = None
     readable: bool = False
     search: bool = True
@@ -35,8 +47,57 @@ class Blockwise(Quantizer):
     def searches(self) -> bool:
         return self.search
 
-    def plain(self) -> "Blockwise":
+    def plain(self) -> "BlocksQuantizer":
         return replace(self, search=False)
+
+    @property
+    @abstractmethod
+    def levels(self) -> Levels:
+        """What codes may stand for."""
+
+    @abstractmethod
+    def block_size(self, in_features: int) -> int:
+        """Values in a block, of a weight with rows of so many."""
+
+    @abstractmethod
+    def largest(self, dtype: torch.dtype) -> float:
+        """What no scale may exceed in a weight that is dequantized to ``dtype``."""
+
+    @property
+    @abstractmethod
+    def rounds_together(self) -> bool:
+        """Whether a scale's rounding is known only when all scales are."""
+
+    @abstractmethod
+    def scales(self, quantized: Any) -> Tensor:
+        """The scale of every block as it is read back: float32 (blocks,)."""
+
+    @abstractmethod
+    def stored(self, indices: Tensor, scales: Tensor, dtype: torch.dtype, like: Any = None) -> Any:
+        """The stored form of chosen levels and scales; with those of ``like``, if that is given.
+
+        ``indices`` (out, in) are into the ascending levels, ``scales`` are (blocks,).
+        """
+
+    def steps(self, W: Tensor, *, rounded: bool = False) -> Steps:
+        if self.readable or not worth_compiling(W):
+            return ReferenceSteps(W, self)
+        from loftq_cli.core import compiled_step
+
+        return compiled_step.CompiledSteps(
+            W,
+            self.format,
+            self.dtype or W.dtype,
+            search=self.search,
+            products=compiled_step.product_dtype() if rounded else torch.float32,
+        )
+
+
+@dataclass(frozen=True)
+class Blockwise(BlocksQuantizer):
+    """bitsandbytes' 4-bit blocks."""
+
+    format: BlockwiseFormat
 
     def quantize(
         self, target: Tensor, dtype: torch.dtype, like: QuantizedBlockwise | None = None
@@ -52,18 +113,91 @@ class Blockwise(Quantizer):
     def dequantize(self, quantized: QuantizedBlockwise) -> Tensor:
         return dequantize_blockwise(quantized)
 
-    def steps(self, W: Tensor, *, rounded: bool = False) -> Steps:
-        if self.readable or not worth_compiling(W):
-            return ReferenceSteps(W, self)
-        from loftq_cli.core import compiled_step
+    @property
+    def levels(self) -> Levels:
+        return codebook(self.format.quant_type, self.format.bits)
 
-        return compiled_step.CompiledSteps(
-            W,
+    def block_size(self, in_features: int) -> int:
+        return self.format.block_size
+
+    def largest(self, dtype: torch.dtype) -> float:
+        return torch.finfo(dtype).max
+
+    @property
+    def rounds_together(self) -> bool:
+        return self.format.double_quant
+
+    def scales(self, quantized: QuantizedBlockwise) -> Tensor:
+        return restore_absmax(quantized)
+
+    def stored(
+        self,
+        indices: Tensor,
+        scales: Tensor,
+        dtype: torch.dtype,
+        like: QuantizedBlockwise | None = None,
+    ) -> QuantizedBlockwise:
+        book = codebook(self.format.quant_type, self.format.bits)
+        packed = pack(book.order_tensor(indices.device)[indices.view(-1).int()]).view(-1, 1)
+        if like is not None:
+            return replace(like, packed=packed)
+        shape = (indices.shape[0], indices.shape[1])
+        absmax = double_quantize(scales, self.format)
+        return QuantizedBlockwise(packed, *absmax, shape, self.format, dtype)
+
+
+@dataclass(frozen=True)
+class Integers(BlocksQuantizer):
+    """Symmetric integers with 16-bit scales."""
+
+    format: IntegerFormat
+
+    def quantize(
+        self, target: Tensor, dtype: torch.dtype, like: QuantizedIntegers | None = None
+    ) -> QuantizedIntegers:
+        return quantize_integers(
+            target,
             self.format,
-            self.dtype or W.dtype,
+            dtype=self.dtype or dtype,
             search=self.search,
-            products=compiled_step.product_dtype() if rounded else torch.float32,
+            previous=like.scales if self.search and like is not None else None,
         )
+
+    def dequantize(self, quantized: QuantizedIntegers) -> Tensor:
+        return dequantize_integers(quantized)
+
+    @property
+    def levels(self) -> Levels:
+        return self.format.grid
+
+    def block_size(self, in_features: int) -> int:
+        return self.format.size(in_features)
+
+    def largest(self, dtype: torch.dtype) -> float:
+        return self.format.largest_scale(dtype)
+
+    @property
+    def rounds_together(self) -> bool:
+        return False
+
+    def scales(self, quantized: QuantizedIntegers) -> Tensor:
+        return quantized.scales.view(-1)
+
+    def stored(
+        self,
+        indices: Tensor,
+        scales: Tensor,
+        dtype: torch.dtype,
+        like: QuantizedIntegers | None = None,
+    ) -> QuantizedIntegers:
+        if like is not None:
+            scales = like.scales
+        grid = self.format.grid
+        scales = grid.possible(scales, self.largest(dtype)).view(indices.shape[0], -1)
+        codes = (indices.to(torch.int16) + grid.lowest).to(torch.int8)
+        # A block whose scale is 0 may have been given any codes.
+        by_block = codes.view(*scales.shape, -1) * (scales != 0)[:, :, None]
+        return QuantizedIntegers(by_block.view(indices.shape), scales, self.format, dtype)
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,7 @@ def objective(R: Tensor, G: Tensor) -> float:
 
 
 def grid_of(W: Tensor, fmt: BlockwiseFormat) -> Grid:
-    return Grid.of(codebook(fmt.quant_type, fmt.bits), fmt, W, 1e30)
+    return Grid.of(codebook(fmt.quant_type, fmt.bits), fmt.block_size, W, 1e30)
 
 
 def values(rounding: Rounding, grid: Grid) -> Tensor:
