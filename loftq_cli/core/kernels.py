@@ -1,5 +1,8 @@
 """The compiled hot loops of blockwise quantization, held to ``blockwise.py`` bit for bit.
 
+Those of integers (``integer_kernels.py``) and of the search (``search_kernels.py``) are made of the
+same parts.
+
 Each function takes a flat run of whole blocks (the very last may be ragged) and keeps to one
 thread, outside Python's lock: what runs beside it is its caller's business. They are compiled on
 first use and cached on disk.
@@ -136,6 +139,45 @@ def _choice(value: Any, borders: Any, choices: Any) -> Any:
 
 
 @_inlined
+def _subtract(w: Any, product: Any, target: Any) -> Any:
+    """w − product into ``target``; returns the largest magnitude. An empty product is none."""
+    top = np.uint32(0)
+    if product.size:
+        if product.itemsize == 4:
+            for j in range(w.size):
+                t = w[j] - np.float32(product[j])
+                target[j] = t
+                magnitude = _bits(t) & np.uint32(0x7FFFFFFF)
+                top = magnitude if magnitude > top else top
+        else:
+            for j in range(w.size):
+                t = w[j] - _float(np.uint32(product[j]) << np.uint32(16))
+                target[j] = t
+                magnitude = _bits(t) & np.uint32(0x7FFFFFFF)
+                top = magnitude if magnitude > top else top
+    else:
+        for j in range(w.size):
+            target[j] = w[j]
+            magnitude = _bits(w[j]) & np.uint32(0x7FFFFFFF)
+            top = magnitude if magnitude > top else top
+    return _float(top)
+
+
+@_inlined
+def _leave(w: Any, target: Any, rounding: Any, rest: Any) -> None:
+    """w − Q into ``rest``, where ``target`` holds Q before it is rounded."""
+    if rounding == FLOAT32:
+        for j in range(w.size):
+            rest[j] = w[j] - target[j]
+    elif rounding == BFLOAT16:
+        for j in range(w.size):
+            rest[j] = w[j] - _float(_to_bfloat16(target[j]))
+    else:
+        for j in range(w.size):
+            rest[j] = w[j] - _float(_to_float16(target[j]))
+
+
+@_inlined
 def _encode(
     W: Any,
     product: Any,
@@ -161,27 +203,7 @@ def _encode(
         w = W[start : start + size]
         rest = residual[start : start + size]
         target = scaled[: w.size]
-        top = np.uint32(0)
-        if product.size:
-            p = product[start : start + size]
-            if product.itemsize == 4:
-                for j in range(w.size):
-                    t = w[j] - np.float32(p[j])
-                    target[j] = t
-                    magnitude = _bits(t) & np.uint32(0x7FFFFFFF)
-                    top = magnitude if magnitude > top else top
-            else:
-                for j in range(w.size):
-                    t = w[j] - _float(np.uint32(p[j]) << np.uint32(16))
-                    target[j] = t
-                    magnitude = _bits(t) & np.uint32(0x7FFFFFFF)
-                    top = magnitude if magnitude > top else top
-        else:
-            for j in range(w.size):
-                target[j] = w[j]
-                magnitude = _bits(w[j]) & np.uint32(0x7FFFFFFF)
-                top = magnitude if magnitude > top else top
-        peak = _float(top)
+        peak = _subtract(w, product[start : start + size], target)
         scale = np.float32(1.0) / max(peak, smallest)
         if given:
             peak = absmax[block]
@@ -203,15 +225,7 @@ def _encode(
         pairs = packed[start // 2 : (start + target.size + 1) // 2]
         for j in range(pairs.size):
             pairs[j] = (chosen[2 * j] << np.uint8(4)) | chosen[2 * j + 1]
-        if rounding == FLOAT32:
-            for j in range(w.size):
-                rest[j] = w[j] - target[j]
-        elif rounding == BFLOAT16:
-            for j in range(w.size):
-                rest[j] = w[j] - _float(_to_bfloat16(target[j]))
-        else:
-            for j in range(w.size):
-                rest[j] = w[j] - _float(_to_float16(target[j]))
+        _leave(w, target, rounding, rest)
 
 
 @_compiled
@@ -235,7 +249,7 @@ def quantize(
     An empty ``product`` is none, an empty ``residual`` is not wanted. Both are float32, or bfloat16
     bits in uint16.
     """
-    segment = max(size, _SEGMENT)
+    segment = max(_SEGMENT // size, 1) * size
     rest = np.empty(segment, np.float32)
     total = 0.0
     for start in range(0, W.size, segment):
@@ -268,7 +282,7 @@ def form_residual(
 
     ``table`` holds the level of each code.
     """
-    segment = max(size, _SEGMENT)
+    segment = max(_SEGMENT // size, 1) * size
     difference = np.empty(segment, np.float32)
     dequantized = np.empty(segment, np.float32)
     total = 0.0

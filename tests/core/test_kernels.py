@@ -17,6 +17,7 @@ from loftq_cli.core.blockwise import (
     quantize_blockwise,
 )
 from loftq_cli.core.compiled_step import CompiledSteps
+from loftq_cli.core.layouts import choices, flat
 from loftq_cli.core.quantizers import Blockwise
 from loftq_cli.core.steps import Factors
 
@@ -82,14 +83,14 @@ def test_subtracting_a_product(shape: tuple[int, int], products: torch.dtype) ->
     absmax, rest = torch.empty(-(-W.numel() // 64)), torch.empty_like(product)
     energy = kernels.quantize(
         W.view(-1).numpy(),
-        compiled_step._flat(product),
+        flat(product),
         64,
-        *compiled_step._choices("nf4", 4),
+        *choices("nf4", 4),
         False,
         kernels.FLOAT32,
         packed.numpy(),
         absmax.numpy(),
-        compiled_step._flat(rest),
+        flat(rest),
     )
     reference = quantize_blockwise(W - product.float(), fmt)
     assert same_bits(packed.view(-1, 1), reference.packed)
