@@ -12,9 +12,11 @@ from torch import Tensor
 
 from loftq_cli.core import compiled_step, loftq
 from loftq_cli.core.blockwise import BlockwiseFormat, quantize_blockwise
+from loftq_cli.core.codebooks import INTEGER_BITS
+from loftq_cli.core.integers import IntegerFormat
 from loftq_cli.core.loftq import initialize, plain_adapter
 from loftq_cli.core.lowrank import truncated_svd
-from loftq_cli.core.quantizers import Blockwise
+from loftq_cli.core.quantizers import BlocksQuantizer, Blockwise, Integers
 from loftq_cli.core.residual import Residual
 from loftq_cli.core.steps import Factors
 from loftq_cli.errors import InvalidSetting
@@ -54,13 +56,28 @@ WEIGHTS = {
 SHAPES = [(1, 1), (1, 70), (33, 65), (40, 96), (96, 40), (70, 3), (260, 300)]
 
 
-@st.composite
-def cases(draw: st.DrawFn) -> tuple[Tensor, Blockwise, dict[str, Any]]:
-    kind = draw(st.sampled_from([("nf4", 4), ("nf4", 3), ("nf4", 2), ("fp4", 4)]))
-    fmt = BlockwiseFormat(
-        kind[0], draw(st.sampled_from([32, 64, 256])), draw(st.booleans()), kind[1]
+def quantizers(columns: int) -> st.SearchStrategy[BlocksQuantizer]:
+    """All that search, for rows of so many values."""
+    sizes = [size for size in (32, 64, None) if columns % (size or columns) == 0]
+    return st.one_of(
+        st.builds(
+            lambda kind, size, double: Blockwise(BlockwiseFormat(kind[0], size, double, kind[1])),
+            st.sampled_from([("nf4", 4), ("nf4", 3), ("nf4", 2), ("fp4", 4)]),
+            st.sampled_from([32, 64, 256]),
+            st.booleans(),
+        ),
+        st.builds(
+            lambda bits, size: Integers(IntegerFormat(bits, size)),
+            st.sampled_from(INTEGER_BITS),
+            st.sampled_from(sizes),
+        ),
     )
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> tuple[Tensor, BlocksQuantizer, dict[str, Any]]:
     shape = draw(st.sampled_from(SHAPES))
+    quantizer = draw(quantizers(shape[1]))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 1000)))
     W = WEIGHTS[draw(st.sampled_from(sorted(WEIGHTS)))](torch.randn(shape, generator=generator))
     dtype = draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
@@ -71,12 +88,12 @@ def cases(draw: st.DrawFn) -> tuple[Tensor, Blockwise, dict[str, Any]]:
         "start": draw(st.sampled_from(["zero", "weight"])),
         "svd": draw(st.sampled_from(["auto", "exact"])),
     }
-    return W, Blockwise(fmt), settings
+    return W, quantizer, settings
 
 
 @settings(max_examples=60, deadline=None)
 @given(cases())
-def test_the_error_never_rises(case: tuple[Tensor, Blockwise, dict[str, Any]]) -> None:
+def test_the_error_never_rises(case: tuple[Tensor, BlocksQuantizer, dict[str, Any]]) -> None:
     W, quantizer, options = case
     result = initialize(W, quantizer, **options)
     assert result.errors == sorted(result.errors, reverse=True)
@@ -92,10 +109,11 @@ def test_the_error_never_rises(case: tuple[Tensor, Blockwise, dict[str, Any]]) -
 
 @settings(max_examples=30, deadline=None)
 @given(cases())
-def test_no_step_raises_the_error(case: tuple[Tensor, Blockwise, dict[str, Any]]) -> None:
+def test_no_step_raises_the_error(case: tuple[Tensor, BlocksQuantizer, dict[str, Any]]) -> None:
     """Each is one of its own: what rose is thrown away by the alternation, which would hide it."""
     W, quantizer, options = case
-    quantizer = replace(quantizer, format=replace(quantizer.format, double_quant=False))
+    if quantizer.rounds_together:
+        quantizer = replace(quantizer, format=replace(quantizer.format, double_quant=False))
     generator = torch.Generator().manual_seed(1)
     # What the search compares is rounded afterwards: to the runtime's dtype, and in float32 sums.
     rounding = max(torch.finfo(W.dtype).eps, 1e-5) * float(W.double().norm())
@@ -120,8 +138,13 @@ def test_nor_with_rounded_products(
     monkeypatch.setattr(compiled_step, "product_dtype", lambda: products)
     torch.manual_seed(0)
     W = torch.randn(192, 256) + 0.2 * torch.randn(192, 20) @ torch.randn(20, 256)
-    for fmt in (BlockwiseFormat("nf4", 64, True), BlockwiseFormat("nf4", 64, bits=2)):
-        result = initialize(W, Blockwise(fmt), 16, start=start, svd="randomized", iterations=16)
+    for quantizer in (
+        Blockwise(BlockwiseFormat("nf4", 64, True)),
+        Blockwise(BlockwiseFormat("nf4", 64, bits=2)),
+        Integers(IntegerFormat(2, 64)),
+        Integers(IntegerFormat(8, None)),
+    ):
+        result = initialize(W, quantizer, 16, start=start, svd="randomized", iterations=16)
         assert len(result.errors) > 5
         assert result.errors == sorted(result.errors, reverse=True)
 
@@ -134,14 +157,20 @@ def test_steps_that_are_too_long_are_taken_back() -> None:
     assert wild.error == pytest.approx(calm.error, rel=0.02)
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize(
+    "quantizer",
+    [
+        *(Blockwise(BlockwiseFormat("nf4", 64, bits=bits)) for bits in (2, 3, 4)),
+        *(Integers(IntegerFormat(bits, 64)) for bits in (2, 3, 4)),
+    ],
+    ids=lambda quantizer: f"{type(quantizer).__name__}-{quantizer.format.bits}",
+)
 @pytest.mark.parametrize("start", ["zero", "weight"])
-def test_below_the_published_algorithm(start: str, bits: int) -> None:
-    torch.manual_seed(bits)
+def test_below_the_published_algorithm(start: str, quantizer: BlocksQuantizer) -> None:
+    torch.manual_seed(quantizer.format.bits)
     W = torch.randn(256, 384) + 0.2 * torch.randn(256, 20) @ torch.randn(20, 384)
-    fmt = BlockwiseFormat("nf4", 64, bits=bits)
-    published = initialize(W, Blockwise(fmt, search=False), 8, iterations=5, svd="exact")
-    ours = initialize(W, Blockwise(fmt), 8, start=start)
+    published = initialize(W, quantizer.plain(), 8, iterations=5, svd="exact")
+    ours = initialize(W, quantizer, 8, start=start)
     assert ours.error < 0.92 * published.error
     assert ours.quantized_only_error == published.quantized_only_error
 
