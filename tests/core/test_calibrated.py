@@ -8,15 +8,22 @@ import pytest
 import torch
 from bitsandbytes import functional as bnb
 from bitsandbytes.backends.default.ops import _dequantize_4bit_compute
+from test_integers import FORMATS, assert_storable
 from torch import Tensor
 
-from loftq_cli.core.blockwise import BlockwiseFormat, QuantizedBlockwise, restore_absmax
+from loftq_cli.core.blockwise import (
+    SOURCE_DTYPES,
+    BlockwiseFormat,
+    QuantizedBlockwise,
+    restore_absmax,
+)
 from loftq_cli.core.calibrated import initialize_calibrated
-from loftq_cli.core.codebooks import codebook
+from loftq_cli.core.codebooks import LARGEST_SCALE, codebook
 from loftq_cli.core.gptq import Grid, Rounding, descend, gptq
 from loftq_cli.core.input_moments import DampedMoments, principal_root, weighted_low_rank
+from loftq_cli.core.integers import IntegerFormat, QuantizedIntegers
 from loftq_cli.core.loftq import LoftqResult, initialize
-from loftq_cli.core.quantizers import Blockwise, Int8
+from loftq_cli.core.quantizers import BlocksQuantizer, Blockwise, Int8, Integers
 from loftq_cli.errors import InvalidSetting, LoftqError, NonFiniteWeight
 
 FORMAT = BlockwiseFormat("nf4", 64)
@@ -47,7 +54,9 @@ def objective(R: Tensor, G: Tensor) -> float:
     return float(((R.double() @ G.double()) * R.double()).sum())
 
 
-def grid_of(W: Tensor, fmt: BlockwiseFormat) -> Grid:
+def grid_of(W: Tensor, fmt: BlockwiseFormat | IntegerFormat) -> Grid:
+    if isinstance(fmt, IntegerFormat):
+        return Grid.of(fmt.grid, fmt.size(W.shape[1]), W, LARGEST_SCALE)
     return Grid.of(codebook(fmt.quant_type, fmt.bits), fmt.block_size, W, 1e30)
 
 
@@ -77,14 +86,20 @@ def textbook_gptq(T: Tensor, G: Tensor, scales: Tensor, levels: Tensor) -> Tenso
         (24, 256, BlockwiseFormat("nf4", 128)),
         (33, 100, BlockwiseFormat("fp4", 32)),  # blocks reach over the ends of rows
         (40, 64, BlockwiseFormat("nf4", 64, bits=2)),
+        (40, 128, IntegerFormat(4, 32)),
+        (24, 192, IntegerFormat(2)),
+        (24, 128, IntegerFormat(8, 64)),
     ],
 )
-def test_gptq_is_the_textbooks(rows: int, columns: int, fmt: BlockwiseFormat) -> None:
+def test_gptq_is_the_textbooks(
+    rows: int, columns: int, fmt: BlockwiseFormat | IntegerFormat
+) -> None:
     T, G = normal(rows, columns), moments_of(correlated_inputs(1000, columns))
     inputs, grid = DampedMoments.of(G), grid_of(T, fmt)
     absmax = None if grid.aligned else torch.rand(-(-T.numel() // 32), generator=seeded()) + 1
     rounding = gptq(T, inputs.inverse_root(), grid, absmax)
-    scales = rounding.absmax.repeat_interleave(fmt.block_size)[: T.numel()].view(T.shape)
+    assert torch.equal(grid.possible(rounding.absmax), rounding.absmax)
+    scales = rounding.absmax.repeat_interleave(grid.block_size)[: T.numel()].view(T.shape)
     expected = textbook_gptq(T, inputs.moments, scales, grid.levels)
     # A tie that float32 decides the other way changes all of a row that comes after it.
     same = (values(rounding, grid).double() - expected).abs().amax(dim=1) < 1e-5
@@ -106,17 +121,23 @@ def test_gptq_in_pieces_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.allclose(once.absmax, pieces.absmax, rtol=1e-3)
 
 
-@pytest.mark.parametrize("bits", [4, 3, 2])
-def test_absmax_is_nearly_the_best_of_a_fine_grid(bits: int) -> None:
+@pytest.mark.parametrize(
+    "fmt",
+    [
+        *(BlockwiseFormat("nf4", 64, bits=bits) for bits in (4, 3, 2)),
+        *(IntegerFormat(bits, 64) for bits in (4, 3, 2)),
+    ],
+    ids=str,
+)
+def test_absmax_is_nearly_the_best_of_a_fine_grid(fmt: BlockwiseFormat | IntegerFormat) -> None:
     """With uncorrelated inputs nothing is passed on, and every block is a problem of its own."""
-    fmt = BlockwiseFormat("nf4", 64, bits=bits)
     T, weights = normal(200, 64), torch.rand(64, generator=seeded(1)) + 0.1
     grid = grid_of(T, fmt)
     found = gptq(T, torch.diag(weights.rsqrt()), grid)
     cost = ((T - values(found, grid)).square() * weights).sum(dim=1)
     best = torch.full_like(cost, torch.inf)
     for share in torch.linspace(0.2, 1.2, 300):
-        absmax = T.abs().amax(dim=1, keepdim=True) * share
+        absmax = grid.possible(T.abs().amax(dim=1, keepdim=True) * share / -grid.levels[0])
         rest = T - grid.levels[grid.nearest(T / absmax)] * absmax
         best = torch.minimum(best, (rest.square() * weights).sum(dim=1))
     assert cost.sum() < 1.04 * best.sum()
@@ -130,22 +151,29 @@ def test_absmax_is_nearly_the_best_of_a_fine_grid(bits: int) -> None:
         (256, BlockwiseFormat("nf4", 256, bits=3)),
         (96, BlockwiseFormat("fp4", 32)),
         (90, BlockwiseFormat("nf4", 64, bits=2)),
+        (128, IntegerFormat(2, 32)),
+        (90, IntegerFormat(3)),
+        (256, IntegerFormat(8, 128)),
     ],
 )
-def test_descent_never_raises_the_objective(columns: int, fmt: BlockwiseFormat, free: bool) -> None:
+def test_descent_never_raises_the_objective(
+    columns: int, fmt: BlockwiseFormat | IntegerFormat, free: bool
+) -> None:
     T = normal(30, columns) * normal(30, 1, seed=5).exp()
     G = DampedMoments.of(moments_of(correlated_inputs(40, columns))).moments
     grid = grid_of(T, fmt)
-    count = -(-T.numel() // fmt.block_size)
+    count = -(-T.numel() // grid.block_size)
+    absmax = (torch.rand(count, generator=seeded(1)) * 2 + 1e-3) / -grid.levels[0]
     rounding = Rounding(
         torch.randint(0, grid.levels.numel(), T.shape, generator=seeded()).to(torch.uint8),
-        torch.rand(count, generator=seeded(1)) * 2 + 1e-3,
+        grid.possible(absmax),
     )
     before = first = objective(T - values(rounding, grid), G)
     for _ in range(5):
         rounding = descend(T, G, rounding, grid, sweeps=1, free=free)
         after = objective(T - values(rounding, grid), G)
         assert after <= before * (1 + 1e-5)
+        assert torch.equal(grid.possible(rounding.absmax), rounding.absmax)
         before = after
     assert after < 0.9 * first
 
@@ -232,7 +260,7 @@ def test_a_root_is_a_root_and_an_inverse_one() -> None:
 
 
 def check_claims(
-    W: Tensor, G: Tensor, quantizer: Blockwise, result: LoftqResult, scaling: float
+    W: Tensor, G: Tensor, quantizer: BlocksQuantizer, result: LoftqResult, scaling: float
 ) -> None:
     """All that a result says of itself, measured anew in float64."""
     Q = quantizer.dequantize(result.quantized)
@@ -298,16 +326,19 @@ def inputs_called(name: str, features: int) -> Tensor:
 INPUTS = ("correlated", "few tokens", "dead inputs", "rank one", "huge range", "zero")
 
 
+@pytest.mark.parametrize("quantizer", [NF4, Integers(IntegerFormat(3))], ids=["nf4", "int3"])
 @pytest.mark.parametrize("inputs", INPUTS)
 @pytest.mark.parametrize("weight", WEIGHTS)
-def test_claims_hold_and_errors_never_rise(weight: str, inputs: str) -> None:
+def test_claims_hold_and_errors_never_rise(
+    weight: str, inputs: str, quantizer: BlocksQuantizer
+) -> None:
     W = WEIGHTS[weight]
     G = inputs_called(inputs, W.shape[1])
-    result = initialize_calibrated(W, G, NF4, 4, scaling=2.0)
+    result = initialize_calibrated(W, G, quantizer, 4, scaling=2.0)
     if not G.any():  # then it is the weight's errors that count
         assert result.output_norm == 0.0
         G, result = torch.eye(W.shape[1]), replace(result, output_norm=float(W.double().norm()))
-    check_claims(W, G, NF4, result, 2.0)
+    check_claims(W, G, quantizer, result, 2.0)
     assert result.lora_A.shape == (4, W.shape[1])
     assert result.lora_B.shape == (40, 4)
     assert all(factor.isfinite().all() for factor in (result.lora_A, result.lora_B))
@@ -322,10 +353,17 @@ def test_output_error_is_that_of_the_outputs() -> None:
         assert result.output_error == pytest.approx(float(expected), rel=1e-3)
 
 
-@pytest.mark.parametrize("bits", [4, 3, 2])
-def test_calibrated_beats_qera_beats_loftq(bits: int) -> None:
+@pytest.mark.parametrize(
+    "quantizer",
+    [
+        *(Blockwise(replace(FORMAT, bits=bits)) for bits in (4, 3, 2)),
+        *(Integers(IntegerFormat(bits, 64)) for bits in (4, 3, 2)),
+    ],
+    ids=str,
+)
+def test_calibrated_beats_qera_beats_loftq(quantizer: BlocksQuantizer) -> None:
     W, X = normal(96, 128), correlated_inputs(2000, 128)
-    G, quantizer = moments_of(X), Blockwise(replace(FORMAT, bits=bits))
+    G = moments_of(X)
 
     def output_error(result: LoftqResult) -> float:
         rest = W - quantizer.dequantize(result.quantized) - result.lora_B @ result.lora_A
@@ -384,6 +422,24 @@ def read_by_bitsandbytes(q: QuantizedBlockwise) -> Tensor:
         q.shape,
         q.dtype,
     )
+
+
+@pytest.mark.parametrize("dtype", SOURCE_DTYPES, ids=str)
+@pytest.mark.parametrize("fmt", FORMATS, ids=str)
+def test_integers_can_be_stored_in_either_container(fmt: IntegerFormat, dtype: torch.dtype) -> None:
+    """And of blocks of zeros, the codes are zero."""
+    W, G = normal(24, 128), moments_of(correlated_inputs(500, 128))
+    W[3] = 0
+    quantizer = Integers(fmt)
+    result = initialize_calibrated(W.to(dtype), G, quantizer, 4, iterations=2)
+    q = result.quantized
+    assert isinstance(q, QuantizedIntegers)
+    assert (q.shape, q.scales.shape) == ((24, 128), (24, 128 // (fmt.block_size or 128)))
+    assert_storable(q)
+    check_claims(W.to(dtype), G, quantizer, result, 1.0)
+    zeros = initialize_calibrated(W * 0, G, quantizer, 4, iterations=2).quantized
+    assert not zeros.codes.any()
+    assert not zeros.scales.any()
 
 
 def test_smaller_blocks_are_better() -> None:
