@@ -21,33 +21,36 @@ def spread_bits(
 ) -> list[int]:
     """The bits of each layer that lose least together, with ``average`` bits a weight or fewer.
 
-    ``errors`` of each layer are in the order of ``bits``, which ascend one by one; ``sizes`` count
-    weights. The least bits are taken for granted and the others bought, one choice a layer, by
+    ``errors`` of each layer are in the order of ``bits``, which ascend; ``sizes`` count weights.
+    The least bits are taken for granted and the others bought, one choice a layer, by
     dynamic programming: exact as long as the sizes share a divisor that is not too small, and else
     to one part in 16384 of all weights, which what is left then buys one by one. Of equals, the
     earlier layer gets more.
     """
+    more = [each - bits[0] for each in bits]
     wanted = Fraction(average).limit_denominator(10**6) - bits[0]
     spare = math.floor(wanted * sum(sizes))  # bits beyond the least, of all weights together
     unit = max(math.gcd(*sizes), -(-sum(sizes) // _MOST_STEPS))
     prices = [-(-size // unit) for size in sizes]
-    extra = _cheapest(errors, prices, min(spare // unit, (len(bits) - 1) * sum(prices)))
-    spare -= sum(size * more for size, more in zip(sizes, extra, strict=True))
+    choices = _cheapest(errors, prices, more, min(spare // unit, more[-1] * sum(prices)))
+    spare -= sum(size * more[choice] for size, choice in zip(sizes, choices, strict=True))
     while True:
         better = [
-            (errors[i][more] - errors[i][more + 1], -i)
-            for i, more in enumerate(extra)
-            if more + 1 < len(bits) and sizes[i] <= spare
+            (errors[i][choice] - errors[i][choice + 1], -i)
+            for i, choice in enumerate(choices)
+            if choice + 1 < len(bits) and sizes[i] * (more[choice + 1] - more[choice]) <= spare
         ]
         gain, place = max(better, default=(-1.0, 0))
         if gain < 0:
-            return [bits[0] + more for more in extra]
-        extra[-place] += 1
-        spare -= sizes[-place]
+            return [bits[choice] for choice in choices]
+        choices[-place] += 1
+        spare -= sizes[-place] * (more[choices[-place]] - more[choices[-place] - 1])
 
 
-def _cheapest(errors: Sequence[Sequence[float]], prices: Sequence[int], budget: int) -> list[int]:
-    """How many bits each layer buys, at so much a bit.
+def _cheapest(
+    errors: Sequence[Sequence[float]], prices: Sequence[int], more: Sequence[int], budget: int
+) -> list[int]:
+    """Which of so many ``more`` bits each layer buys, at its price a bit.
 
     From the last layer to the first: least[c] is what the layers seen so far lose with c to spend.
     """
@@ -55,17 +58,17 @@ def _cheapest(errors: Sequence[Sequence[float]], prices: Sequence[int], budget: 
     bought = np.zeros((len(prices), budget + 1), np.int8)
     for place in reversed(range(len(prices))):
         options = np.full((len(errors[place]), budget + 1), np.inf)
-        for more, error in enumerate(errors[place]):
-            cost = more * prices[place]
+        for choice, error in enumerate(errors[place]):
+            cost = more[choice] * prices[place]
             if cost <= budget:
-                options[more, cost:] = least[: budget + 1 - cost] + error
+                options[choice, cost:] = least[: budget + 1 - cost] + error
         least = options.min(axis=0)
-        for more, option in enumerate(options):  # the last that is as good, so the most bits
-            bought[place, option <= least * (1 + _ROUNDING)] = more
+        for choice, option in enumerate(options):  # the last that is as good, so the most bits
+            bought[place, option <= least * (1 + _ROUNDING)] = choice
     found = []
-    for price, choice in zip(prices, bought, strict=True):
-        found.append(int(choice[budget]))
-        budget -= found[-1] * price
+    for price, best in zip(prices, bought, strict=True):
+        found.append(int(best[budget]))
+        budget -= more[found[-1]] * price
     return found
 
 

@@ -7,7 +7,8 @@ import torch
 
 from loftq_cli.core.blockwise import BlockwiseFormat
 from loftq_cli.core.int8 import dequantize_int8, quantize_int8
-from loftq_cli.core.quantizers import Blockwise, Int8
+from loftq_cli.core.integers import IntegerFormat
+from loftq_cli.core.quantizers import Blockwise, Int8, Integers
 from loftq_cli.core.rank_errors import rank_errors
 from loftq_cli.core.steps import Quantizer
 from loftq_cli.errors import NonFiniteWeight
@@ -21,7 +22,9 @@ def weight(rows: int, columns: int) -> torch.Tensor:
     return torch.randn(rows, columns) * torch.rand(rows, 1)
 
 
-@pytest.mark.parametrize("quantizer", [NF4, Int8()])
+@pytest.mark.parametrize(
+    "quantizer", [NF4, Int8(), Integers(IntegerFormat(4, 32)), Integers(IntegerFormat(2))], ids=str
+)
 @pytest.mark.parametrize("shape", [(128, 192), (512, 384)])
 def test_against_float64(quantizer: Quantizer, shape: tuple[int, int]) -> None:
     W = weight(*shape)

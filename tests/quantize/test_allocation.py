@@ -41,32 +41,35 @@ BITS = (2, 3, 4)
 # --- spreading bits -------------------------------------------------------------------------------
 
 
-def random_losses(layers: int, seed: int) -> list[list[float]]:
+def random_losses(layers: int, seed: int, widths: Sequence[int] = BITS) -> list[list[float]]:
     chance = random.Random(seed)
-    return [sorted((chance.random() for _ in BITS), reverse=True) for _ in range(layers)]
+    return [sorted((chance.random() for _ in widths), reverse=True) for _ in range(layers)]
 
 
-def total(losses: Sequence[Sequence[float]], bits: Sequence[int]) -> float:
-    return sum(loss[each - 2] for loss, each in zip(losses, bits, strict=True))
+def total(
+    losses: Sequence[Sequence[float]], bits: Sequence[int], widths: Sequence[int] = BITS
+) -> float:
+    return sum(loss[widths.index(each)] for loss, each in zip(losses, bits, strict=True))
 
 
 def spent(bits: Sequence[int], sizes: Sequence[int]) -> int:
     return sum(each * size for each, size in zip(bits, sizes, strict=True))
 
 
+@pytest.mark.parametrize("widths", [BITS, (2, 3, 4, 8)], ids=str)
 @pytest.mark.parametrize("average", [2, 2.1, 2.5, 3, 3.7, 4])
 @pytest.mark.parametrize("seed", range(5))
-def test_no_other_bits_lose_less(average: float, seed: int) -> None:
+def test_no_other_bits_lose_less(average: float, seed: int, widths: Sequence[int]) -> None:
     sizes = random.Random(seed).choices([2048, 4096, 6144, 65536], k=6)
-    lost = random_losses(6, seed)
-    found = spread_bits(lost, sizes, BITS, average)
+    lost = random_losses(6, seed, widths)
+    found = spread_bits(lost, sizes, widths, average)
     assert spent(found, sizes) <= average * sum(sizes)
     least = min(
-        total(lost, bits)
-        for bits in itertools.product(BITS, repeat=6)
+        total(lost, bits, widths)
+        for bits in itertools.product(widths, repeat=6)
         if spent(bits, sizes) <= average * sum(sizes)
     )
-    assert total(lost, found) == pytest.approx(least, rel=1e-9)
+    assert total(lost, found, widths) == pytest.approx(least, rel=1e-9)
 
 
 @pytest.mark.parametrize("average", [2, 2.3, 2.9999, 3.6, 4])
