@@ -63,23 +63,22 @@ def starts_for(book: Levels, *, warm: bool) -> Starts:
         return WARM
     if isinstance(book, Codebook):
         return COLD
-    return Starts((book.plain_share * -book.lowest, *COLD.factors), COLD.passes)
+    return Starts((book.plain_share * book.outermost, *COLD.factors), COLD.passes)
 
 
 def search_absmax(blocks: Tensor, previous: Tensor | None, book: Levels, largest: float) -> Tensor:
     """The absmax, or for integers the scales, (count,) for float32 ``blocks`` (count × size).
 
-    ``previous`` (count,) are those to begin with. None is above ``largest``, the runtime's largest
-    number. Where an absmax is, or is too small to divide by, the largest magnitude is taken; where
-    a scale is too small to be stored it is 0.
+    ``previous`` (count,) are those to begin with. Where an absmax is found that is above
+    ``largest``, the runtime's largest number, or too small to divide by, the largest magnitude is
+    taken. A scale above ``largest`` is that, and one too small to be stored is 0.
     """
     peak = blocks.abs().amax(dim=1)
     starts = starts_for(book, warm=previous is not None)
-    outermost = -book.ascending()[0].item()
     scaled = blocks * (1.0 / peak.clamp(min=SMALLEST))[:, None]
-    usual = torch.full_like(peak, 1.0 / outermost)
+    usual = torch.full_like(peak, 1.0 / book.outermost)
     base = usual if previous is None else previous / peak
-    share = base.abs() * outermost
+    share = base.abs() * book.outermost
     base = torch.where((share > _NEAREST) & (share < _FARTHEST), base, usual)
     best, most = torch.zeros_like(peak), torch.zeros_like(peak)
     for factor in torch.tensor(starts.factors, device=blocks.device):

@@ -25,7 +25,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from loftq_cli.core.blockwise import quantize_blockwise
+from loftq_cli.core.blockwise import QuantizedBlockwise, quantize_blockwise, restore_absmax
 from loftq_cli.core.gptq import Grid, Rounding, descend, gptq
 from loftq_cli.core.input_moments import (
     DampedMoments,
@@ -130,10 +130,12 @@ class _Problem:
         """‖R·G^½‖ / ‖W·G^½‖."""
         return math.sqrt(output_energy(R, self.moments)) / self.norm
 
-    def stored(self, rounding: Rounding, like: Any) -> Any:
+    def stored(self, rounding: Rounding, like: QuantizedBlockwise | None) -> Any:
         """What is written to the file; with the absmax of ``like``, if that is given."""
-        absmax = rounding.absmax / self.unit
-        return self.quantizer.stored(rounding.indices, absmax, self.dtype, like)
+        if like is not None:
+            assert isinstance(self.quantizer, Blockwise)
+            return self.quantizer.recoded(like, rounding.indices)
+        return self.quantizer.stored(rounding.indices, rounding.absmax / self.unit, self.dtype)
 
 
 @dataclass(frozen=True)
@@ -182,8 +184,10 @@ def _alternate(problem: _Problem, iterations: int | None) -> tuple[_Found, list[
     return best, errors
 
 
-def _first_rounding(problem: _Problem, inputs: DampedMoments, T: Tensor) -> tuple[Rounding, Any]:
-    """``T`` rounded by GPTQ; and the stored form whose absmax are to stay, if they are."""
+def _first_rounding(
+    problem: _Problem, inputs: DampedMoments, T: Tensor
+) -> tuple[Rounding, QuantizedBlockwise | None]:
+    """``T`` rounded by GPTQ; and the absmax as stored, if they are to stay."""
     U, grid, quantizer = inputs.inverse_root(), problem.grid, problem.quantizer
     if grid.aligned:
         rounding = gptq(T, U, grid)
@@ -197,7 +201,7 @@ def _first_rounding(problem: _Problem, inputs: DampedMoments, T: Tensor) -> tupl
     # They are as good as they will be before they are rounded themselves.
     rounding = descend(T, inputs.moments, rounding, grid, sweeps=_SWEEPS, free=True)
     kept = problem.stored(rounding, None)
-    return gptq(T, U, grid, quantizer.scales(kept) * problem.unit), kept
+    return gptq(T, U, grid, restore_absmax(kept) * problem.unit), kept
 
 
 def _result(problem: _Problem, found: _Found, errors: list[float], scaling: float) -> LoftqResult:

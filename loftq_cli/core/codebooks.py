@@ -88,6 +88,11 @@ class Codebook:
         ascending = self.ascending("cpu")
         return ((ascending[:-1] + ascending[1:]) / 2).to(device)
 
+    @property
+    def outermost(self) -> float:
+        """The magnitude of the lowest level, which is the largest of all."""
+        return -self.levels[self.order[0]]
+
     def ascending(self, device: torch.device | str = "cpu") -> Tensor:
         """The levels that a quantizer may choose, float32, ascending."""
         return self.level_tensor(device)[self.order_tensor(device).int()]
@@ -120,6 +125,10 @@ class IntegerGrid:
     @property
     def highest(self) -> int:
         return 2 ** (self.bits - 1) - 1
+
+    @property
+    def outermost(self) -> float:
+        return float(-self.lowest)
 
     @property
     def plain_share(self) -> float:

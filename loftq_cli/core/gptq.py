@@ -20,7 +20,8 @@ Where blocks reach over the ends of rows, a block's codes belong to two problems
 stays what it was.
 
 For integers, absmax are the scales (``codebooks.py``): each goes to the nearest that can be stored,
-which on a parabola is the best of those, at once, so what follows makes that good too.
+which on a parabola is the best of those, and it goes there at once, so that the codes which follow
+make good what the rounding did.
 """
 
 from collections.abc import Callable, Iterator
@@ -159,9 +160,8 @@ def _search(block: Tensor, weights: Tensor, grid: Grid) -> Tensor:
     peak = block.abs().amax(dim=0).clamp_(_SMALLEST, grid.largest)
     weights = weights[:, None]
     best, least = peak, torch.full_like(peak, torch.inf)
-    outermost = -grid.levels[0].item()
     for share in (*_SHARES, *(-share for share in _SHARES)):
-        absmax = grid.possible(peak * (share / outermost))
+        absmax = grid.possible(peak * (share / grid.book.outermost))
         for last in [False] * _ROUNDS + [True]:
             level = grid.levels[grid.nearest(block / absmax)]
             weighted = weights * level

@@ -69,14 +69,10 @@ class BlocksQuantizer(Quantizer):
         """Whether a scale's rounding is known only when all scales are."""
 
     @abstractmethod
-    def scales(self, quantized: Any) -> Tensor:
-        """The scale of every block as it is read back: float32 (blocks,)."""
+    def stored(self, indices: Tensor, scales: Tensor, dtype: torch.dtype) -> Any:
+        """The stored form of ``indices`` (out, in) into the ascending levels and ``scales``.
 
-    @abstractmethod
-    def stored(self, indices: Tensor, scales: Tensor, dtype: torch.dtype, like: Any = None) -> Any:
-        """The stored form of chosen levels and scales; with those of ``like``, if that is given.
-
-        ``indices`` (out, in) are into the ascending levels, ``scales`` are (blocks,).
+        The scales are (blocks,), and ``dtype`` is what the runtime dequantizes to.
         """
 
     def steps(self, W: Tensor, *, rounded: bool = False) -> Steps:
@@ -127,23 +123,18 @@ class Blockwise(BlocksQuantizer):
     def rounds_together(self) -> bool:
         return self.format.double_quant
 
-    def scales(self, quantized: QuantizedBlockwise) -> Tensor:
-        return restore_absmax(quantized)
-
-    def stored(
-        self,
-        indices: Tensor,
-        scales: Tensor,
-        dtype: torch.dtype,
-        like: QuantizedBlockwise | None = None,
-    ) -> QuantizedBlockwise:
-        book = codebook(self.format.quant_type, self.format.bits)
-        packed = pack(book.order_tensor(indices.device)[indices.view(-1).int()]).view(-1, 1)
-        if like is not None:
-            return replace(like, packed=packed)
+    def stored(self, indices: Tensor, scales: Tensor, dtype: torch.dtype) -> QuantizedBlockwise:
         shape = (indices.shape[0], indices.shape[1])
         absmax = double_quantize(scales, self.format)
-        return QuantizedBlockwise(packed, *absmax, shape, self.format, dtype)
+        return QuantizedBlockwise(self._packed(indices), *absmax, shape, self.format, dtype)
+
+    def recoded(self, stored: QuantizedBlockwise, indices: Tensor) -> QuantizedBlockwise:
+        """The same absmax with other codes."""
+        return replace(stored, packed=self._packed(indices))
+
+    def _packed(self, indices: Tensor) -> Tensor:
+        order = codebook(self.format.quant_type, self.format.bits).order_tensor(indices.device)
+        return pack(order[indices.view(-1).int()]).view(-1, 1)
 
 
 @dataclass(frozen=True)
@@ -180,18 +171,7 @@ class Integers(BlocksQuantizer):
     def rounds_together(self) -> bool:
         return False
 
-    def scales(self, quantized: QuantizedIntegers) -> Tensor:
-        return quantized.scales.view(-1)
-
-    def stored(
-        self,
-        indices: Tensor,
-        scales: Tensor,
-        dtype: torch.dtype,
-        like: QuantizedIntegers | None = None,
-    ) -> QuantizedIntegers:
-        if like is not None:
-            scales = like.scales
+    def stored(self, indices: Tensor, scales: Tensor, dtype: torch.dtype) -> QuantizedIntegers:
         grid = self.format.grid
         scales = grid.possible(scales, self.largest(dtype)).view(indices.shape[0], -1)
         codes = (indices.to(torch.int16) + grid.lowest).to(torch.int8)
