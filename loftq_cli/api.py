@@ -25,6 +25,7 @@ def quantize(
     output: str | Path | None = None,
     bits: int | str | None = None,
     target_bits: float | None = None,
+    container: str = "bitsandbytes",
     quant_type: QuantType = "nf4",
     block_size: int = 64,
     double_quant: bool = False,

@@ -16,10 +16,13 @@ DTYPE_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 # The dtypes of plain numbers. (Those of 8 bits and fewer have scales beside them.)
 FLOATS = (*DTYPE_NAMES, "F64")
 
+DEFAULT_CONTAINER = "bitsandbytes"
 QuantType: TypeAlias = Literal["nf4", "fp4"]
 # bitsandbytes has kernels for these.
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 DEFAULT_BLOCK_SIZE = 64
+# The kernels of every program that reads integers have these; None is a whole row.
+INTEGER_BLOCK_SIZES = (32, 64, 128, None)
 # With double quantization so many absmax share a scale.
 NESTED_BLOCK_SIZE = 256
 

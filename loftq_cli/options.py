@@ -15,7 +15,14 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from loftq_cli.errors import UsageError
-from loftq_cli.formats import ALL_LINEAR, DEFAULT_BLOCK_SIZE, DTYPE_NAMES, QuantType, SvdMethod
+from loftq_cli.formats import (
+    ALL_LINEAR,
+    DEFAULT_BLOCK_SIZE,
+    DEFAULT_CONTAINER,
+    DTYPE_NAMES,
+    QuantType,
+    SvdMethod,
+)
 
 Asked = TypeVar("Asked", bound="Options")
 
@@ -64,6 +71,7 @@ class QuantizeOptions(Options):
     output: Path | None = None
     bits: str | int | None = None  # 4
     target_bits: float | None = None
+    container: str = DEFAULT_CONTAINER
     quant_type: QuantType = "nf4"
     block_size: int = DEFAULT_BLOCK_SIZE
     double_quant: bool = False
@@ -220,6 +228,14 @@ def iterations(value: str | int) -> int | None:
             hint="--iterations auto",
         )
     return int(text)
+
+
+def choice(value: str, option: str, names: Sequence[str]) -> None:
+    """Refuses what is none of the names."""
+    if value not in names:
+        raise UsageError(
+            f"{option} takes {', '.join(names)}, not {value!r:.80}", hint=f"{option} {names[0]}"
+        )
 
 
 def dtype(value: str) -> str | None:

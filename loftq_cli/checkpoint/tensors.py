@@ -12,7 +12,9 @@ from loftq_cli.formats import DTYPE_NAMES
 if TYPE_CHECKING:
     import torch
 
-_TORCH_NAMES = {**DTYPE_NAMES, "F64": "float64", "U8": "uint8", "I8": "int8"}
+_TORCH_NAMES = {
+    **DTYPE_NAMES, "F64": "float64", "U8": "uint8", "I8": "int8", "I32": "int32", "I64": "int64"
+}  # fmt: skip
 
 
 def load_tensor(header: Header, info: TensorInfo) -> torch.Tensor:

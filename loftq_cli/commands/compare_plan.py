@@ -12,6 +12,7 @@ from loftq_cli.commands.compare_rates import LADDER
 from loftq_cli.containers import kind_of, widths
 from loftq_cli.engines.settings import Settings, settings_of
 from loftq_cli.errors import UsageError
+from loftq_cli.formats import DEFAULT_CONTAINER
 from loftq_cli.models.spec import DEMO_DIRECTORY
 from loftq_cli.models.texts import is_same, require_different
 from loftq_cli.options import (
@@ -131,7 +132,8 @@ def methods(asked: CompareOptions, texts: Texts) -> list[Settings]:
         _settings(each, number, rank, asked, texts)
         for number, rank, each in product(wanted, every_rank, quantizing)
         # By default a start is left out where there is none; asked for, it is refused.
-        if asked.init is not None or not (kind_of(number).why_uncalibrated and each.needs_moments)
+        if asked.init is not None
+        or not (kind_of(DEFAULT_CONTAINER, number).why_uncalibrated and each.needs_moments)
     ]
 
 
@@ -140,7 +142,7 @@ def _require_meaning(
 ) -> None:
     """Refuses options that would have no effect on any of the methods."""
     form = (asked.quant_type, asked.block_size, asked.double_quant)
-    kinds = [kind_of(each) for each in bits]
+    kinds = [kind_of(DEFAULT_CONTAINER, each) for each in bits]
     if form != ("nf4", 64, False) and not any(kind.options for kind in kinds):
         raise UsageError(
             f"{' and '.join(map(str, bits))} bits have no --quant-type, --block-size or "
@@ -190,7 +192,11 @@ def _settings(
     """By the rules of `quantize`; what means nothing to a start is not said to it."""
     said = dict(vars(asked))
     for name in (
-        *(() if bits and kind_of(bits).options else ("quant_type", "block_size", "double_quant")),
+        *(
+            ()
+            if bits and kind_of(DEFAULT_CONTAINER, bits).options
+            else ("quant_type", "block_size", "double_quant")
+        ),
         *(() if start.iterates else ("iterations",)),
     ):
         del said[name]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 from loftq_cli.commands.run import Run, command
 from loftq_cli.commands.spellings import option
-from loftq_cli.containers import layer_classes
+from loftq_cli.containers import holds_codes
 from loftq_cli.errors import CheckFailed
 
 if TYPE_CHECKING:
@@ -125,7 +125,7 @@ def _results(
         dtype=where.dtype,
         quantization=None if quantization is None else str(quantization.quant_method.value),
         quantized_layers=sum(
-            type(module).__name__ in layer_classes()
+            holds_codes(module)
             for module in loaded.base.modules()
             if not hasattr(module, "base_layer")
         ),

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 import typer
 
 from loftq_cli import starts
-from loftq_cli.containers import widths
+from loftq_cli.containers import container_names, widths
 from loftq_cli.formats import ALL_LINEAR, BLOCK_SIZES, QuantType, SvdMethod
 from loftq_cli.options import LARGEST_RANK, LARGEST_SEED
 
@@ -79,7 +79,7 @@ OPTIONS = {
         metavar="|".join([*map(str, widths()), "BxN,B"]),
         show_default="4",
         help="Bits of a quantized weight; 4x8,2 is 4 bits in the first 8 blocks and 2 in the rest. "
-        "2 and 3 bits are stored in the 4-bit container.",
+        "bitsandbytes stores 2 and 3 bits as 4.",
         autocompletion=lambda: [*map(str, widths())],
     ),
     "target_bits": option(
@@ -141,6 +141,14 @@ OPTIONS = {
         "--calibration-text",
         metavar="FILE",
         help="Text like that the model was made for; a few hundred kilobytes do.",
+    ),
+    "container": option(
+        Literal[container_names()],
+        "--container",
+        metavar="|".join(container_names()),
+        help="How the weights lie in files, which is who reads them: gptq to train with peft, "
+        "compressed-tensors to serve with vLLM, both in true 2, 3, 4 or 8 bits; bitsandbytes.",
+        autocompletion=lambda: [*container_names()],
     ),
     "quant_type": option(QuantType, "--quant-type", metavar="nf4|fp4", help="The 4-bit data type."),
     "block_size": option(

@@ -61,6 +61,7 @@ class StoredWeight:
 
     @property
     def codes(self) -> Tensor:
+        """What the tensor became that has the weight's own name, where one has."""
         return self.parts[self.weight.name]
 
 
@@ -96,7 +97,7 @@ class Container(ABC):
     why_uncalibrated: ClassVar[str | None] = "errors of rounding cannot be passed on in its codes"
     # A warning for everyone who chooses it.
     warning: ClassVar[str | None] = None
-    # The class of the layers that the weights are loaded into, and the list in
+    # What one says of the layers that the weights are loaded into, and the list in
     # `quantization_config` of the modules that are none.
     layer_class: ClassVar[str] = ""
     skip_list: ClassVar[str] = ""
@@ -115,6 +116,11 @@ class Container(ABC):
         """The weights (`X.weight`) that are quantized like this in a checkpoint of such tensors."""
         return set()
 
+    @classmethod
+    def holds(cls, module: Any) -> bool:
+        """Whether a layer of a loaded model is one that such weights are loaded into."""
+        return cls.quantizes and type(module).__name__ == cls.layer_class
+
     @property
     def widths(self) -> tuple[int, ...]:
         """Bits that a code can tell in this format."""
@@ -124,8 +130,8 @@ class Container(ABC):
         """What a code of so many bits takes in the file."""
         return bits
 
-    def scale_bytes(self, shape: tuple[int, int]) -> int:
-        """Bytes of the scales of a weight (out, in)."""
+    def scale_bytes(self, shape: tuple[int, int], bits: int) -> int:
+        """Bytes of what lies beside the codes of a weight (out, in): the scales, mostly."""
         return 0
 
     def require_fit(self, weights: Sequence[Weight]) -> None:  # noqa: B027 - most take any
@@ -141,10 +147,15 @@ class Container(ABC):
 
     # What follows is asked only where something is quantized.
 
-    def quantization_config(self, skipped: Sequence[str], dtype: str | None) -> dict[str, Any]:
-        """What transformers reads in config.json, with the modules that are not quantized.
+    def quantization_config(
+        self, weights: Sequence[Weight], skipped: Sequence[str], dtype: str | None
+    ) -> dict[str, Any]:
+        """What transformers reads in config.json.
 
-        ``dtype`` is that of most weights; without it, what depends on it is left out.
+        Args:
+            weights: all that are quantized.
+            skipped: the modules that are not.
+            dtype: that of most weights; without it, what depends on it is left out.
         """
         raise NotImplementedError
 
@@ -158,6 +169,8 @@ class Container(ABC):
 
     def read(self, tensors: Tensors, weight: Weight, device: str) -> StoredWeight:
         """A weight out of a checkpoint's tensors.
+
+        Its ``dtype`` is only believed where the files do not say it themselves.
 
         Raises:
             Damaged: a part is missing, or has another dtype or shape than it should.

@@ -77,7 +77,7 @@ class Bitsandbytes4(Container):
     def code_bits(self, bits: int) -> int:
         return 4
 
-    def scale_bytes(self, shape: tuple[int, int]) -> int:
+    def scale_bytes(self, shape: tuple[int, int], bits: int) -> int:
         return 4 * self._blocks(shape)
 
     def require_fit(self, weights: Sequence[Weight]) -> None:
@@ -110,7 +110,9 @@ class Bitsandbytes4(Container):
         state = self._state(DTYPE_NAMES[weight.dtype], weight.shape, 0.0)
         return [*planned, PlannedTensor(self._state_name(name), "U8", (len(state),))]
 
-    def quantization_config(self, skipped: Sequence[str], dtype: str | None) -> dict[str, Any]:
+    def quantization_config(
+        self, weights: Sequence[Weight], skipped: Sequence[str], dtype: str | None
+    ) -> dict[str, Any]:
         compute = {} if dtype is None else {"bnb_4bit_compute_dtype": DTYPE_NAMES[dtype]}
         return {
             "quant_method": self.name,

@@ -35,7 +35,7 @@ class Bitsandbytes8(Container):
     def weights_in(cls, names: Iterable[str]) -> set[str]:
         return {f"{name.removesuffix('.SCB')}.weight" for name in names if name.endswith(".SCB")}
 
-    def scale_bytes(self, shape: tuple[int, int]) -> int:
+    def scale_bytes(self, shape: tuple[int, int], bits: int) -> int:
         return 4 * shape[0]
 
     def planned(self, weight: Weight) -> list[PlannedTensor]:
@@ -46,7 +46,9 @@ class Bitsandbytes8(Container):
             PlannedTensor(f"{module}.weight_format", "U8", ()),
         ]
 
-    def quantization_config(self, skipped: Sequence[str], dtype: str | None) -> dict[str, Any]:
+    def quantization_config(
+        self, weights: Sequence[Weight], skipped: Sequence[str], dtype: str | None
+    ) -> dict[str, Any]:
         return {
             "quant_method": self.name,
             "load_in_8bit": True,

@@ -72,14 +72,12 @@ def _as_quantized(
 
     container = plan.settings.container
     planned = {each.layer.module for each in plan.layers}
-    config = container.quantization_config(original.skip_modules(planned), None)
+    config = container.quantization_config(
+        [each.weight for each in plan.layers], original.skip_modules(planned), None
+    )
     quantizer = AutoHfQuantizer.from_config(config, pre_quantized=True)
     quantizer.preprocess_model(model=model, device_map={"": "cpu"}, checkpoint_files=None)
-    replaced = {
-        name
-        for name, module in model.named_modules()
-        if type(module).__name__ == container.layer_class
-    }
+    replaced = {name for name, module in model.named_modules() if container.holds(module)}
     if refused := sorted(planned - replaced):
         return Refused(kept=dict.fromkeys(refused, NOT_REPLACED))
     if beyond := sorted(replaced - planned):

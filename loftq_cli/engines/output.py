@@ -101,9 +101,11 @@ def write_model_files(
         write_json(staging, INDEX_FILE, index)
     container = plan.settings.container
     if container.quantizes:
-        skipped = architecture.skip_modules(planned.layer.module for planned in plan.layers)
-        dtypes = [planned.layer.dtype for planned in plan.layers]
-        quantization = container.quantization_config(skipped, max(set(dtypes), key=dtypes.count))
+        weights = [planned.weight for planned in plan.layers]
+        skipped = architecture.skip_modules(weight.module for weight in weights)
+        dtypes = [weight.dtype for weight in weights]
+        main = max(set(dtypes), key=dtypes.count)
+        quantization = container.quantization_config(weights, skipped, main)
         config = {**config, "quantization_config": quantization}
     write_json(staging, CONFIG_FILE, config_in_dtype(config, plan.settings.dtype))
 

@@ -140,6 +140,7 @@ def _settings(
 ) -> schema.QuantizeSettings:
     fields = {**asdict(settings), **asdict(settings.container)}
     fields["rslora"] = fields.pop("use_rslora")
+    fields["container"] = fields.pop("container_name")
     if calibration is None and settings.calibration is not None:  # of which no token was seen yet
         calibration = schema.CalibratedOn(sha256=settings.calibration.sha256)
     return schema.QuantizeSettings(**{**fields, "calibration": calibration})

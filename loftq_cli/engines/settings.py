@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from loftq_cli import hardware, options
-from loftq_cli.containers import container_of, containers, widths
+from loftq_cli.containers import container_names, container_of, containers, widths
 from loftq_cli.containers.base import Container
 from loftq_cli.errors import UsageError
-from loftq_cli.formats import ALL_LINEAR, SCALINGS, QuantType, SvdMethod
+from loftq_cli.formats import ALL_LINEAR, DEFAULT_CONTAINER, SCALINGS, QuantType, SvdMethod
 from loftq_cli.options import QuantizeOptions
 from loftq_cli.report.units import listed
 from loftq_cli.starts import STARTS, Start, find
@@ -36,19 +36,20 @@ class CalibrationText:
 class Settings:
     """What decides the bytes of the result. The same settings give the same bytes.
 
-    ``bits`` is what a weight's code tells, and chooses the ``container``; 16 leaves the weights as
-    they are. ``leading`` (blocks, bits) says it for the first blocks of the model, ``target_bits``
-    for the average of all layers, each of which gets one of the container's widths by what it
-    loses. With ``rank_budget`` the ranks differ too, with as many parameters in all as ``rank``
+    ``bits`` is what a weight's code tells, and with ``container_name`` it chooses the
+    ``container``; 16 leaves the weights as they are. ``leading`` (blocks, bits) says it for the
+    first blocks of the model, ``target_bits`` for the average of all layers, each of which gets one
+    of the container's widths by what it loses. A ``block_size`` of None is a whole row. With ``rank_budget`` the ranks differ too, with as many parameters in all as ``rank``
     everywhere would have; ``uniform_rank`` then pads them to the largest. ``dtype`` is that of
     all that is not quantized, and of the products with what is.
     """
 
     bits: int = 4
+    container_name: str = DEFAULT_CONTAINER
     leading: tuple[int, int] | None = None
     target_bits: float | None = None
     quant_type: QuantType = "nf4"
-    block_size: int = 64
+    block_size: int | None = 64
     double_quant: bool = False
     init: str = "loftq"  # a name in `starts.STARTS`
     rank: int = 16
@@ -77,7 +78,7 @@ class Settings:
                 "the correction is divided by it",
                 hint=f"--lora-alpha {self.rank}",
             )
-        container_of(self.bits, self)  # or it refuses the number format
+        container_of(self.container_name, self.bits, self)  # or it refuses the number format
 
     @property
     def start(self) -> Start:
@@ -97,7 +98,7 @@ class Settings:
     @property
     def container(self) -> Container:
         """How weights lie in the files, and how they become what lies there."""
-        return container_of(self.bits, self)
+        return container_of(self.container_name, self.bits, self)
 
     def quantizer(self, bits: int) -> Quantizer:
         """How a weight becomes codes of so many bits."""
@@ -110,8 +111,11 @@ class Settings:
 
     def as_dict(self) -> dict[str, Any]:
         fields = {**asdict(self), "target_modules": list(self.target_modules)}
+        # Runs of versions that knew no other can be finished.
         if self.dtype is None:
-            del fields["dtype"]  # runs of versions that knew no other can be finished
+            del fields["dtype"]
+        if self.container_name == DEFAULT_CONTAINER:
+            del fields["container_name"]
         return fields
 
 
@@ -127,12 +131,14 @@ def settings_of(asked: QuantizeOptions) -> Settings:
         raise UsageError(f"--init {start.name} does not quantize: no --bits")
     if asked.bits is not None and asked.target_bits is not None:
         raise UsageError("--target-bits chooses the bits: no --bits beside it")
-    base, leading = _bits(asked.bits or 4)
+    options.choice(asked.container, "--container", container_names())
+    base, leading = _bits(asked.bits or 4, asked.container)
     wanted = options.iterations(asked.iterations)
     _require_format(asked, start, base, leading)
     _require_effect(asked, start, wanted)
     return Settings(
         bits=base if start.quantizes else 16,
+        container_name=asked.container,
         leading=leading,
         target_bits=asked.target_bits,
         quant_type=asked.quant_type,
@@ -157,7 +163,7 @@ def _require_format(
     asked: QuantizeOptions, start: Start, bits: int, leading: tuple[int, int] | None
 ) -> None:
     """Refuses number formats that there are not."""
-    container, average = container_of(bits, asked), asked.target_bits
+    container, average = container_of(asked.container, bits, asked), asked.target_bits
     wanted = {bits} if leading is None else {bits, leading[1]}
     if average is not None:
         wanted = set(container.all_widths)
@@ -174,22 +180,27 @@ def _require_format(
     given = {name for name in _FORMAT if getattr(asked, name) != getattr(QuantizeOptions, name)}
     if given - set(container.options):
         none = [f"--{each.replace('_', '-')}" for each in _FORMAT if each not in container.options]
-        raise UsageError(f"{bits} bits have no {listed(none, 'or')}")
+        which = (
+            f"{bits} bits have" if not container.options else f"--container {container.name} has"
+        )
+        raise UsageError(f"{which} no {listed(none, 'or')}")
     if start.needs_moments and container.why_uncalibrated is not None:
         raise UsageError(
             f"--init {start.name} is for 4 bits and fewer",
             cause=container.why_uncalibrated,
             hint="--bits 4",
         )
-    if not start.quantizes and (given or average is not None):
+    named = asked.container != DEFAULT_CONTAINER
+    if not start.quantizes and (given or named or average is not None):
         raise UsageError(f"--init {start.name} does not quantize: no bits and no number format")
 
 
-def _bits(value: str | int) -> tuple[int, tuple[int, int] | None]:
+def _bits(value: str | int, container: str) -> tuple[int, tuple[int, int] | None]:
     """`4` as (4, None), and `4x8,2` as (2, (8, 4)): 4 bits in the first 8 blocks, then 2."""
     match = re.fullmatch(r"(?:([1-9]\d?)x(\d{1,4}),)?([1-9]\d?)", str(value), re.ASCII)
     found = [] if match is None else [int(each) for each in match.groups() if each]
-    one = any(each.quantizes and {*found[::2]} <= {*each.all_widths} for each in containers())
+    named = [each for each in containers() if each.name == container]
+    one = any({*found[::2]} <= {*each.all_widths} for each in named)
     if not found or not one:
         raise UsageError(
             f"--bits {str(value)!r:.80} is not supported",

@@ -45,7 +45,7 @@ class Held(Protocol):
     @property
     def quantizes(self) -> bool: ...
     def code_bits(self, bits: int) -> int: ...
-    def scale_bytes(self, shape: tuple[int, int]) -> int: ...
+    def scale_bytes(self, shape: tuple[int, int], bits: int) -> int: ...
 
 
 def trainable_parameters(layers: Collection[LinearLayer], rank: int) -> int:
@@ -81,7 +81,7 @@ def memory(
     terms = {
         "weights_bytes": elements * held.code_bits(bits) // 8,
         "absmax_bytes": sum(
-            held.scale_bytes((each.out_features, each.in_features)) for each in layers
+            held.scale_bytes((each.out_features, each.in_features), bits) for each in layers
         ),
         "unquantized_bytes": 2 * (outline.parameters - elements),
         "adapter_bytes": ADAPTER_ITEM_BYTES * trainable,

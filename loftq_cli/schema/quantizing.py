@@ -22,6 +22,7 @@ class QuantizeSettings(Model):
     bits: int
     leading: tuple[int, int] | None = None
     target_bits: float | None = None
+    container: str = "bitsandbytes"
     quant_type: str
     block_size: int | None
     double_quant: bool

@@ -12,7 +12,14 @@ import torch
 from loftq_cli.checkpoint.index import open_checkpoint
 from loftq_cli.checkpoint.safetensors import DTYPE_BITS
 from loftq_cli.checkpoint.writer import write_safetensors
-from loftq_cli.containers import container_of, containers, layer_classes, weights_in, widths
+from loftq_cli.containers import (
+    container_names,
+    container_of,
+    containers,
+    holds_codes,
+    weights_in,
+    widths,
+)
 from loftq_cli.containers.base import Container, Damaged, Weight
 from loftq_cli.engines.settings import Settings
 
@@ -53,7 +60,7 @@ def test_what_is_written_is_what_was_planned_and_what_is_read(
     write_safetensors(tmp_path / "model.safetensors", planned, chunks.items())
     tensors = open_checkpoint(tmp_path).tensors
     assert weights_in(tensors) == {weight.name}
-    stored = container.read(tensors, replace(weight, dtype=""), "cpu")
+    stored = container.read(tensors, weight, "cpu")
     container.require_codes(stored)
     Q = quantizer.dequantize(quantized)
     assert torch.equal(quantizer.dequantize(container.quantized(stored)), Q)
@@ -82,21 +89,35 @@ def test_a_part_that_is_missing_or_of_another_shape_is_damage(
 def test_a_weight_takes_its_codes_and_its_scales(bits: int, container: Container) -> None:
     """What estimates are made of, against the plan: little but tables and JSON comes beside it."""
     weight, _ = weight_of(bits)
-    told = 96 * 128 * container.code_bits(bits) // 8 + container.scale_bytes(weight.shape)
+    beside = container.scale_bytes(weight.shape, bits)
+    told = 96 * 128 * container.code_bits(bits) // 8 + beside
     planned = sum(each.nbytes for each in container.planned(weight))
     assert container.code_bits(bits) >= bits
     assert container.double_quant or told <= planned < told + 256
 
 
-def test_the_width_chooses_one_container() -> None:
+def test_name_and_width_choose_one_container() -> None:
     assert {2, 3, 4, 8} <= set(widths())
-    assert {"Linear4bit", "Linear8bitLt"} <= layer_classes()
-    for bits in (*widths(), 16):
-        container = Settings(bits).container
-        assert bits in container.widths
-        assert container == container_of(bits, Settings(bits))
+    assert container_names()[0] == "bitsandbytes"
+    assert {"gptq", "compressed-tensors"} <= set(container_names())
+    for name in container_names():
+        for bits in (*widths(), 16):
+            container = Settings(bits, container_name=name).container
+            assert bits in container.widths
+            assert container.name == (name if bits < 16 else "none")
+            assert container == container_of(name, bits, Settings(bits))
+        with pytest.raises(KeyError):
+            container_of(name, 1, Settings())
     with pytest.raises(KeyError):
-        container_of(1, Settings())
+        container_of("awq", 4, Settings())
+
+
+def test_layers_with_codes_are_known_from_others() -> None:
+    class Linear4bit(torch.nn.Linear):
+        """As bitsandbytes calls it."""
+
+    assert holds_codes(Linear4bit(32, 32))
+    assert not holds_codes(torch.nn.Linear(32, 32))
 
 
 def test_weights_that_stay_lie_as_they_lay() -> None:

@@ -94,7 +94,7 @@ def claims_of(report: Report) -> Claims:
     settings, model = report.results.settings, report.model
     container = None
     with suppress(KeyError, UsageError):
-        container = container_of(settings.bits, settings)
+        container = container_of(settings.container, settings.bits, settings)
     if container is None or settings.rank < 1 or not settings.lora_alpha > 0:
         raise _unusable(
             f"{settings.bits} bits, {settings.quant_type!r:.40}, block size {settings.block_size}, "

@@ -11,6 +11,7 @@ from loftq_cli.checkpoint.tensors import load_tensor
 from loftq_cli.checks.battery import Finding
 from loftq_cli.checks.written.claims import ClaimedLayer
 from loftq_cli.checks.written.directory import WRITE_AGAIN, Written, not_as_reported
+from loftq_cli.containers.base import Weight
 from loftq_cli.errors import CheckFailed
 from loftq_cli.formats import DTYPE_NAMES
 from loftq_cli.models.source import CONFIG_FILE
@@ -88,8 +89,12 @@ def _quantization_config(written: Written) -> list[str]:
     if not isinstance(config, dict):
         raise _wrong_config("it has no quantization_config")
     skipped = config.get(container.skip_list)
-    expected = container.quantization_config(skipped or [], dtype=None)
-    computed = container.quantization_config([], dtype="F32").keys() - expected.keys()
+    weights = [
+        Weight(f"{layer.name}.weight", layer.name, layer.shape, layer.bits, dtype="")
+        for layer in written.claims.quantized
+    ]
+    expected = container.quantization_config(weights, skipped or [], dtype=None)
+    computed = container.quantization_config([], [], dtype="F32").keys() - expected.keys()
     for key in sorted(config.keys() - expected.keys()):
         if key not in computed or config[key] not in _computed_in(written):
             raise _wrong_config(f"{key} is {config[key]!r:.80}, which loftq does not write here")

@@ -11,7 +11,7 @@ from loftq_cli.checkpoint.safetensors import read_header
 from loftq_cli.checks.battery import Finding, NothingToCheck
 from loftq_cli.checks.written.directory import Written
 from loftq_cli.checks.written.passes import adapters_of, run_through
-from loftq_cli.containers import layer_classes
+from loftq_cli.containers import holds_codes
 from loftq_cli.errors import CheckFailed, told_as
 from loftq_cli.models.auto_classes import class_named
 from loftq_cli.models.loading import keep_layout
@@ -92,8 +92,7 @@ def _load(written: Written) -> Any:
 
 
 def _quantized(model: Any) -> set[str]:
-    kinds = layer_classes()
-    return {name for name, module in model.named_modules() if type(module).__name__ in kinds}
+    return {name for name, module in model.named_modules() if holds_codes(module)}
 
 
 def _require_layers(written: Written, how: str, found: set[str]) -> None:

@@ -300,7 +300,8 @@ def loaded_residual(
 
     module = model.get_base_model().get_submodule(layer.module)
     base = getattr(module, "base_layer", module)
-    if (kind := type(base).__name__) != container.layer_class:
+    if not container.holds(base):
+        kind = type(base).__name__
         raise CheckFailed(f"{layer.module} was loaded as {kind}, not as a quantized layer")
     with torch.no_grad():
         Q = container.held(base)

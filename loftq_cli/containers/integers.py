@@ -1,0 +1,123 @@
+"""What the containers of integer codes have in common: the grid, its blocks, and what fits them.
+
+They hold the same codes and the same scales in another order, so nothing is rounded on the way from
+one to the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, ClassVar
+
+from loftq_cli.containers import packing
+from loftq_cli.containers.base import Container, Damaged, Form, StoredWeight, Weight
+from loftq_cli.errors import InvalidSetting, UsageError
+from loftq_cli.formats import DTYPE_NAMES, INTEGER_BLOCK_SIZES
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from loftq_cli.core.integers import QuantizedIntegers
+    from loftq_cli.core.steps import Quantizer
+
+
+class Integers(Container):
+    all_widths = (2, 3, 4, 8)
+    number_types = ("int",)
+    options = ("block_size",)
+    searches = True
+    why_uncalibrated = None
+    # Of out and in: what its files and kernels want whole groups of.
+    multiples: ClassVar[tuple[int, int]] = (1, packing.GROUP)
+
+    @classmethod
+    def of(cls, form: Form) -> Container:
+        if form.block_size not in INTEGER_BLOCK_SIZES:
+            raise UsageError(
+                f"no block size {form.block_size} in {cls.name}",
+                cause="servers have kernels for integers in blocks of 32, 64 and 128, and for "
+                "whole rows",
+                hint="--block-size 64",
+            )
+        return cls(cls.number_types[0], form.block_size)
+
+    def require_fit(self, weights: Sequence[Weight]) -> None:
+        def misfit(block_size: int | None) -> Weight | None:
+            return next((each for each in weights if each.shape[1] % (block_size or 1)), None)
+
+        rows, columns = self.multiples
+        for weight in weights:
+            if weight.shape[0] % rows or weight.shape[1] % columns:
+                raise InvalidSetting(
+                    f"{weight.module} does not fit into {self.name}",
+                    cause=f"it is {weight.shape[0]}×{weight.shape[1]}, and the container packs "
+                    f"whole groups of {columns}",
+                    hint="--container bitsandbytes",
+                )
+        first = misfit(self.block_size)
+        if first is not None:
+            sizes = [size for size in INTEGER_BLOCK_SIZES if size and misfit(size) is None]
+            raise InvalidSetting(
+                f"block size {self.block_size} does not fit {first.module}",
+                cause=f"its rows have {first.shape[1]} weights, and {self.name} has whole blocks "
+                "in a row",
+                hint=f"--block-size {max(sizes)}",
+            )
+
+    def quantizer(self, bits: int, *, search: bool = True) -> Quantizer:
+        from loftq_cli.core.integers import IntegerFormat
+        from loftq_cli.core.quantizers import Integers as IntegerQuantizer
+
+        return IntegerQuantizer(IntegerFormat(bits, self.block_size), search=search)
+
+    def require_codes(self, stored: StoredWeight) -> None:
+        """Also refuses scales that the other containers could not hold."""
+        import torch
+
+        scales = self.quantized(stored).scales
+        for dtype in (torch.bfloat16, torch.float16):
+            held = scales.to(dtype).float() == scales
+            if not bool(held.all()):
+                stray = float(scales[~held][0])
+                raise Damaged(f"{stray:.9g} is among its scales, which no {dtype} is")
+
+    def quantized(self, stored: StoredWeight) -> QuantizedIntegers:
+        from loftq_cli.core.integers import IntegerFormat, QuantizedIntegers
+
+        codes, scales = self._codes_and_scales(stored)
+        fmt = IntegerFormat(stored.weight.bits, self.block_size)
+        return QuantizedIntegers(codes, scales, fmt, dtype_of(stored.weight))
+
+    def _codes_and_scales(self, stored: StoredWeight) -> tuple[Tensor, Tensor]:
+        """int8 (out, in) and float32 (out, blocks of a row)."""
+        raise NotImplementedError
+
+    def _blocks(self, columns: int) -> int:
+        """Of a row of so many weights."""
+        return 1 if self.block_size is None else columns // self.block_size
+
+    def _names(self, weight: str, *parts: str) -> list[str]:
+        """X.part of the weight X.weight."""
+        return [f"{weight.removesuffix('.weight')}.{part}" for part in parts]
+
+
+def weights_with(names: Iterable[str], part: str) -> set[str]:
+    """X.weight of every X.part among the names."""
+    return {f"{name.removesuffix(part)}weight" for name in names if name.endswith(f".{part}")}
+
+
+def dtype_of(weight: Weight) -> torch.dtype:
+    """What the runtime computes with it in."""
+    import torch
+
+    dtype: torch.dtype = getattr(torch, DTYPE_NAMES[weight.dtype])
+    return dtype
+
+
+def by_width(weights: Sequence[Weight]) -> dict[int, list[str]]:
+    """The modules of each width, the most common first: readers of one width only take that one."""
+    found: dict[int, list[str]] = {}
+    for weight in weights:
+        found.setdefault(weight.bits, []).append(weight.module)
+    return dict(sorted(found.items(), key=lambda each: (-len(each[1]), each[0])))
