@@ -6,8 +6,11 @@ of g
     X.scales   float16 (in / g, out), of either sign
     X.g_idx    int32 (in,), the block of every column
 
-X.weight = (code − (qzeros + 1)) · scales, in float16 and then in the dtype of the model. Which that
-is, no tensor says.
+X.weight = (code − (qzeros + 1)) · scales, in the dtype of the model, which no tensor says.
+
+gptqmodel's kernel in plain torch takes the product in float16 and then casts it. To 4 bits that is
+the same to the bit, since float16 holds all such products; at 8 bits it rounds twice where the
+model is in another dtype.
 """
 
 from __future__ import annotations
@@ -110,7 +113,7 @@ class Gptq(Integers):
         super().require_codes(stored)
 
     def runtime(self, stored: StoredWeight) -> Tensor:
-        """As `gptqmodel` 7.7 does it: each number by its word, the product in float16."""
+        """By the line above: each number by its word, whatever zeros and blocks the file has."""
         import torch
 
         parts = (stored.parts[name] for name in self._tensors_of(stored.weight.name))
@@ -120,7 +123,7 @@ class Gptq(Integers):
         Q = torch.empty(stored.weight.shape, dtype=dtype_of(stored.weight), device=scales.device)
         for rows in packing.chunks(*Q.shape):
             numbers = packing.numbers_of_words(qweight[:, rows].t(), bits)
-            Q[rows] = scales.t()[rows][:, blocks] * (numbers - zeros[rows][:, blocks])
+            Q[rows] = scales.t()[rows][:, blocks].float() * (numbers - zeros[rows][:, blocks])
         return Q
 
     def held(self, layer: Any) -> Tensor:

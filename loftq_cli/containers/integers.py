@@ -77,10 +77,10 @@ class Integers(Container):
 
         scales = self.quantized(stored).scales
         for dtype in (torch.bfloat16, torch.float16):
-            held = scales.to(dtype).float() == scales
+            held = (scales.to(dtype).float() == scales) & scales.isfinite()
             if not bool(held.all()):
                 stray = float(scales[~held][0])
-                raise Damaged(f"{stray:.9g} is among its scales, which no {dtype} is")
+                raise Damaged(f"{stray:.9g} is among its scales, which {dtype} does not hold")
 
     def quantized(self, stored: StoredWeight) -> QuantizedIntegers:
         from loftq_cli.core.integers import IntegerFormat, QuantizedIntegers

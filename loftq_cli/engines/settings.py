@@ -39,9 +39,10 @@ class Settings:
     ``bits`` is what a weight's code tells, and with ``container_name`` it chooses the
     ``container``; 16 leaves the weights as they are. ``leading`` (blocks, bits) says it for the
     first blocks of the model, ``target_bits`` for the average of all layers, each of which gets one
-    of the container's widths by what it loses. A ``block_size`` of None is a whole row. With ``rank_budget`` the ranks differ too, with as many parameters in all as ``rank``
-    everywhere would have; ``uniform_rank`` then pads them to the largest. ``dtype`` is that of
-    all that is not quantized, and of the products with what is.
+    of the container's widths by what it loses. A ``block_size`` of None is a whole row. With
+    ``rank_budget`` the ranks differ too, with as many parameters in all as ``rank`` everywhere
+    would have; ``uniform_rank`` then pads them to the largest. ``dtype`` is that of all that is not
+    quantized, and of the products with what is.
     """
 
     bits: int = 4
