@@ -10,6 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeAlias
 
 from loftq_cli.checkpoint.safetensors import Header, TensorInfo, shown
@@ -97,6 +98,10 @@ class Container(ABC):
     why_uncalibrated: ClassVar[str | None] = "errors of rounding cannot be passed on in its codes"
     # A warning for everyone who chooses it.
     warning: ClassVar[str | None] = None
+    # What has to be installed for transformers to load it, by the names that one imports.
+    libraries: ClassVar[tuple[str, ...]] = ()
+    # Whether the config has to name the dtype of the model: the weights' tensors may have others.
+    wants_dtype: ClassVar[bool] = False
     # What one says of the layers that the weights are loaded into, and the list in
     # `quantization_config` of the modules that are none.
     layer_class: ClassVar[str] = ""
@@ -115,6 +120,11 @@ class Container(ABC):
     def weights_in(cls, names: Iterable[str]) -> set[str]:
         """The weights (`X.weight`) that are quantized like this in a checkpoint of such tensors."""
         return set()
+
+    @classmethod
+    def missing_libraries(cls) -> list[str]:
+        """Of its libraries, those that are not installed here."""
+        return [name for name in cls.libraries if find_spec(name) is None]
 
     @classmethod
     def holds(cls, module: Any) -> bool:

@@ -36,6 +36,7 @@ _FORMAT = "pack-quantized"
 
 class CompressedTensors(Integers):
     name = "compressed-tensors"
+    libraries = ("compressed_tensors",)
     layer_class = "Linear with a quantization scheme"
     skip_list = "ignore"
 

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 class Gptq(Integers):
     name = "gptq"
+    libraries = ("gptqmodel", "optimum")
     multiples = (packing.GROUP, packing.GROUP)
     layer_class = "quantized layer of gptqmodel"
     skip_list = "modules_to_not_convert"
@@ -65,7 +66,7 @@ class Gptq(Integers):
         self, weights: Sequence[Weight], skipped: Sequence[str], dtype: str | None
     ) -> dict[str, Any]:
         groups = by_width(weights)
-        modules = [weight.module for weight in weights]
+        modules = sorted(weight.module for weight in weights)
         return {
             "quant_method": self.name,
             "bits": next(iter(groups), None),

@@ -28,6 +28,7 @@ class Integers(Container):
     options = ("block_size",)
     searches = True
     why_uncalibrated = None
+    wants_dtype = True
     # Of out and in: what its files and kernels want whole groups of.
     multiples: ClassVar[tuple[int, int]] = (1, packing.GROUP)
 
@@ -118,6 +119,6 @@ def dtype_of(weight: Weight) -> torch.dtype:
 def by_width(weights: Sequence[Weight]) -> dict[int, list[str]]:
     """The modules of each width, the most common first: readers of one width only take that one."""
     found: dict[int, list[str]] = {}
-    for weight in weights:
+    for weight in sorted(weights, key=lambda each: each.module):
         found.setdefault(weight.bits, []).append(weight.module)
     return dict(sorted(found.items(), key=lambda each: (-len(each[1]), each[0])))

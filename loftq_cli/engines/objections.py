@@ -49,7 +49,8 @@ def objections(
     """What the libraries refuse of the plan, and the heads that PEFT trains beside the adapter."""
     model = build().model
     settings = adapter_settings(plan, original, "")
-    if plan.settings.container.quantizes:
+    container = plan.settings.container
+    if container.quantizes and not container.missing_libraries():
         refused = _as_quantized(plan, model, original, tensors)
         if refused.kept:
             return refused, ()

@@ -26,6 +26,7 @@ from loftq_cli.checkpoint.writer import (
 )
 from loftq_cli.engines.adapter_settings import adapter_settings
 from loftq_cli.engines.plan import Plan
+from loftq_cli.formats import DTYPE_NAMES
 from loftq_cli.models.source import CONFIG_FILE, README_FILE, REPORT_FILE
 
 if TYPE_CHECKING:
@@ -106,6 +107,8 @@ def write_model_files(
         dtypes = [weight.dtype for weight in weights]
         main = max(set(dtypes), key=dtypes.count)
         quantization = container.quantization_config(weights, skipped, main)
+        if container.wants_dtype and not {"dtype", "torch_dtype"} & config.keys():
+            config = {**config, "dtype": DTYPE_NAMES[main]}
         config = {**config, "quantization_config": quantization}
     write_json(staging, CONFIG_FILE, config_in_dtype(config, plan.settings.dtype))
 

@@ -14,6 +14,7 @@ from loftq_cli.checks.written.claims import ClaimedLayer, Claims
 from loftq_cli.containers import weights_in
 from loftq_cli.containers.base import Damaged, StoredWeight, Weight
 from loftq_cli.errors import CheckFailed
+from loftq_cli.formats import DTYPE_NAMES
 from loftq_cli.models.architecture import Architecture, read_architecture
 from loftq_cli.models.layers import LinearLayer
 from loftq_cli.models.source import read_config
@@ -58,6 +59,12 @@ class Written:
     @cached_property
     def config(self) -> dict[str, Any]:
         return read_config(self.directory)
+
+    @cached_property
+    def main_dtype(self) -> str:
+        """As safetensors spells that of the config. Where there is none, the tensors say it."""
+        names = {name: short for short, name in DTYPE_NAMES.items()}
+        return names.get(str(self.config.get("dtype", self.config.get("torch_dtype"))), "F32")
 
     @cached_property
     def checkpoint(self) -> Checkpoint:
@@ -112,8 +119,7 @@ class Written:
         With ``every_code`` the codes too have been looked at, each of them.
         """
         container = self.claims.container
-        # Of which dtype it was, only the container may know.
-        weight = Weight(self.weight_of(layer), layer.name, layer.shape, layer.bits, dtype="")
+        weight = Weight(self.weight_of(layer), layer.name, layer.shape, layer.bits, self.main_dtype)
         try:
             stored = container.read(self.checkpoint.tensors, weight, self.device)
             if every_code:

@@ -23,6 +23,7 @@ _ROOM = 1.25
 
 def forward(written: Written) -> Finding:
     """Loads backbone and adapter, and runs a few inputs through them, forth and back."""
+    _require_libraries(written)
     _require_room(written)
     model = _load(written)
     done = run_through(
@@ -105,6 +106,16 @@ def _require_layers(written: Written, how: str, found: set[str]) -> None:
             f"{name} {is_not} {how} in the loaded model",
             cause=f"by the report it {says}",
             hint=written.remedy,
+        )
+
+
+def _require_libraries(written: Written) -> None:
+    container = written.claims.container
+    if missing := container.missing_libraries():
+        names = " ".join(name.replace("_", "-") for name in missing)
+        raise NothingToCheck(
+            f"transformers loads {container.name} with {' and '.join(container.libraries)}: "
+            f"pip install {names}"
         )
 
 
