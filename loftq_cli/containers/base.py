@@ -100,6 +100,10 @@ class Container(ABC):
     warning: ClassVar[str | None] = None
     # What has to be installed for transformers to load it, by the names that one imports.
     libraries: ClassVar[tuple[str, ...]] = ()
+    # Why transformers cannot load layers of several widths; None: it can.
+    why_not_mixed: ClassVar[str | None] = None
+    # Whether a model with an adapter keeps the codes as they are, in layers that `holds` knows.
+    stays_packed: ClassVar[bool] = True
     # Whether the config has to name the dtype of the model: the weights' tensors may have others.
     wants_dtype: ClassVar[bool] = False
     # What one says of the layers that the weights are loaded into, and the list in
@@ -125,6 +129,10 @@ class Container(ABC):
     def missing_libraries(cls) -> list[str]:
         """Of its libraries, those that are not installed here."""
         return [name for name in cls.libraries if find_spec(name) is None]
+
+    def loading(self) -> dict[str, Any]:
+        """What transformers has to be told to load it for an adapter, beside the directory."""
+        return {}
 
     @classmethod
     def holds(cls, module: Any) -> bool:

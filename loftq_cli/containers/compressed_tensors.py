@@ -37,7 +37,9 @@ _FORMAT = "pack-quantized"
 class CompressedTensors(Integers):
     name = "compressed-tensors"
     libraries = ("compressed_tensors",)
-    layer_class = "Linear with a quantization scheme"
+    why_not_mixed = "transformers takes all layers for one of the first group (vLLM does not)"
+    stays_packed = False  # PEFT wants a weight in every layer
+    layer_class = "dequantized Linear"
     skip_list = "ignore"
 
     @classmethod
@@ -47,6 +49,11 @@ class CompressedTensors(Integers):
     @classmethod
     def holds(cls, module: Any) -> bool:
         return hasattr(module, "quantization_scheme")
+
+    def loading(self) -> dict[str, Any]:
+        from transformers import CompressedTensorsConfig
+
+        return {"quantization_config": CompressedTensorsConfig(dequantize=True)}
 
     def scale_bytes(self, shape: tuple[int, int], bits: int) -> int:
         return 2 * shape[0] * self._blocks(shape[1])

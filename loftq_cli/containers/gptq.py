@@ -35,6 +35,9 @@ if TYPE_CHECKING:
 class Gptq(Integers):
     name = "gptq"
     libraries = ("gptqmodel", "optimum")
+    why_not_mixed = (
+        "transformers hands optimum one width for all layers (gptqmodel and vLLM do not)"
+    )
     multiples = (packing.GROUP, packing.GROUP)
     layer_class = "quantized layer of gptqmodel"
     skip_list = "modules_to_not_convert"

@@ -99,11 +99,22 @@ def test_each_width_is_read_where_its_group_says_so(tmp_path: Path) -> None:
 
 
 def test_transformers_dequantizes_all_layers_by_the_first_group(tmp_path: Path) -> None:
-    """Why mixed widths are not to be loaded with ``dequantize=True``; gone when this fails."""
-    written = write_model(tmp_path, CompressedTensors("int", 32), MIXED, torch.bfloat16)
-    try:
-        model = load(tmp_path, dequantize=True)
-    except (RuntimeError, ValueError, AssertionError):
-        return
-    equal = [torch.equal(model.get_submodule(module).weight, Q) for module, Q in written.Q.items()]
-    assert not all(equal)
+    """Why `verify` does not load mixed widths; to be told that it can when this fails."""
+    write_model(tmp_path, CompressedTensors("int", 32), MIXED, torch.bfloat16)
+    with pytest.raises(RuntimeError, match="conversion of the weights"):
+        load(tmp_path, dequantize=True)
+
+
+def test_peft_wants_the_weights_dequantized(tmp_path: Path) -> None:
+    """Why that is what the README says, and `verify` does; packed there is no weight to adapt."""
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=4, target_modules=list(PROJECTIONS))
+    write_model(tmp_path, CompressedTensors("int", 64), 3, torch.bfloat16)
+    with pytest.raises(AttributeError, match="weight"):
+        get_peft_model(load(tmp_path, dequantize=False), config)
+    model = get_peft_model(load(tmp_path, dequantize=True), config)
+    model(input_ids=tokens(), labels=tokens()).loss.backward()
+    found = {name: each.grad for name, each in model.named_parameters() if "lora_B" in name}
+    assert len(found) == 14
+    assert all(each is not None and each.isfinite().all() for each in found.values())

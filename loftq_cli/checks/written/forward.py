@@ -23,7 +23,7 @@ _ROOM = 1.25
 
 def forward(written: Written) -> Finding:
     """Loads backbone and adapter, and runs a few inputs through them, forth and back."""
-    _require_libraries(written)
+    _require_loadable(written)
     _require_room(written)
     model = _load(written)
     done = run_through(
@@ -61,7 +61,9 @@ def _load(written: Written) -> Any:
             cause="the report says that it loads this directory",
             hint="pip install -U transformers",
         )
-    options: dict[str, Any] = {"trust_remote_code": True} if written.trust_remote_code else {}
+    options: dict[str, Any] = written.claims.container.loading()
+    if written.trust_remote_code:
+        options["trust_remote_code"] = True
     if written.dtype is not None:
         options["dtype"] = getattr(torch, written.dtype)
     with warnings.catch_warnings():
@@ -82,7 +84,8 @@ def _load(written: Written) -> Any:
                     "missing",
                     hint=written.remedy,
                 )
-        _require_layers(written, "quantized", _quantized(model))
+        if written.claims.container.stays_packed:
+            _require_layers(written, "quantized", _quantized(model))
         keep_layout(model)
         with told_as(CheckFailed, "PEFT cannot put the adapter on it", hint=written.remedy):
             model = PeftModel.from_pretrained(
@@ -109,7 +112,7 @@ def _require_layers(written: Written, how: str, found: set[str]) -> None:
         )
 
 
-def _require_libraries(written: Written) -> None:
+def _require_loadable(written: Written) -> None:
     container = written.claims.container
     if missing := container.missing_libraries():
         names = " ".join(name.replace("_", "-") for name in missing)
@@ -117,6 +120,8 @@ def _require_libraries(written: Written) -> None:
             f"transformers loads {container.name} with {' and '.join(container.libraries)}: "
             f"pip install {names}"
         )
+    if len({layer.bits for layer in written.claims.quantized}) > 1 and container.why_not_mixed:
+        raise NothingToCheck(f"its layers have several widths, and {container.why_not_mixed}")
 
 
 def _require_room(written: Written) -> None:
