@@ -8,7 +8,7 @@ what works on tensors.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeAlias
@@ -100,8 +100,6 @@ class Container(ABC):
     warning: ClassVar[str | None] = None
     # What has to be installed for transformers to load it, by the names that one imports.
     libraries: ClassVar[tuple[str, ...]] = ()
-    # Why transformers cannot load layers of several widths; None: it can.
-    why_not_mixed: ClassVar[str | None] = None
     # Whether a model with an adapter keeps the codes as they are, in layers that `holds` knows.
     stays_packed: ClassVar[bool] = True
     # Whether the config has to name the dtype of the model: the weights' tensors may have others.
@@ -129,6 +127,14 @@ class Container(ABC):
     def missing_libraries(cls) -> list[str]:
         """Of its libraries, those that are not installed here."""
         return [name for name in cls.libraries if find_spec(name) is None]
+
+    @classmethod
+    def why_not_loaded(cls, widths: Collection[int], *, conv1d: bool) -> str | None:
+        """Why transformers cannot load layers of these widths, or in a class of (in, out) layers.
+
+        None: it can.
+        """
+        return None
 
     def loading(self) -> dict[str, Any]:
         """What transformers has to be told to load it for an adapter, beside the directory."""

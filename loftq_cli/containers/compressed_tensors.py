@@ -13,7 +13,7 @@ config group; so that one has most of the layers, and mixed widths are for serve
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -37,10 +37,15 @@ _FORMAT = "pack-quantized"
 class CompressedTensors(Integers):
     name = "compressed-tensors"
     libraries = ("compressed_tensors",)
-    why_not_mixed = "transformers takes all layers for one of the first group (vLLM does not)"
     stays_packed = False  # PEFT wants a weight in every layer
     layer_class = "dequantized Linear"
     skip_list = "ignore"
+
+    @classmethod
+    def why_not_loaded(cls, widths: Collection[int], *, conv1d: bool) -> str | None:
+        if len(widths) > 1:
+            return "transformers takes all for one of the first group (vLLM does not)"
+        return None
 
     @classmethod
     def weights_in(cls, names: Iterable[str]) -> set[str]:

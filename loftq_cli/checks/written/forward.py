@@ -120,8 +120,11 @@ def _require_loadable(written: Written) -> None:
             f"transformers loads {container.name} with {' and '.join(container.libraries)}: "
             f"pip install {names}"
         )
-    if len({layer.bits for layer in written.claims.quantized}) > 1 and container.why_not_mixed:
-        raise NothingToCheck(f"its layers have several widths, and {container.why_not_mixed}")
+    widths = {layer.bits for layer in written.claims.quantized}
+    conv1d = bool(written.claims.results.conv1d)
+    if (reason := container.why_not_loaded(widths, conv1d=conv1d)) is not None:
+        told = ", ".join(map(str, sorted(widths)))
+        raise NothingToCheck(f"transformers does not load {told} bits of it here: {reason}")
 
 
 def _require_room(written: Written) -> None:
