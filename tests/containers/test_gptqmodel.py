@@ -8,11 +8,13 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GPTQConfig
+from transformers import AutoModelForCausalLM, CompressedTensorsConfig, GPTQConfig
 
+from loftq_cli.containers.compressed_tensors import CompressedTensors
 from loftq_cli.containers.gptq import Gptq
 from loftq_cli.models.spec import DEMO_DIRECTORY
 from tests.containers.integer_models import PROJECTIONS, tokens, write_model
@@ -66,18 +68,15 @@ def test_it_gives_what_the_dequantized_model_gives(bits: int, dtype: str, tmp_pa
     assert error < 0.8 * (original - expected).norm() / expected.norm()
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_peft_trains_on_the_packed_weights(bits: int, tmp_path: Path) -> None:
+def trained(base: torch.nn.Module) -> tuple[Any, list[float]]:
+    """A few steps of LoRA on the same tokens, and the loss before each."""
     from peft import LoraConfig, get_peft_model
 
-    write_model(tmp_path, Gptq("int", 64), bits, torch.bfloat16)
-    base = load(tmp_path, bits)
-    before = {name: each.clone() for name, each in base.named_buffers() if "qweight" in name}
     torch.manual_seed(0)
     model = get_peft_model(base, LoraConfig(r=8, target_modules=list(PROJECTIONS)))
     model.train()
-    trained = [each for each in model.parameters() if each.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=2e-3)
+    parameters = [each for each in model.parameters() if each.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=2e-3)
     losses = []
     for _ in range(6):
         loss = model(input_ids=tokens(), labels=tokens()).loss
@@ -85,10 +84,45 @@ def test_peft_trains_on_the_packed_weights(bits: int, tmp_path: Path) -> None:
         optimizer.step()
         optimizer.zero_grad()
         losses.append(float(loss))
+    return model.eval(), losses
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_peft_trains_on_the_packed_weights(bits: int, tmp_path: Path) -> None:
+    write_model(tmp_path, Gptq("int", 64), bits, torch.bfloat16)
+    base = load(tmp_path, bits)
+    before = {name: each.clone() for name, each in base.named_buffers() if "qweight" in name}
+    _, losses = trained(base)
     assert losses[-1] < losses[0] - 0.05, losses
     for name, each in base.named_buffers():
         if "qweight" in name:
             assert torch.equal(each, before[name.replace("base_layer.", "")]), name
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_what_was_trained_here_gives_the_same_on_compressed_tensors(
+    bits: int, tmp_path: Path
+) -> None:
+    """Trained on one container, served on the other: the same adapter on the same Q."""
+    pytest.importorskip("compressed_tensors")
+    from peft import PeftModel
+
+    ours, theirs = tmp_path / "gptq", tmp_path / "compressed-tensors"
+    write_model(ours, Gptq("int", 64), bits, torch.bfloat16)
+    write_model(theirs, CompressedTensors("int", 64), bits, torch.bfloat16)
+    model, _ = trained(load(ours, bits))
+    model.save_pretrained(tmp_path / "adapter")
+    served = AutoModelForCausalLM.from_pretrained(
+        theirs, quantization_config=CompressedTensorsConfig(dequantize=True)
+    )
+    with torch.no_grad():
+        plain = served.eval()(tokens()).logits.float()
+        found = model(input_ids=tokens()).logits.float()
+        served = PeftModel.from_pretrained(served, tmp_path / "adapter").eval()
+        expected = served(input_ids=tokens()).logits.float()
+    gap = (found - expected).norm() / expected.norm()
+    assert gap < (2 if bits == 8 else 1) * torch.finfo(torch.bfloat16).eps
+    assert gap < 0.2 * (plain - expected).norm() / expected.norm()  # that the adapter changes
 
 
 def test_the_kernel_that_a_cpu_gets_at_4_bits_stops_training(tmp_path: Path) -> None:
