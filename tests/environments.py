@@ -3,6 +3,7 @@
     python -m tests.environments suite DIR             # the oldest and the newest that we support
     python -m tests.environments load DIR              # what we write, in the pairs of the README
     python -m tests.environments load DIR 5.17.0+0.21.2
+    python -m tests.environments extras DIR            # who else reads our files
 
 To be run by hand, in an environment where the suite runs. Every pair of versions gets a virtual
 environment of its own under DIR, which lies over this one: pip installs there what that pair needs
@@ -19,6 +20,7 @@ import sys
 import sysconfig
 import tempfile
 import venv
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -43,6 +45,18 @@ SUITE = (
 )
 # transformers may compile DeBERTa's functions with what torch 2.13 calls deprecated.
 QUIETLY = ("-p", "no:cacheprovider", "-W", "ignore:`torch.jit:DeprecationWarning")
+# For `extras`: what reads integer containers, by the name of its environment. gptqmodel comes
+# without what it asks for, which would be another torch.
+EXTRAS = {
+    "compressed-tensors": [["compressed-tensors==0.20.0"]],
+    "gptq": [
+        ["--no-deps", "gptqmodel==7.7.0", "torchao==0.18.0"],
+        ["compressed-tensors==0.20.0", "optimum==2.3.0", "datasets", "defuser", "device-smi"],
+        ["logbar", "pillow", "protobuf", "pypcre", "tokenicer"],
+    ],
+}
+READERS = ("tests/containers/test_compressed_tensors.py", "tests/containers/test_gptqmodel.py",
+           "tests/quantize/test_integer_containers.py")  # fmt: skip
 # What is written for `load`: options of `quantize`.
 WRITTEN = ("--bits 4", "--bits 4 --quant-type fp4 --double-quant", "--bits 3", "--bits 8")
 
@@ -70,20 +84,26 @@ print(f"{loss.item():.4f}")
 
 def environment(under: Path, pair: str) -> Path:
     """The interpreter of an environment with this pair of versions, made unless it is there."""
-    directory = under / pair
-    python = directory / "bin" / "python"
-    if (directory / "complete").exists():
-        return python
     versions = dict(zip(("transformers", "peft"), pair.split("+"), strict=True))
-    venv.create(directory, with_pip=False, clear=True)
-    (packages,) = directory.glob("lib/python*/site-packages")
-    (packages / "beneath.pth").write_text(sysconfig.get_path("purelib") + "\n")
     pins = [f"{name}=={version}" for name, version in versions.items()]
     # pip says that it disagrees with what the environment beneath needs; so it is meant.
-    subprocess.run([python, "-m", "pip", "install", "-q", *pins], check=True)
+    python = layered(under / pair, [pins])
     found = run(python, "-c", "import transformers as t, peft as p; print(t.__version__, end='+');"
                 "print(p.__version__)").stdout.strip()  # fmt: skip
     assert found == pair, found
+    return python
+
+
+def layered(directory: Path, installs: Sequence[Sequence[str]]) -> Path:
+    """The interpreter of an environment over this one, with what these arguments of pip install."""
+    python = directory / "bin" / "python"
+    if (directory / "complete").exists():
+        return python
+    venv.create(directory, with_pip=False, clear=True)
+    (packages,) = directory.glob("lib/python*/site-packages")
+    (packages / "beneath.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    for arguments in installs:
+        subprocess.run([python, "-m", "pip", "install", "-q", *arguments], check=True)
     (directory / "complete").touch()
     return python
 
@@ -115,6 +135,18 @@ def suite(under: Path, pairs: list[str]) -> bool:
     return passed
 
 
+def extras(under: Path, names: list[str]) -> bool:
+    passed = True
+    for name in names:
+        done = run(layered(under / name, EXTRAS[name]), "-m", "pytest", "-q", "-n0",
+                   "-p", "no:cacheprovider", *READERS)  # fmt: skip
+        passed &= done.returncode == 0
+        print(f"{name:20} {last_line(done)}")
+        if done.returncode:
+            print(done.stdout)
+    return passed
+
+
 def load(under: Path, pairs: list[str]) -> bool:
     passed = True
     with tempfile.TemporaryDirectory() as scratch:
@@ -134,11 +166,12 @@ def load(under: Path, pairs: list[str]) -> bool:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("mode", choices=("suite", "load"))
+    parser.add_argument("mode", choices=("suite", "load", "extras"))
     parser.add_argument("under", type=Path, metavar="DIR")
-    parser.add_argument("pairs", nargs="*", metavar="TRANSFORMERS+PEFT")
+    parser.add_argument("pairs", nargs="*", metavar="TRANSFORMERS+PEFT|EXTRA")
     asked = parser.parse_args()
-    work, pairs = (suite, SUPPORTED) if asked.mode == "suite" else (load, LOADING)
+    modes = {"suite": (suite, SUPPORTED), "load": (load, LOADING), "extras": (extras, EXTRAS)}
+    work, pairs = modes[asked.mode]
     sys.exit(0 if work(asked.under.resolve(), asked.pairs or list(pairs)) else 1)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -46,6 +47,21 @@ def test_what_is_written_was_foreseen_and_is_proved(
     # Whether the libraries are here that load it, the environment says.
     assert statuses.pop("forward") in ("passed", "skipped")
     assert set(statuses.values()) == {"passed"}
+
+
+def test_a_config_without_a_dtype_gets_one(loftq: Loftq, source: Path, tmp_path: Path) -> None:
+    """A loader without one takes that of the first tensor, which may be float16 scales."""
+    named = Path(shutil.copytree(source, tmp_path / "source"))
+    config = json.loads((named / "config.json").read_text())
+    del config["dtype"]
+    (named / "config.json").write_text(json.dumps(config))
+    out = tmp_path / "out"
+    done = loftq("quantize", "-m", named, "-o", out, "--container", "gptq", "--bits", 8,
+                 "--rank", 4, "--iterations", 1)  # fmt: skip
+    assert done.code == 0, done.err
+    assert json.loads((out / "config.json").read_text())["dtype"] == "bfloat16"
+    proved = loftq("verify", out)
+    assert proved.code == 0, proved.err
 
 
 @pytest.mark.parametrize(

@@ -55,6 +55,8 @@ def _require_config(written: Written, source: ResolvedModel, strict: bool) -> No
     dtype = written.claims.settings.dtype
     original = config_in_dtype(read_config(source.directory), dtype)
     ignored = _NO_MATTER if strict else _NO_MATTER | _DTYPES
+    if written.claims.container.wants_dtype and not _DTYPES & original.keys():
+        ignored = ignored | _DTYPES
     place = _difference(written.config, original, strict, ignored)
     if place is not None:
         raise CheckFailed(
