@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from loftq_cli.checkpoint.adapter import PREFIX
+from loftq_cli.checkpoint.safetensors import TensorInfo
 from loftq_cli.engines.adapter_settings import adapter_settings
 from loftq_cli.engines.plan import Plan
 from loftq_cli.errors import UnsupportedModel, first_line
@@ -20,7 +21,6 @@ from loftq_cli.models import layers as words
 from loftq_cli.models.layers import last_part
 
 if TYPE_CHECKING:
-    from loftq_cli.checkpoint.safetensors import TensorInfo
     from loftq_cli.models.architecture import Architecture
 
 NOT_REPLACED = "transformers' quantizer does not replace it"
@@ -50,7 +50,9 @@ def objections(
     model = build().model
     settings = adapter_settings(plan, original, "")
     container = plan.settings.container
-    if container.quantizes and not container.missing_libraries():
+    # Where weights are dequantized, the model stays as it is.
+    asked = container.quantizes and container.stays_packed
+    if asked and not container.missing_libraries():
         refused = _as_quantized(plan, model, original, tensors)
         if refused.kept:
             return refused, ()
@@ -85,11 +87,29 @@ def _as_quantized(
         cause = f"its loader makes quantized layers of {_some(beyond)}, without codes to load"
         raise _unloadable(original, cause)
     quantized = type(original)(model)
-    if lost := sorted(original.placed(tensors).keys() - quantized.placed(tensors).keys()):
+    written, renamed = _as_written(plan, tensors)
+    wanted = original.placed(tensors).keys() - renamed.keys() | {*renamed.values()}
+    if lost := sorted(wanted - quantized.placed(written).keys()):
         raise _unloadable(original, f"it has no place for {_some(lost)} then")
-    if missing := sorted({*quantized.unfilled(tensors)} - {*original.unfilled(tensors)}):
+    if missing := sorted({*quantized.unfilled(written)} - {*original.unfilled(tensors)}):
         raise _unloadable(original, f"it wants {_some(missing)} then, which no tensor becomes")
     return Refused()
+
+
+def _as_written(plan: Plan, tensors: list[TensorInfo]) -> tuple[list[TensorInfo], dict[str, str]]:
+    """The tensors that there will be, and the codes' names by those of weights that have others."""
+    container = plan.settings.container
+    stored = {each.tensor: container.planned(each.weight) for each in plan.layers}
+    renamed = {
+        tensor: parts[0].name
+        for tensor, parts in stored.items()
+        if all(part.name != tensor for part in parts)
+    }
+    parts = [part for tensor in renamed for part in stored[tensor]]
+    return [
+        *(each for each in tensors if each.name not in renamed),
+        *(TensorInfo(part.name, part.dtype, part.shape, 0, part.nbytes) for part in parts),
+    ], renamed
 
 
 def _as_adapted(model: Any, settings: Mapping[str, Any]) -> Any:
