@@ -21,13 +21,16 @@ QuantType: TypeAlias = Literal["nf4", "fp4"]
 # bitsandbytes has kernels for these.
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 DEFAULT_BLOCK_SIZE = 64
-# The kernels of every program that reads integers have these; None is a whole row.
-INTEGER_BLOCK_SIZES = (32, 64, 128, None)
+# Levels that a code of nf4 may choose from, all of them in four bits of the file.
+NF_BITS = (2, 3, 4)
 # With double quantization so many absmax share a scale.
 NESTED_BLOCK_SIZE = 256
 
-# Widths that kernels for integers have, in training and in serving.
+# Widths and blocks that kernels for integers have, in training and in serving. A whole row is what
+# the field calls a group size of -1.
 INTEGER_BITS = (2, 3, 4, 8)
+WHOLE_ROW = -1
+INTEGER_BLOCK_SIZES = (32, 64, 128, WHOLE_ROW)
 
 SvdMethod: TypeAlias = Literal["auto", "exact", "randomized"]
 # Beyond these, float32 adapters lose the correction; nobody trains there.

@@ -155,7 +155,8 @@ OPTIONS = {
         int,
         "--block-size",
         metavar="N",
-        help="Weights that share one scale: 32, 64, … 4096.",
+        help="Weights that share one scale: 32, 64, … 4096; in gptq and compressed-tensors 32, 64, "
+        "128, or -1, a whole row.",
         autocompletion=lambda: [str(size) for size in BLOCK_SIZES],
     ),
     "double_quant": option(

@@ -100,6 +100,8 @@ class Container(ABC):
     warning: ClassVar[str | None] = None
     # What has to be installed for transformers to load it, by the names that one imports.
     libraries: ClassVar[tuple[str, ...]] = ()
+    # Whether servers want one width for the layers that they hold as one (`fused.py`).
+    even_when_fused: ClassVar[bool] = False
     # Whether a model with an adapter keeps the codes as they are, in layers that `holds` knows.
     stays_packed: ClassVar[bool] = True
     # Whether the config has to name the dtype of the model: the weights' tensors may have others.
@@ -168,6 +170,10 @@ class Container(ABC):
     @abstractmethod
     def planned(self, weight: Weight) -> list[PlannedTensor]:
         """Names, dtypes and shapes of what a weight becomes."""
+
+    def working_bytes(self, weight: Weight) -> int:
+        """Memory that codes and scales of a weight take while it is worked on."""
+        return sum(tensor.nbytes for tensor in self.planned(weight))
 
     # What follows is asked only where something is quantized.
 

@@ -25,7 +25,7 @@ from loftq_cli.checkpoint.tensors import load_tensor, tensor_memory
 from loftq_cli.checkpoint.writer import PlannedTensor
 from loftq_cli.containers.base import Container, Damaged, Form, StoredWeight, Tensors, Weight
 from loftq_cli.errors import InvalidSetting, UsageError
-from loftq_cli.formats import BLOCK_SIZES, DTYPE_NAMES, NESTED_BLOCK_SIZE, QuantType
+from loftq_cli.formats import BLOCK_SIZES, DTYPE_NAMES, NESTED_BLOCK_SIZE, NF_BITS, QuantType
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,7 +45,7 @@ _SHORT = {name: short for short, name in DTYPE_NAMES.items()}
 
 class Bitsandbytes4(Container):
     name = "bitsandbytes"
-    all_widths = (2, 3, 4)
+    all_widths = NF_BITS
     number_types = get_args(QuantType)
     options = ("quant_type", "block_size", "double_quant")
     searches = True

@@ -24,7 +24,7 @@ from loftq_cli.containers import packing
 from loftq_cli.containers.base import Damaged, StoredWeight, Tensors, Weight
 from loftq_cli.containers.integers import Integers, by_width, weights_with
 from loftq_cli.errors import InvalidSetting
-from loftq_cli.formats import DTYPE_NAMES
+from loftq_cli.formats import DTYPE_NAMES, WHOLE_ROW
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -161,7 +161,7 @@ class CompressedTensors(Integers):
             "num_bits": bits,
             "type": "int",
             "symmetric": True,
-            **({"strategy": "channel"} if self.block_size is None else blocks),
+            **({"strategy": "channel"} if self.block_size == WHOLE_ROW else blocks),
             "dynamic": False,
             "actorder": None,
         }

@@ -24,6 +24,7 @@ from loftq_cli.checkpoint.tensors import tensor_memory
 from loftq_cli.checkpoint.writer import PlannedTensor
 from loftq_cli.containers import packing
 from loftq_cli.containers.base import Damaged, StoredWeight, Weight
+from loftq_cli.containers.fused import fused_name
 from loftq_cli.containers.integers import Integers, by_width, dtype_of, weights_with
 
 if TYPE_CHECKING:
@@ -78,7 +79,7 @@ class Gptq(Integers):
         return {
             "quant_method": self.name,
             "bits": next(iter(groups), None),
-            "group_size": self._group_size,
+            "group_size": self.block_size,
             "desc_act": False,
             "sym": True,
             "lm_head": False,
@@ -93,7 +94,7 @@ class Gptq(Integers):
             "dynamic": {
                 **{f"-:{_pattern(module)}": {} for module in skipped},
                 **{
-                    f"+:{_pattern(module)}": {"bits": bits, "group_size": self._group_size}
+                    f"+:{_pattern(module)}": {"bits": bits, "group_size": self.block_size}
                     for bits, those in list(groups.items())[1:]
                     for module in those
                 },
@@ -148,10 +149,6 @@ class Gptq(Integers):
     def _tensors_of(self, weight: str) -> list[str]:
         return self._names(weight, "qweight", "qzeros", "scales", "g_idx")
 
-    @property
-    def _group_size(self) -> int:
-        return -1 if self.block_size is None else self.block_size
-
     def _zeros(self, rows: int, columns: int, bits: int) -> Tensor:
         """Of every block, packed: 2^(b−1) − 1, which is the number of the code −1."""
         import torch
@@ -162,22 +159,13 @@ class Gptq(Integers):
     def _blocks_of(self, columns: int) -> Tensor:
         import torch
 
-        block = self.block_size or columns
-        return torch.arange(columns, dtype=torch.int32) // block
-
-
-# Layers that servers run as one, which is then asked for by its own name.
-_FUSED = {
-    **dict.fromkeys(("q_proj", "k_proj", "v_proj"), "qkv_proj"),
-    **dict.fromkeys(("gate_proj", "up_proj"), "gate_up_proj"),
-}
+        return torch.arange(columns, dtype=torch.int32) // (columns // self._blocks(columns))
 
 
 def _pattern(module: str) -> str:
     """A regular expression for the module, and for what a server makes of it and its siblings."""
-    path, _, last = module.rpartition(".")
-    names = "|".join(re.escape(each) for each in (last, _FUSED.get(last)) if each)
-    return f"^{re.escape(path + '.') if path else ''}({names})$"
+    names = "|".join(re.escape(each) for each in (module, fused_name(module)) if each)
+    return f"^({names})$"
 
 
 def _common_path(modules: Sequence[str]) -> str:

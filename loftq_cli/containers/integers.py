@@ -12,23 +12,24 @@ from typing import TYPE_CHECKING, ClassVar
 from loftq_cli.containers import packing
 from loftq_cli.containers.base import Container, Damaged, Form, StoredWeight, Weight
 from loftq_cli.errors import InvalidSetting, UsageError
-from loftq_cli.formats import DTYPE_NAMES, INTEGER_BLOCK_SIZES
+from loftq_cli.formats import DTYPE_NAMES, INTEGER_BITS, INTEGER_BLOCK_SIZES, WHOLE_ROW
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from loftq_cli.core.integers import QuantizedIntegers
+    from loftq_cli.core.integers import IntegerFormat, QuantizedIntegers
     from loftq_cli.core.steps import Quantizer
 
 
 class Integers(Container):
-    all_widths = (2, 3, 4, 8)
+    all_widths = INTEGER_BITS
     number_types = ("int",)
     options = ("block_size",)
     searches = True
     why_uncalibrated = None
     wants_dtype = True
+    even_when_fused = True
     # Of out and in: what its files and kernels want whole groups of.
     multiples: ClassVar[tuple[int, int]] = (1, packing.GROUP)
 
@@ -38,14 +39,14 @@ class Integers(Container):
             raise UsageError(
                 f"no block size {form.block_size} in {cls.name}",
                 cause="servers have kernels for integers in blocks of 32, 64 and 128, and for "
-                "whole rows",
+                "whole rows (-1)",
                 hint="--block-size 64",
             )
         return cls(cls.number_types[0], form.block_size)
 
     def require_fit(self, weights: Sequence[Weight]) -> None:
-        def misfit(block_size: int | None) -> Weight | None:
-            return next((each for each in weights if each.shape[1] % (block_size or 1)), None)
+        def misfit(block_size: int) -> Weight | None:
+            return next((each for each in weights if each.shape[1] % abs(block_size)), None)
 
         rows, columns = self.multiples
         for weight in weights:
@@ -56,9 +57,9 @@ class Integers(Container):
                     f"whole groups of {columns}",
                     hint="--container bitsandbytes",
                 )
-        first = misfit(self.block_size)
+        first = misfit(self._block_size)
         if first is not None:
-            sizes = [size for size in INTEGER_BLOCK_SIZES if size and misfit(size) is None]
+            sizes = [size for size in INTEGER_BLOCK_SIZES if misfit(size) is None]
             raise InvalidSetting(
                 f"block size {self.block_size} does not fit {first.module}",
                 cause=f"its rows have {first.shape[1]} weights, and {self.name} has whole blocks "
@@ -66,11 +67,15 @@ class Integers(Container):
                 hint=f"--block-size {max(sizes)}",
             )
 
+    def working_bytes(self, weight: Weight) -> int:
+        """A byte a code whatever its width, and float32 scales."""
+        rows, columns = weight.shape
+        return rows * (columns + 4 * self._blocks(columns))
+
     def quantizer(self, bits: int, *, search: bool = True) -> Quantizer:
-        from loftq_cli.core.integers import IntegerFormat
         from loftq_cli.core.quantizers import Integers as IntegerQuantizer
 
-        return IntegerQuantizer(IntegerFormat(bits, self.block_size), search=search)
+        return IntegerQuantizer(self._format(bits), search=search)
 
     def require_codes(self, stored: StoredWeight) -> None:
         """Also refuses scales that the other containers could not hold."""
@@ -84,11 +89,12 @@ class Integers(Container):
                 raise Damaged(f"{stray:.9g} is among its scales, which {dtype} does not hold")
 
     def quantized(self, stored: StoredWeight) -> QuantizedIntegers:
-        from loftq_cli.core.integers import IntegerFormat, QuantizedIntegers
+        from loftq_cli.core.integers import QuantizedIntegers
 
         codes, scales = self._codes_and_scales(stored)
-        fmt = IntegerFormat(stored.weight.bits, self.block_size)
-        return QuantizedIntegers(codes, scales, fmt, dtype_of(stored.weight))
+        return QuantizedIntegers(
+            codes, scales, self._format(stored.weight.bits), dtype_of(stored.weight)
+        )
 
     def _codes_and_scales(self, stored: StoredWeight) -> tuple[Tensor, Tensor]:
         """int8 (out, in) and float32 (out, blocks of a row)."""
@@ -96,7 +102,17 @@ class Integers(Container):
 
     def _blocks(self, columns: int) -> int:
         """Of a row of so many weights."""
-        return 1 if self.block_size is None else columns // self.block_size
+        return 1 if self._block_size == WHOLE_ROW else columns // self._block_size
+
+    @property
+    def _block_size(self) -> int:
+        assert self.block_size is not None
+        return self.block_size
+
+    def _format(self, bits: int) -> IntegerFormat:
+        from loftq_cli.core.integers import IntegerFormat
+
+        return IntegerFormat(bits, None if self.block_size == WHOLE_ROW else self.block_size)
 
     def _names(self, weight: str, *parts: str) -> list[str]:
         """X.part of the weight X.weight."""

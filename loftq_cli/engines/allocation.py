@@ -31,6 +31,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from loftq_cli.checkpoint.index import Checkpoint
+from loftq_cli.containers.fused import fused_groups
 from loftq_cli.engines.placement import measure
 from loftq_cli.engines.plan import Plan, PlannedLayer, block_number
 from loftq_cli.engines.settings import Settings
@@ -79,13 +80,15 @@ def allocate(
 
     found = measure(work, plan.layers, checkpoint, device=device, progress=progress, inputs=inputs)
     layers = _as_they_run(plan.layers)
+    evened: list[list[str]] = []
     if settings.target_bits is not None:
-        layers = _with_bits(layers, found, settings.container.widths, settings.target_bits)
+        layers, evened = _with_bits(layers, found, settings, settings.target_bits)
     if settings.rank_budget:
         layers = _with_ranks(layers, found, settings)
     changed = {planned.layer.module: planned for planned in layers}
     return replace(
         plan,
+        evened=tuple(tuple(group) for group in evened),
         tasks=tuple(
             replace(
                 task,
@@ -112,16 +115,34 @@ def _choices(planned: PlannedLayer, settings: Settings) -> tuple[int, ...]:
 def _with_bits(
     layers: Sequence[PlannedLayer],
     found: dict[str, list[ErrorShares]],
-    widths: Sequence[int],
+    settings: Settings,
     average: float,
-) -> list[PlannedLayer]:
-    """The layers with the bits that lose least together, ``average`` a weight or fewer."""
+) -> tuple[list[PlannedLayer], list[list[str]]]:
+    """The layers with the bits that lose least together, ``average`` a weight or fewer.
+
+    Beside them the groups whose layers have the same only because servers hold them as one.
+    """
     from loftq_cli.core.budgets import spread_bits
 
-    sizes = [planned.layer.parameters for planned in layers]
-    lost = [[share.quantized_only for share in found[planned.layer.module]] for planned in layers]
-    bits = spread_bits(lost, sizes, widths, average)
-    return [replace(planned, bits=each) for planned, each in zip(layers, bits, strict=True)]
+    sizes = {planned.layer.module: planned.layer.parameters for planned in layers}
+    lost = {name: [share.quantized_only for share in found[name]] for name in sizes}
+
+    def spread(groups: list[list[str]]) -> dict[str, int]:
+        together = [
+            [sum(losses) for losses in zip(*(lost[name] for name in group), strict=True)]
+            for group in groups
+        ]
+        counts = [sum(sizes[name] for name in group) for group in groups]
+        bits = spread_bits(together, counts, settings.container.widths, average)
+        return {name: each for group, each in zip(groups, bits, strict=True) for name in group}
+
+    alone = spread([[name] for name in sizes])
+    bits, evened = alone, []
+    if settings.container.even_when_fused:
+        groups = fused_groups(sizes)
+        bits = spread(groups)
+        evened = [group for group in groups if len({alone[name] for name in group}) > 1]
+    return [replace(each, bits=bits[each.layer.module]) for each in layers], evened
 
 
 def _with_ranks(

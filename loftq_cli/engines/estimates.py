@@ -8,7 +8,7 @@ and the adapters of one output file. In bytes a weight of that layer:
     2 or 4      the residual, in the dtype of the sketches
     20          instead of that in 8 bits, which are worked on whole
     3 × ⁹⁄₁₆    codes: this iterate's, the best one's, and a finished layer's that wait for the disk
-    3 × 1       the same in 8 bits
+    3 × 1       the same in 8 bits, and integers of any bits until they are packed
     32          instead of residual and codes with the exact SVD: residual, U, V, LAPACK's workspace
 
 and besides, for every direction of a sketch, ten vectors as long as a column and a row.
@@ -193,7 +193,7 @@ def _working_bytes(
     # A piece as it is stored, in float32, its part of the low rank and of the residual.
     piece = min(max(PIECE, 16 * in_features), weights) * (stored + 4 + 2 * machine.product_bytes)
     working += min(machine.threads, -(-weights // PIECE)) * piece
-    codes = 3 * sum(tensor.nbytes for tensor in settings.container.planned(planned.weight))
+    codes = 3 * settings.container.working_bytes(planned.weight)
     if settings.start.needs_moments:
         return _CALIBRATED * 4 * weights + _MOMENTS * 4 * in_features**2 + codes + working
     held = 1 + ahead + layer.transposed

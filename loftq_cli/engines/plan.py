@@ -80,12 +80,15 @@ class Task:
 class Plan:
     """All tasks of a run.
 
-    ``trained_heads`` are the parameters that PEFT trains beside the adapter and keeps with it.
+    ``trained_heads`` are the parameters that PEFT trains beside the adapter and keeps with it,
+    ``evened`` the groups whose layers would have had different bits if servers did not hold each
+    group as one.
     """
 
     settings: Settings
     tasks: tuple[Task, ...]
     trained_heads: tuple[str, ...] = ()
+    evened: tuple[tuple[str, ...], ...] = ()
 
     @property
     def layers(self) -> list[PlannedLayer]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from loftq_cli import schema
@@ -66,6 +66,7 @@ def quantize_results(
         ),
         fingerprint=fingerprint,
         settings=_settings(settings, calibration),
+        evened=[list(group) for group in plan.evened],
         layers=[each for each in layers if isinstance(each, schema.AdaptedLayer)],
         without_adapter=[each for each in layers if isinstance(each, schema.PlainLayer)],
         untouched=[
@@ -88,7 +89,9 @@ def quantize_results(
             **{field: _overall(outcomes, *names) for field, names in _ERRORS.items()},
             **_bits_a_weight(plan, measured=bool(outcomes)),
             input_bytes=total_bytes,
-            output_bytes=plan.model_bytes,
+            output_bytes=plan.model_bytes
+            if outcomes
+            else plan.model_bytes - _code_bytes(plan) + _foreseen_bytes(plan),
             adapter_bytes=plan.adapter_bytes,
             peak_memory_bytes=peak_memory_bytes,
             parameters=sum(info.elements for info in checkpoint.infos),
@@ -156,7 +159,7 @@ def calibrated_on(calibration: Calibration) -> schema.CalibratedOn:
 def _bits_a_weight(plan: Plan, *, measured: bool) -> dict[str, float]:
     """Over the planned layers; those that are still to be ``measured`` get what was asked for."""
     settings, code_bits = plan.settings, plan.settings.container.code_bits
-    in_file = 8 * sum(tensor.nbytes for each in plan.layers for tensor in stored(each, settings))
+    in_file = 8 * (_code_bytes(plan) if measured else _foreseen_bytes(plan))
     weights = sum(planned.layer.parameters for planned in plan.layers)
     spared = sum(
         (code_bits(planned.bits) - planned.bits) * planned.layer.parameters
@@ -166,6 +169,25 @@ def _bits_a_weight(plan: Plan, *, measured: bool) -> dict[str, float]:
     if not measured and settings.target_bits is not None:
         told = in_file / weights - (code_bits(settings.bits) - settings.target_bits)
     return {"stored_bits": in_file / weights, "information_bits": told}
+
+
+def _code_bytes(plan: Plan, bits: int | None = None) -> int:
+    """Of the planned layers in the file, in other ``bits`` if given."""
+    return sum(
+        tensor.nbytes
+        for each in plan.layers
+        for tensor in stored(each if bits is None else replace(each, bits=bits), plan.settings)
+    )
+
+
+def _foreseen_bytes(plan: Plan) -> int:
+    """The same where the bits are not measured yet: files grow evenly with them."""
+    settings = plan.settings
+    if settings.target_bits is None:
+        return _code_bytes(plan)
+    low, high = settings.container.widths[0], settings.container.widths[-1]
+    least, most = _code_bytes(plan, low), _code_bytes(plan, high)
+    return least + round((most - least) * (settings.target_bits - low) / (high - low))
 
 
 def _overall(outcomes: Sequence[LayerOutcome], field: str, norm: str) -> float | None:

@@ -39,7 +39,7 @@ class Settings:
     ``bits`` is what a weight's code tells, and with ``container_name`` it chooses the
     ``container``; 16 leaves the weights as they are. ``leading`` (blocks, bits) says it for the
     first blocks of the model, ``target_bits`` for the average of all layers, each of which gets one
-    of the container's widths by what it loses. A ``block_size`` of None is a whole row. With
+    of the container's widths by what it loses. A ``block_size`` of -1 is a whole row. With
     ``rank_budget`` the ranks differ too, with as many parameters in all as ``rank`` everywhere
     would have; ``uniform_rank`` then pads them to the largest. ``dtype`` is that of all that is not
     quantized, and of the products with what is.
@@ -50,7 +50,7 @@ class Settings:
     leading: tuple[int, int] | None = None
     target_bits: float | None = None
     quant_type: QuantType = "nf4"
-    block_size: int | None = 64
+    block_size: int = 64
     double_quant: bool = False
     init: str = "loftq"  # a name in `starts.STARTS`
     rank: int = 16

@@ -266,7 +266,7 @@ def _warm_up(
     """
     import torch
 
-    width = max(256, settings.block_size or 0)
+    width = max(256, settings.block_size)
     W = torch.randn(256, width, generator=torch.Generator().manual_seed(0)).to(dtype)
     layer = LinearLayer("", "", 256, width, transposed=False, dtype="")
     planned = PlannedLayer(layer, bits, 8 if adapted else 0)

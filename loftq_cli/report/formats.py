@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 
+from loftq_cli.formats import INTEGER_BITS, NF_BITS
 from loftq_cli.report import units
 from loftq_cli.schema import AdaptedLayer, PlainLayer, QuantizeResults
 
@@ -33,7 +34,9 @@ def number_type(results: QuantizeResults) -> str:
     name = settings.quant_type.rstrip("0123456789")
     name = name if name == "int" else name.upper()
     if results.dry_run and settings.target_bits is not None:
-        return f"{name}4/{name}3/{name}2, {units.plain(settings.target_bits)} bits on average"
+        widths = INTEGER_BITS if name == "int" else NF_BITS
+        kinds = "/".join(f"{name}{bits}" for bits in sorted(widths, reverse=True))
+        return f"{kinds}, {units.plain(settings.target_bits)} bits on average"
     counts: Counter[int] = Counter()  # of weights
     for layer in all_layers(results):
         counts[layer.bits or settings.bits] += math.prod(layer.shape)

@@ -68,6 +68,11 @@ def _facts(results: QuantizeResults) -> list[tuple[str, str]]:
         facts.append(("precision", bits))
     trainable = units.plural(totals.trainable_parameters, "trainable parameter")
     facts.append(("adapter", f"{about}{units.size(totals.adapter_bytes)}, {trainable}"))
+    if results.evened:
+        alike = units.plural(len(results.evened), "group")
+        facts.append(
+            ("fused", f"{alike} of layers with the same bits, as servers hold them as one")
+        )
     if results.counted_by == "names":
         facts.append(("told by", TOLD_BY["names"]))
     for what, before, after in error_changes(results):

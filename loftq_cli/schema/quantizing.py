@@ -154,6 +154,8 @@ class QuantizeResults(Model):
     conv1d: list[str] = []
     fingerprint: str | None = None  # of source and settings: two runs with the same are one
     settings: QuantizeSettings
+    # With --target-bits: layers that have the same bits only because servers hold them as one.
+    evened: list[list[str]] = []
     layers: list[AdaptedLayer]
     without_adapter: list[PlainLayer] = []
     untouched: list[UntouchedTensor] = []

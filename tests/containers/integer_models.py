@@ -16,6 +16,7 @@ from loftq_cli.checkpoint.tensors import tensor_memory
 from loftq_cli.checkpoint.writer import PlannedTensor, write_safetensors
 from loftq_cli.containers.base import Weight
 from loftq_cli.core.integers import IntegerFormat, QuantizedIntegers, dequantize_integers
+from loftq_cli.formats import WHOLE_ROW
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 SHORT = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
@@ -55,16 +56,15 @@ def small_llama(dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
     return model
 
 
-def quantized(
-    W: torch.Tensor, bits: int, block_size: int | None, seed: int = 0
-) -> QuantizedIntegers:
+def quantized(W: torch.Tensor, bits: int, block_size: int, seed: int = 0) -> QuantizedIntegers:
     """Scales of either sign that both 16-bit floats hold, and the codes nearest to W."""
     half, rows = 1 << (bits - 1), W.shape[0]
-    blocks = W.float().view(rows, -1, block_size or W.shape[1])
+    fmt = IntegerFormat(bits, None if block_size == WHOLE_ROW else block_size)
+    blocks = W.float().view(rows, -1, fmt.size(W.shape[1]))
     signs = torch.randint(0, 2, blocks.shape[:2], generator=torch.Generator().manual_seed(seed))
     scales = (blocks.abs().amax(dim=2) / half * (2 * signs - 1)).bfloat16().float()
     codes = (blocks / scales[:, :, None]).round().clamp(-half, half - 1).to(torch.int8)
-    return QuantizedIntegers(codes.view(W.shape), scales, IntegerFormat(bits, block_size), W.dtype)
+    return QuantizedIntegers(codes.view(W.shape), scales, fmt, W.dtype)
 
 
 def write_model(

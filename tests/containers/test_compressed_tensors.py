@@ -22,7 +22,7 @@ pytest.importorskip("compressed_tensors")
 pytestmark = pytest.mark.filterwarnings("default")  # theirs
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-BLOCK_SIZES = (32, 64, 128, None)
+BLOCK_SIZES = (32, 64, 128, -1)
 MIXED = {**dict.fromkeys(PROJECTIONS, 4), "o_proj": 3, "down_proj": 8, "gate_proj": 2, "up_proj": 2}
 
 
@@ -53,7 +53,7 @@ def decompressed(directory: Path, module: str, scheme: Any) -> torch.Tensor:
 @pytest.mark.parametrize("block_size", BLOCK_SIZES)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_unpacked_by_compressed_tensors_it_is_Q(
-    bits: int, block_size: int | None, dtype: str, tmp_path: Path
+    bits: int, block_size: int, dtype: str, tmp_path: Path
 ) -> None:
     from compressed_tensors.quantization import QuantizationConfig
 
@@ -67,7 +67,7 @@ def test_unpacked_by_compressed_tensors_it_is_Q(
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("block_size", BLOCK_SIZES)
 def test_loaded_by_transformers_the_weights_are_Q(
-    bits: int, block_size: int | None, tmp_path: Path
+    bits: int, block_size: int, tmp_path: Path
 ) -> None:
     written = write_model(tmp_path, CompressedTensors("int", block_size), bits, torch.bfloat16)
     model = load(tmp_path, dequantize=True)

@@ -237,6 +237,47 @@ def test_a_target_for_the_bits(source: Path) -> None:
     assert {layer.rank for layer in plan.layers} == {16}
 
 
+@pytest.mark.parametrize("container", ["gptq", "compressed-tensors"])
+def test_what_servers_hold_as_one_gets_one_width(source: Path, container: str) -> None:
+    plan = allocated(source, target_bits=2.5, container_name=container)
+    bits = {layer.layer.module: layer.bits for layer in plan.layers}
+    assert len(set(bits.values())) > 1
+    for parts in (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")):
+        for block in (0, 1):
+            widths = {
+                width
+                for module, width in bits.items()
+                if f".{block}." in module and module.endswith(parts)
+            }
+            assert len(widths) == 1
+    assert average(plan) <= 2.5
+
+
+def test_where_that_decided_is_told() -> None:
+    """Alone the gate would get four bits and `up` two; of the rest each has what it would have."""
+    lost = {
+        "gate_proj": (0.9, 0.5, 0.01),
+        "up_proj": (0.02, 0.019, 0.018),
+        "o_proj": (0.3, 0.1, 0.09),
+    }
+    layers = [
+        PlannedLayer(LinearLayer(f"h.0.{name}", f"h.0.{name}", 64, 64, False, "F32"), 4, 0)
+        for name in lost
+    ]
+    found = {
+        f"h.0.{name}": [SimpleNamespace(quantized_only=loss) for loss in (*losses, 0.0)]
+        for name, losses in lost.items()
+    }
+    settings = Settings(container_name="gptq", target_bits=3.0)
+    chosen, evened = allocation._with_bits(layers, found, settings, 3.0)
+    assert [each.bits for each in chosen] == [3, 3, 3]
+    assert evened == [["h.0.gate_proj", "h.0.up_proj"]]
+    narrow = {module: losses[:3] for module, losses in found.items()}
+    apart, none = allocation._with_bits(layers, narrow, Settings(target_bits=3.0), 3.0)
+    assert [each.bits for each in apart] == [4, 2, 3]
+    assert none == []
+
+
 def test_a_budget_of_ranks(source: Path) -> None:
     uniform, _ = planned(source, rank=4)
     plan = allocated(source, rank=4, rank_budget=True)
@@ -327,8 +368,9 @@ def test_the_tenth_block_comes_after_the_second() -> None:
     ]
     found = [SimpleNamespace(quantized_only=loss, captured=()) for loss in (0.15, 0.03, 0.008)]
     ordered = allocation._as_they_run(layers)
-    bits = allocation._with_bits(ordered, {x.layer.module: found for x in layers}, (2, 3, 4), 2.5)
-    assert [(x.layer.module, x.bits) for x in bits] == [
+    every = {x.layer.module: found for x in layers}
+    chosen, _ = allocation._with_bits(ordered, every, Settings(), 2.5)
+    assert [(x.layer.module, x.bits) for x in chosen] == [
         (f"h.{block}.up", 3 if block < 3 else 2) for block in (0, 1, 2, 3, 10, 11)
     ]
 

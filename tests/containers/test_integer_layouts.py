@@ -24,7 +24,7 @@ from tests.containers.integer_models import SHORT, quantized
 
 KINDS = (Gptq, CompressedTensors)
 WIDTHS = (2, 3, 4, 8)
-BLOCK_SIZES = (32, 64, 128, None)
+BLOCK_SIZES = (32, 64, 128, -1)
 SHAPE = (96, 256)
 # Weights do not reach beyond a float16, and this is about files.
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -35,9 +35,7 @@ def weight_of(bits: int, dtype: torch.dtype = torch.bfloat16, **changed: Any) ->
     return replace(weight, **changed)
 
 
-def codes_of(
-    bits: int, block_size: int | None, dtype: torch.dtype = torch.bfloat16
-) -> QuantizedIntegers:
+def codes_of(bits: int, block_size: int, dtype: torch.dtype = torch.bfloat16) -> QuantizedIntegers:
     W = torch.randn(SHAPE, generator=torch.Generator().manual_seed(bits)).to(dtype)
     return quantized(W, bits, block_size)
 
@@ -64,7 +62,7 @@ def files_of(container: Any, weight: Weight, codes: QuantizedIntegers) -> dict[s
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_codes_and_scales_come_back_as_they_were(
-    bits: int, block_size: int | None, kind: Any, dtype: torch.dtype, tmp_path: Path
+    bits: int, block_size: int, kind: Any, dtype: torch.dtype, tmp_path: Path
 ) -> None:
     container, codes = kind("int", block_size), codes_of(bits, block_size, dtype)
     assert (codes.scales < 0).any()
@@ -80,7 +78,7 @@ def test_codes_and_scales_come_back_as_they_were(
 @pytest.mark.parametrize("bits", WIDTHS)
 @pytest.mark.parametrize("block_size", BLOCK_SIZES)
 def test_from_one_container_to_the_other_and_back_gives_the_same_bytes(
-    bits: int, block_size: int | None, tmp_path: Path
+    bits: int, block_size: int, tmp_path: Path
 ) -> None:
     weight, codes = weight_of(bits), codes_of(bits, block_size)
     first = files_of(CompressedTensors("int", block_size), weight, codes)
@@ -130,7 +128,7 @@ def test_what_does_not_fit_is_told_before(kind: Any) -> None:
         container.require_fit([weight_of(4, shape=(96, 256)), weight_of(4, shape=(64, 192))])
     assert raised.value.hint == "--block-size 64"
     with pytest.raises(InvalidSetting, match="does not fit into"):
-        kind("int", None).require_fit([weight_of(4, shape=(64, 100))])
+        kind("int", -1).require_fit([weight_of(4, shape=(64, 100))])
 
 
 def test_what_only_one_of_them_takes() -> None:
@@ -144,7 +142,7 @@ def test_what_only_one_of_them_takes() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_block_sizes(kind: Any) -> None:
-    def form(block_size: int | None) -> Any:
+    def form(block_size: int) -> Any:
         return SimpleNamespace(quant_type="nf4", block_size=block_size, double_quant=False)
 
     for block_size in BLOCK_SIZES:
@@ -169,7 +167,7 @@ def test_groups_of_compressed_tensors() -> None:
     assert group["weights"]["num_bits"] == 3
     assert group["weights"]["group_size"] == 64
     assert config["ignore"] == ["lm_head"]
-    whole_rows = CompressedTensors("int", None).quantization_config([weight_of(3)], [], None)
+    whole_rows = CompressedTensors("int", -1).quantization_config([weight_of(3)], [], None)
     (group,) = whole_rows["config_groups"].values()
     assert group["weights"]["strategy"] == "channel"
     assert "group_size" not in group["weights"]
@@ -203,7 +201,7 @@ def test_dynamic_of_gptq() -> None:
     # vLLM asks by the name of what it fuses.
     assert bits_of("model.layers.11.gate_up_proj") == 2
     assert bits_of("model.layers.11.qkv_proj") == 4
-    assert Gptq("int", None).quantization_config(mixed(), [], None)["group_size"] == -1
+    assert Gptq("int", -1).quantization_config(mixed(), [], None)["group_size"] == -1
 
 
 @pytest.mark.parametrize("part", ["qzeros", "g_idx"])
