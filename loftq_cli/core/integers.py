@@ -12,7 +12,7 @@ whatever the dtype of the source, and both files are the same Q. (A code has at 
 significant bits and a scale too: the float32 product is exact.)
 
 The scale of a block all of whose values are nearer to 0 than that can tell is 0, and its codes are.
-Values beyond 65280 · 2^(bits - 1) are cut off there. No model has either in numbers that matter.
+Values beyond 65280 are cut off there. No model has either in numbers that matter.
 """
 
 from collections.abc import Iterator
@@ -57,9 +57,10 @@ class IntegerFormat:
             raise InvalidSetting(f"rows of {in_features} values are not whole blocks of {size}")
         return size
 
-    def largest_scale(self, dtype: torch.dtype) -> float:
-        """The largest with which no value outgrows the runtime's ``dtype``."""
-        return LARGEST_SCALE / -self.grid.lowest if dtype == torch.float16 else LARGEST_SCALE
+    @property
+    def largest_scale(self) -> float:
+        """The largest with which no value outgrows float16, in which GPTQ's runtime multiplies."""
+        return LARGEST_SCALE / -self.grid.lowest
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ def quantize_integers(
     """
     check_weight(W)
     size, grid, dtype = fmt.size(W.shape[1]), fmt.grid, dtype or W.dtype
-    largest = fmt.largest_scale(dtype)
+    largest = fmt.largest_scale
     codes = torch.empty(W.shape, dtype=torch.int8, device=W.device)
     scales = torch.empty(W.shape[0], W.shape[1] // size, device=W.device)
     for rows in _chunks(W.shape):

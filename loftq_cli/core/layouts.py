@@ -140,7 +140,7 @@ class IntegerLayout(Layout):
         self.format = fmt
         self.block_size = fmt.size(shape[1])
         self.levels = grid = fmt.grid
-        self.largest = fmt.largest_scale(dtype)
+        self.largest = fmt.largest_scale
         self.share = np.float32(grid.plain_share)
         self.bounds = np.float32(grid.lowest), np.float32(grid.highest)
 

@@ -165,7 +165,7 @@ class Integers(BlocksQuantizer):
         return self.format.size(in_features)
 
     def largest(self, dtype: torch.dtype) -> float:
-        return self.format.largest_scale(dtype)
+        return self.format.largest_scale
 
     @property
     def rounds_together(self) -> bool:
