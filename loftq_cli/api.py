@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loftq_cli.errors import UsageError
-from loftq_cli.options import QuantizeOptions, require_text, size
+from loftq_cli.options import QuantizeOptions, refuse_both, require_text, size
 
 if TYPE_CHECKING:
     from loftq_cli.engines.job import Job, Made
@@ -129,8 +129,7 @@ def run_quantize(asked: QuantizeOptions, record: Record) -> tuple[Report, Verify
     """
     if asked.output is None and not asked.dry_run:
         raise UsageError("nowhere to write", hint="add --output DIR, or --dry-run")
-    if asked.force and asked.resume:
-        raise UsageError("--force replaces the output, --resume accepts it: choose one")
+    refuse_both(force=asked.force, resume=asked.resume)
     if asked.verify and asked.dry_run:
         raise UsageError("--dry-run writes nothing that --verify could open: choose one")
     limit = None

@@ -34,6 +34,7 @@ COMMANDS = {
     "compare": "Hold starts, bits and ranks against the original model, and say what they gain.",
     "check": "Test this box and a model on it, kernels first; exit 3 if anything fails.",
     "verify": "Prove a directory that quantize wrote, file by file; exit 3 if anything fails.",
+    "export": "Write the same integer codes and scales in another container, nothing rounded.",
     "report": "Put result documents together: systems, results, findings, recommendations.",
 }
 

@@ -164,6 +164,16 @@ def items(value: str | Sequence[str], option: str) -> list[str]:
     return found
 
 
+def refuse_both(*, force: bool, resume: bool) -> None:
+    """--force and --resume want opposite things of an output that is there.
+
+    Raises:
+        UsageError: both were asked for.
+    """
+    if force and resume:
+        raise UsageError("--force replaces the output, --resume accepts it: choose one")
+
+
 # No layer of any model has room for it.
 LARGEST_RANK = 1_000_000
 # What torch's generators take.

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from loftq_cli import hardware
 from loftq_cli.checkpoint.index import Checkpoint, open_checkpoint
-from loftq_cli.checkpoint.staging import Staging, refuse_existing, refuse_unusable
+from loftq_cli.checkpoint.staging import Staging
 from loftq_cli.checkpoint.writer import require_free_space
 from loftq_cli.engines import estimates, output
 from loftq_cli.engines.allocation import allocate
@@ -23,7 +23,7 @@ from loftq_cli.engines.preflight import Asked, ask, ask_found
 from loftq_cli.engines.report_file import (
     Report,
     finished_run,
-    refuse_to_replace_foreign,
+    refuse_output,
     write_report,
 )
 from loftq_cli.engines.results import calibrated_on, quantize_results
@@ -100,12 +100,8 @@ def make_directory(job: Job, record: Record) -> Made:
         LoftqError: whatever is wrong with the model, the settings or the disk.
     """
     began = time.perf_counter()
-    # Before a model is downloaded for nothing; `Staging` looks again when it holds the lock.
-    refuse_unusable(job.output)
-    if job.force:
-        refuse_to_replace_foreign(job.output)
-    elif not job.resume:
-        refuse_existing(job.output, job.force)
+    # Before a model is downloaded for nothing.
+    refuse_output(job.output, force=job.force, resume=job.resume)
     ready = _prepare(job, record)
     found, identity = ready.found, ready.fingerprint()
     if job.resume and (document := finished_run(job.output, identity)) is not None:
@@ -117,9 +113,7 @@ def make_directory(job: Job, record: Record) -> Made:
         force=job.force,
         protected=[found.directory],
     ) as staging:
-        if staging.finished:
-            files = len(staging.finished)
-            record.note(f"going on with {staging.partial}: {files} files are finished")
+        output.tell_what_is_finished(staging, record)
         if job.settings.is_measured:
             ready = replace(ready, plan=_measured(ready, record))
         plan, done, calibration = _run_tasks(ready, staging, record)
@@ -298,17 +292,9 @@ def _run_tasks(
     ):
         if inputs is not None:
             plan = plan.in_order(inputs.order)
-        try:
+        with output.telling_what_is_kept(staging, [task.file_name for task in plan.tasks], record):
             input_moments = None if inputs is None else inputs.moments
             done = run_tasks(plan, spec, staging, record, progress, input_moments)
-        except BaseException as error:
-            if not isinstance(error, Exception) and staging.finished:  # Ctrl-C or SIGTERM
-                finished = sum(task.file_name in staging.finished for task in plan.tasks)
-                record.note(
-                    f"{finished} of {len(plan.tasks)} weight files are kept in "
-                    f"{staging.partial}; run the same line again to go on"
-                )
-            raise
     return plan, done, None if inputs is None else calibrated_on(inputs)
 
 

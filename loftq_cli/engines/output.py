@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from loftq_cli.checkpoint.adapter import (
@@ -28,6 +29,7 @@ from loftq_cli.engines.adapter_settings import adapter_settings
 from loftq_cli.engines.plan import Plan
 from loftq_cli.formats import DTYPE_NAMES
 from loftq_cli.models.source import CONFIG_FILE, README_FILE, REPORT_FILE
+from loftq_cli.record import Record
 
 if TYPE_CHECKING:
     from loftq_cli.models.architecture import Architecture
@@ -90,16 +92,7 @@ def write_model_files(
     for name in beside.empty:
         staging.make_folder(name)
     if len(plan.tasks) > 1:
-        files = {
-            tensor.name: task.file_name
-            for task in plan.tasks
-            for tensor in plan.model_tensors(task)
-        }
-        index = {
-            "metadata": {"total_size": plan.model_bytes},
-            "weight_map": dict(sorted(files.items())),
-        }
-        write_json(staging, INDEX_FILE, index)
+        write_index(staging, {task.file_name: plan.model_tensors(task) for task in plan.tasks})
     container = plan.settings.container
     if container.quantizes:
         weights = [planned.weight for planned in plan.layers]
@@ -128,6 +121,39 @@ def _in_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
         else value
         for key, value in config.items()
     }
+
+
+def write_index(staging: Staging, files: Mapping[str, Sequence[PlannedTensor]]) -> None:
+    """Which of the weight files has which tensor."""
+    index = {
+        "metadata": {"total_size": sum(each.nbytes for held in files.values() for each in held)},
+        "weight_map": dict(
+            sorted((each.name, name) for name, held in files.items() for each in held)
+        ),
+    }
+    write_json(staging, INDEX_FILE, index)
+
+
+def tell_what_is_finished(staging: Staging, record: Record) -> None:
+    """Says so where this run goes on with what an interrupted one left."""
+    if staging.finished:
+        files = len(staging.finished)
+        record.note(f"going on with {staging.partial}: {files} files are finished")
+
+
+@contextmanager
+def telling_what_is_kept(staging: Staging, names: Sequence[str], record: Record) -> Iterator[None]:
+    """Where Ctrl-C or SIGTERM ends what is inside: how many of these weight files are finished."""
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and staging.finished:
+            finished = sum(name in staging.finished for name in names)
+            record.note(
+                f"{finished} of {len(names)} weight files are kept in {staging.partial}; "
+                "run the same line again to go on"
+            )
+        raise
 
 
 def written_files(staging: Staging) -> list[WrittenFile]:

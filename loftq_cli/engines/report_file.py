@@ -5,13 +5,13 @@ from __future__ import annotations
 import shlex
 from collections.abc import Mapping
 from contextlib import suppress
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from loftq_cli import schema
 from loftq_cli.checkpoint.index import parse_json
 from loftq_cli.checkpoint.safetensors import read_file
-from loftq_cli.checkpoint.staging import Staging
+from loftq_cli.checkpoint.staging import Staging, refuse_existing, refuse_unusable
 from loftq_cli.engines.fingerprint import digest
 from loftq_cli.engines.output import write_text
 from loftq_cli.errors import LoftqError, ModelNotFound, OutputExists, UsageError
@@ -91,6 +91,31 @@ def finished_run(output: Path, fingerprint: Mapping[str, Any]) -> Report | None:
     except LoftqError:
         return None
     return document if document.results.fingerprint == digest(fingerprint) else None
+
+
+def is_plain(name: str) -> bool:
+    """Whether a name in a report's list is that of a file below the directory.
+
+    One with `..` or a root in it would lead outside.
+    """
+    path = PurePosixPath(name)
+    outside = path.is_absolute() or ".." in path.parts or "\\" in name or "\0" in name
+    return name == str(path) and name != "." and not outside
+
+
+def refuse_output(output: Path, *, force: bool, resume: bool) -> None:
+    """An output that cannot be written or may not be replaced, before anything else is looked at.
+
+    `Staging` looks again when it holds the lock.
+
+    Raises:
+        LoftqError: as `staging.refuse_unusable`, `refuse_existing` and `refuse_to_replace_foreign`.
+    """
+    refuse_unusable(output)
+    if force:
+        refuse_to_replace_foreign(output)
+    elif not resume:
+        refuse_existing(output, force)
 
 
 def refuse_to_replace_foreign(output: Path) -> None:

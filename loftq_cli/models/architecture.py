@@ -132,6 +132,11 @@ class Architecture:
         """The parameter that each of these tensors of a checkpoint becomes."""
         return {tensor: self._parameter(tensor)[0] for tensor in tensors}
 
+    def weights_of_modules(self, weights: Iterable[str]) -> dict[str, str]:
+        """By module, these weights (`X.weight`) of a checkpoint."""
+        parameters = self.parameters_of(sorted(weights))
+        return {name.removesuffix(".weight"): tensor for tensor, name in parameters.items()}
+
     def placed(self, tensors: Iterable[TensorInfo]) -> dict[str, str]:
         """The tensors of a checkpoint that the class has a place for, each with its parameter."""
         found = self.parameters_of(info.name for info in tensors)

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from loftq_cli.report import markdown, tables, text
 from loftq_cli.report.check import check_view
 from loftq_cli.report.compare import compare_view
+from loftq_cli.report.export import export_view
 from loftq_cli.report.generate import generate_view
 from loftq_cli.report.load import load_view
 from loftq_cli.report.quantize import quantize_view
@@ -54,5 +55,6 @@ VIEWS: Mapping[str, Callable[[Document[Any]], View]] = {
     "compare": compare_view,
     "check": check_view,
     "verify": verify_view,
+    "export": export_view,
     "report": lambda document: report_view(document, view_of),
 }

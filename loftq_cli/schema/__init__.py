@@ -40,6 +40,7 @@ from loftq_cli.schema.planning import (
 from loftq_cli.schema.quantizing import (
     AdaptedLayer,
     CalibratedOn,
+    ExportResults,
     NotCopied,
     PlainLayer,
     QuantizeResults,

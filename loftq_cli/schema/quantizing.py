@@ -1,4 +1,4 @@
-"""Results of `quantize` and of `verify`, which takes its output apart again."""
+"""Results of `quantize`, of `verify`, which takes its output apart, and of `export`."""
 
 from __future__ import annotations
 
@@ -185,3 +185,20 @@ class VerifyResults(Model):
     tests: list[CheckTest]
     layers: list[VerifiedLayer] = []
     summary: CheckSummary
+
+
+class ExportResults(Model):
+    """The same codes in another container. Bytes are of the backbone's tensors, and stored bits
+    what a weight of its quantized layers takes in the file, scales included."""
+
+    source: str
+    output: str
+    source_container: str
+    container: str
+    quantized_layers: int
+    files: list[WrittenFile]
+    input_bytes: int
+    output_bytes: int
+    source_stored_bits: float
+    stored_bits: float
+    seconds: float

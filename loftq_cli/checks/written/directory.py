@@ -14,10 +14,9 @@ from loftq_cli.checks.written.claims import ClaimedLayer, Claims
 from loftq_cli.containers import weights_in
 from loftq_cli.containers.base import Damaged, StoredWeight, Weight
 from loftq_cli.errors import CheckFailed
-from loftq_cli.formats import DTYPE_NAMES
 from loftq_cli.models.architecture import Architecture, read_architecture
 from loftq_cli.models.layers import LinearLayer
-from loftq_cli.models.source import read_config
+from loftq_cli.models.source import main_dtype, read_config
 from loftq_cli.record import Progress
 
 _LOADERS = ("transformers", "peft", "bitsandbytes")
@@ -61,12 +60,6 @@ class Written:
         return read_config(self.directory)
 
     @cached_property
-    def main_dtype(self) -> str:
-        """As safetensors spells that of the config. Where there is none, the tensors say it."""
-        names = {name: short for short, name in DTYPE_NAMES.items()}
-        return names.get(str(self.config.get("dtype", self.config.get("torch_dtype"))), "F32")
-
-    @cached_property
     def checkpoint(self) -> Checkpoint:
         return open_checkpoint(self.directory)
 
@@ -83,9 +76,7 @@ class Written:
     @cached_property
     def weights(self) -> dict[str, str]:
         """The weight of each module that is stored quantized, whatever the report says."""
-        coded = weights_in(self.checkpoint.tensors)
-        parameters = self.architecture.parameters_of(sorted(coded))
-        return {parameters[tensor].removesuffix(".weight"): tensor for tensor in sorted(coded)}
+        return self.architecture.weights_of_modules(weights_in(self.checkpoint.tensors))
 
     @cached_property
     def layer_tensors(self) -> set[str]:
@@ -119,7 +110,9 @@ class Written:
         With ``every_code`` the codes too have been looked at, each of them.
         """
         container = self.claims.container
-        weight = Weight(self.weight_of(layer), layer.name, layer.shape, layer.bits, self.main_dtype)
+        # The tensors say another where they can (`Container.read`).
+        dtype = main_dtype(self.config)
+        weight = Weight(self.weight_of(layer), layer.name, layer.shape, layer.bits, dtype)
         try:
             stored = container.read(self.checkpoint.tensors, weight, self.device)
             if every_code:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from loftq_cli.checkpoint.adapter import ADAPTER_CONFIG, ADAPTER_DIRECTORY, ADAPTER_NAME
 from loftq_cli.checkpoint.safetensors import shown
 from loftq_cli.checkpoint.writer import hash_file
 from loftq_cli.checks.battery import Finding
 from loftq_cli.checks.written.directory import WRITE_AGAIN, Written
+from loftq_cli.engines.report_file import is_plain
 from loftq_cli.errors import CheckFailed
 from loftq_cli.models.companions import OWN, WEIGHTS, why_not
 from loftq_cli.models.source import README_FILE, REPORT_FILE
@@ -59,9 +60,7 @@ def _require_plain(name: str) -> None:
 
     Links are followed: in the hub's cache every file is one.
     """
-    path = PurePosixPath(name)
-    plain = name == str(path) and not path.is_absolute() and ".." not in path.parts
-    if not plain or name == "." or "\\" in name or "\0" in name:
+    if not is_plain(name):
         raise CheckFailed(
             f"the report lists {shown(name)}, which is no plain name of a file in the directory",
             cause="loftq writes no such name: this report was made or changed by someone else",
