@@ -17,7 +17,7 @@ from loftq_cli.checkpoint.adapter import ADAPTER_CONFIG, ADAPTER_DIRECTORY
 from loftq_cli.checkpoint.index import INDEX_FILE, Checkpoint, open_checkpoint
 from loftq_cli.checkpoint.safetensors import Header, TensorInfo, shown
 from loftq_cli.checkpoint.writer import PlannedTensor, WrittenFile, hash_file
-from loftq_cli.containers import container_of
+from loftq_cli.containers import container_of, kind_of
 from loftq_cli.containers.base import Container, Weight
 from loftq_cli.containers.integers import Integers
 from loftq_cli.engines.report_file import NOT_OURS, Report, is_plain, read_report
@@ -202,14 +202,14 @@ def _containers(source: Path, report: Report, name: str) -> tuple[Container, Con
         )
     if name == before.name:
         raise UsageError(f"{source} is in {name} already", hint="choose another --container")
-    after = container_of(name, settings.bits, settings)
-    if not isinstance(after, Integers):
+    after = kind_of(name, settings.bits)
+    if not issubclass(after, Integers):
         raise UsageError(
             f"{name} has no integer codes",
             cause=f"those of {source} would be rounded to other levels",
             hint=f"loftq quantize --container {name}, from the original",
         )
-    return before, after
+    return before, after.of(settings)
 
 
 def _weights(

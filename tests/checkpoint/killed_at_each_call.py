@@ -1,17 +1,21 @@
-"""Kills a run at each of its system calls in turn; started as a program by test_kill.
+"""Kills a run at each of its system calls in turn; started as a program by tests.
 
 A process without threads, unlike pytest with torch in it, may fork: hundreds of deaths a second.
+The run is that of `staged_run`, or an export, whose pickled plan is PLAN.
 
-    python killed_at_each_call.py DIRECTORY [--force]
+    python killed_at_each_call.py DIRECTORY [--force] [--export PLAN]
 """
 
 from __future__ import annotations
 
+import argparse
 import os
+import pickle
 import shutil
 import signal
-import sys
+from abc import ABC, abstractmethod
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from patched_os import TIDYING, WRITES, FaultyOs, death
 from staged_run import contents, staged_run
@@ -19,40 +23,82 @@ from staged_run import contents, staged_run
 from loftq_cli.checkpoint import staging, writer
 from loftq_cli.errors import OutputExists
 
+if TYPE_CHECKING:
+    from loftq_cli.engines.export_plan import ExportPlan
 
-def run(output: Path, faulty: FaultyOs, *, force: bool = False, seed: int = 0) -> None:
+
+class Subject(ABC):
+    """What is killed."""
+
+    @abstractmethod
+    def write(self, output: Path, *, force: bool) -> None: ...
+
+    @abstractmethod
+    def write_former(self, output: Path) -> None:
+        """Another directory, for --force to replace."""
+
+
+class StagedRun(Subject):
+    def write(self, output: Path, *, force: bool) -> None:
+        staged_run(output, force=force)
+
+    def write_former(self, output: Path) -> None:
+        staged_run(output, seed=1)
+
+
+class Export(Subject):
+    def __init__(self, plan: Path) -> None:
+        import torch
+
+        torch.set_num_threads(1)  # a child that is forked has none of the others
+        self.plan: ExportPlan = pickle.loads(plan.read_bytes())
+
+    def write(self, output: Path, *, force: bool) -> None:
+        from loftq_cli.engines.export import write_export
+        from loftq_cli.record import Listener, Record
+
+        os.chdir(output.parent)  # the report names its place
+        write_export(self.plan, Path(output.name), Record("export", [], Listener()), force=force)
+
+    def write_former(self, output: Path) -> None:
+        shutil.copytree(self.plan.source, output)
+
+
+def run(subject: Subject, output: Path, faulty: FaultyOs, *, force: bool = False) -> None:
     writer.os = staging.os = faulty  # type: ignore[assignment]
-    staged_run(output, force=force, seed=seed)
+    subject.write(output, force=force)
 
 
-def die(output: Path, position: int, force: bool) -> None:
+def die(subject: Subject, output: Path, position: int, force: bool) -> None:
     """A child process comes as far as this call, and no further."""
     child = os.fork()
     if child == 0:
-        run(output, FaultyOs(position, death, WRITES + TIDYING), force=force)
+        run(subject, output, FaultyOs(position, death, WRITES + TIDYING), force=force)
         os._exit(0)
     _, status = os.waitpid(child, 0)
     assert os.WIFSIGNALED(status), position
     assert os.WTERMSIG(status) == signal.SIGKILL, position
 
 
-def main(directory: Path, force: bool) -> None:
-    run(directory / "former", FaultyOs(), seed=1)
-    run(directory / "whole", FaultyOs())
-    former, expected = contents(directory / "former"), contents(directory / "whole")
-
+def main(subject: Subject, directory: Path, force: bool) -> None:
     def prepared(name: str) -> Path:
         (directory / name).mkdir()
+        output = directory / name / "OUT"
         if force:
-            shutil.copytree(directory / "former", directory / name / "OUT")
-        return directory / name / "OUT"
+            shutil.copytree(directory / "former", output)
+        return output
+
+    subject.write_former(directory / "former")
+    run(subject, prepared("whole"), FaultyOs(), force=force)
+    former, expected = contents(directory / "former"), contents(directory / "whole" / "OUT")
+    assert former != expected
 
     counting = FaultyOs(watched=WRITES + TIDYING)
-    run(prepared("counted"), counting, force=force)
+    run(subject, prepared("counted"), counting, force=force)
     for position, name in enumerate(counting.calls):
         at = f"{name}, call {position}"
         output = prepared(str(position))
-        die(output, position, force)
+        die(subject, output, position, force)
         # With --force there is one moment without an OUT: between the two renames of the swap.
         swapping = (output.parent / "OUT.partial" / "replaced").exists()
         absent = not force or swapping
@@ -60,7 +106,7 @@ def main(directory: Path, force: bool) -> None:
         assert found == expected or (found is None and absent) or (force and found == former), at
         assert {entry.name for entry in output.parent.iterdir()} <= {"OUT", "OUT.partial"}, at
         try:
-            run(output, FaultyOs(), force=force)
+            run(subject, output, FaultyOs(), force=force)
         except OutputExists:
             assert not force, at
             assert found == expected, at
@@ -70,4 +116,10 @@ def main(directory: Path, force: bool) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), "--force" in sys.argv)
+    parser = argparse.ArgumentParser()
+    parser.add_argument("directory", type=Path)
+    parser.add_argument("--force", action="store_true")
+    parser.add_argument("--export", type=Path, metavar="PLAN")
+    asked = parser.parse_args()
+    chosen = StagedRun() if asked.export is None else Export(asked.export)
+    main(chosen, asked.directory, asked.force)

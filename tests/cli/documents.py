@@ -495,6 +495,28 @@ def verify() -> dict[str, Any]:
     )
 
 
+def export() -> dict[str, Any]:
+    return document(
+        "export",
+        {
+            "source": "gpt2-loftq",
+            "output": "gpt2-served",
+            "source_container": "gptq",
+            "container": "compressed-tensors",
+            "quantized_layers": 48,
+            "files": [
+                {"name": "config.json", "bytes": 1_300, "sha256": "0123456789abcdef"},
+                {"name": f"{EVIL}.json", "bytes": 12, "sha256": "fedcba9876543210"},
+            ],
+            "input_bytes": 131_150_000,
+            "output_bytes": 130_010_000,
+            "source_stored_bits": 4.3125,
+            "stored_bits": 4.25,
+            "seconds": 4.2,
+        },
+    )
+
+
 def report() -> dict[str, Any]:
     return document(
         "report",
@@ -522,5 +544,6 @@ ALL = {
     "compare": compare(),
     "check": check(),
     "verify": verify(),
+    "export": export(),
     "report": report(),
 }

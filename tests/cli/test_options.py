@@ -34,6 +34,7 @@ CONTRACT = {
     "--lora-alpha --rslora --target-modules --device --dtype --seed --trust-remote-code",
     "check": "--model -m --device --dtype",
     "verify": "--source --sample --device",
+    "export": "--container --output -o --resume --force --trust-remote-code",
     "report": "",
 }
 
