@@ -13,6 +13,7 @@ from loftq_cli.report.formats import all_layers, error_changes, rank_range
 from loftq_cli.report.parts import Rules, remark, remarks
 from loftq_cli.schema import (
     Document,
+    ExportResults,
     GenerateResults,
     LoadResults,
     QuantizeResults,
@@ -220,6 +221,15 @@ def _adapter_costs(documents: Sequence[Document[Any]]) -> Iterator[Remark]:
             yield remark(run, text)
 
 
+def _export(document: Document[ExportResults]) -> Iterator[str]:
+    results = document.results
+    bits, former = units.plain(results.stored_bits), units.plain(results.source_stored_bits)
+    yield (
+        f"the same codes take {bits} bits a weight in {results.container}, and {former} in "
+        f"{results.source_container}: {results.output} and {results.source} are the same model"
+    )
+
+
 def _short(prompt: str) -> str:
     return repr(prompt if len(prompt) <= 30 else f"{prompt[:27]}...")
 
@@ -227,6 +237,7 @@ def _short(prompt: str) -> str:
 _FINDINGS: Rules = {
     "check": check_findings,
     "verify": verify_findings,
+    "export": _export,
     "load": _load,
     "generate": _generate,
     "quantize": _quantize,

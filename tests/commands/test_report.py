@@ -529,12 +529,19 @@ def test_a_busy_box_is_seen() -> None:
 
 
 def test_what_the_other_commands_say() -> None:
-    """Sweeps, targets and certificates, as the samples of all documents have them."""
+    """Sweeps, targets, certificates and exports, as the samples of all documents have them."""
     found, advised = said(documents.ALL["sweep-ranks"], documents.ALL["targets"])
     assert any("gpt2" in text or "rank" in text for text in found)
     assert found[0] == documents.ALL["sweep-ranks"]["results"]["verdict"]["sentence"]
     assert any(text.startswith("loftq quantize --model gpt2 --rank") for text in advised)
     assert any("--init calibrated --calibration-text" in text for text in advised)
+    found, advised = said(documents.ALL["export"])
+    assert found == [
+        (
+            "the same codes take 4.25 bits a weight in compressed-tensors, and 4.31 in gptq: "
+            "gpt2-served and gpt2-loftq are the same model"
+        )
+    ]
 
 
 @pytest.mark.parametrize("name", documents.ALL)
