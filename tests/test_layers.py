@@ -1,6 +1,6 @@
 """Imports run one way.
 
-cli → commands → api → engines, checks → containers, models, checkpoint, core, report, record →
+cli → commands → api → engines, checks → models → containers → checkpoint, core, report, record →
 schema, options, starts, formats, errors
 """
 
@@ -37,7 +37,7 @@ MAY_IMPORT = {
         "schema options starts formats errors"
     ),
     "containers": "checkpoint core starts formats errors",
-    "models": "checkpoint core schema starts formats errors",
+    "models": "containers checkpoint core schema starts formats errors",
     "checkpoint": "core starts formats errors",
     "core": "starts formats errors",
     "record": "hardware schema errors",

@@ -112,6 +112,12 @@ def _results(
         if ".lora_" in name or ".modules_to_save." in name
     )
     quantization = getattr(loaded.base.config, "quantization_config", None)
+    method = None if quantization is None else str(quantization.quant_method.value)
+    layers = sum(
+        holds_codes(module) for module in loaded.base.modules() if not hasattr(module, "base_layer")
+    )
+    if (codes := loaded.codes) is not None:
+        method, layers = codes.container.name, len(codes.weights)
     tokenizer = loaded.tokenizer
     return LoadResults(
         architecture=type(loaded.base).__name__,
@@ -123,12 +129,9 @@ def _results(
         peak_device_memory_bytes=hardware.peak_device_memory_bytes(where.device),
         device=where.device,
         dtype=where.dtype,
-        quantization=None if quantization is None else str(quantization.quant_method.value),
-        quantized_layers=sum(
-            holds_codes(module)
-            for module in loaded.base.modules()
-            if not hasattr(module, "base_layer")
-        ),
+        quantization=method,
+        quantized_layers=layers,
+        dequantized=codes is not None,
         adapter=loaded.adapter,
         adapter_parameters=adapter_parameters,
         tokenizer=None if tokenizer is None else type(tokenizer).__name__,

@@ -40,7 +40,7 @@ def choose(
     ``to_measure`` is for models that are held against each other (see `resolve_dtype`).
     """
     from loftq_cli import hardware
-    from loftq_cli.models.loading import stored_dtype
+    from loftq_cli.models.dtypes import stored_dtype
 
     chosen = hardware.resolve_device(device)
     kind = hardware.resolve_dtype(dtype, chosen.value, stored_dtype(config), to_measure=to_measure)

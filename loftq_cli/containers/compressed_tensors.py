@@ -13,7 +13,7 @@ config group; so that one has most of the layers, and mixed widths are for serve
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,7 @@ from loftq_cli.checkpoint.tensors import tensor_memory
 from loftq_cli.checkpoint.writer import PlannedTensor
 from loftq_cli.containers import packing
 from loftq_cli.containers.base import Damaged, StoredWeight, Tensors, Weight
-from loftq_cli.containers.integers import Integers, by_width, weights_with
+from loftq_cli.containers.integers import Integers, by_width
 from loftq_cli.errors import InvalidSetting
 from loftq_cli.formats import DTYPE_NAMES, WHOLE_ROW
 
@@ -39,6 +39,7 @@ class CompressedTensors(Integers):
     libraries = ("compressed_tensors",)
     stays_packed = False  # PEFT wants a weight in every layer
     layer_class = "dequantized Linear"
+    codes_part = "weight_packed"
     skip_list = "ignore"
 
     @classmethod
@@ -46,10 +47,6 @@ class CompressedTensors(Integers):
         if len(widths) > 1:
             return "transformers takes all for one of the first group (vLLM does not)"
         return None
-
-    @classmethod
-    def weights_in(cls, names: Iterable[str]) -> set[str]:
-        return weights_with(names, "weight_packed")
 
     @classmethod
     def holds(cls, module: Any) -> bool:

@@ -16,7 +16,7 @@ model is in another dtype.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from loftq_cli.checkpoint.safetensors import shown
@@ -25,7 +25,7 @@ from loftq_cli.checkpoint.writer import PlannedTensor
 from loftq_cli.containers import packing
 from loftq_cli.containers.base import Damaged, StoredWeight, Weight
 from loftq_cli.containers.fused import fused_name
-from loftq_cli.containers.integers import Integers, by_width, dtype_of, weights_with
+from loftq_cli.containers.integers import Integers, by_width, dtype_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,6 +38,7 @@ class Gptq(Integers):
     libraries = ("gptqmodel", "optimum")
     multiples = (packing.GROUP, packing.GROUP)
     layer_class = "quantized layer of gptqmodel"
+    codes_part = "qweight"
     skip_list = "modules_to_not_convert"
 
     @classmethod
@@ -47,10 +48,6 @@ class Gptq(Integers):
         if len(widths) > 1:
             return "transformers hands optimum one width for all (gptqmodel and vLLM read each)"
         return None
-
-    @classmethod
-    def weights_in(cls, names: Iterable[str]) -> set[str]:
-        return weights_with(names, "qweight")
 
     @classmethod
     def holds(cls, module: Any) -> bool:

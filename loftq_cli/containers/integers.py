@@ -32,6 +32,8 @@ class Integers(Container):
     even_when_fused = True
     # Of out and in: what its files and kernels want whole groups of.
     multiples: ClassVar[tuple[int, int]] = (1, packing.GROUP)
+    # X.part holds the packed codes.
+    codes_part: ClassVar[str]
 
     @classmethod
     def of(cls, form: Form) -> Container:
@@ -43,6 +45,16 @@ class Integers(Container):
                 hint="--block-size 64",
             )
         return cls(cls.number_types[0], form.block_size)
+
+    @classmethod
+    def weights_in(cls, names: Iterable[str]) -> set[str]:
+        end = f".{cls.codes_part}"
+        return {f"{name.removesuffix(end)}.weight" for name in names if name.endswith(end)}
+
+    @classmethod
+    def codes_of(cls, weight: str) -> str:
+        """The tensor with the packed codes of X.weight."""
+        return f"{weight.removesuffix('.weight')}.{cls.codes_part}"
 
     def require_fit(self, weights: Sequence[Weight]) -> None:
         def misfit(block_size: int) -> Weight | None:
@@ -117,11 +129,6 @@ class Integers(Container):
     def _names(self, weight: str, *parts: str) -> list[str]:
         """X.part of the weight X.weight."""
         return [f"{weight.removesuffix('.weight')}.{part}" for part in parts]
-
-
-def weights_with(names: Iterable[str], part: str) -> set[str]:
-    """X.weight of every X.part among the names."""
-    return {f"{name.removesuffix(part)}weight" for name in names if name.endswith(f".{part}")}
 
 
 def dtype_of(weight: Weight) -> torch.dtype:

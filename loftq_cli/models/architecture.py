@@ -150,6 +150,14 @@ class Architecture:
         found = self.parameters_of(tensors)
         return {tensor: name for tensor, name in found.items() if name in parameters}
 
+    def linear_shape(self, module: str) -> tuple[tuple[int, int] | None, bool]:
+        """(out, in) of a linear module and whether it holds them as (in, out); None: it is none."""
+        found = self._linear.get(module)
+        if found is None:
+            return None, False
+        shape, transposed = tuple(found.weight.shape), type(found).__name__ == "Conv1D"
+        return (shape[::-1] if transposed else shape), transposed
+
     def keeps_in_float32(self, parameter: str) -> bool:
         """Whether transformers keeps it in float32 when it casts a model."""
         names = {*self._kept_in_float32, *(self.model._keep_in_fp32_modules_strict or ())}

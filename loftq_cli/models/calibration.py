@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 from loftq_cli.checkpoint.index import open_checkpoint
 from loftq_cli.errors import LoftqError, UnsupportedModel
 from loftq_cli.models.architecture import Architecture, read_architecture
+from loftq_cli.models.dtypes import stored_dtype
 from loftq_cli.models.layerwise import StagedModel, watched
-from loftq_cli.models.loading import LoadedModel, load_tokenizer, read_weights, stored_dtype
+from loftq_cli.models.loading import LoadedModel, load_tokenizer, read_weights
 from loftq_cli.models.source import read_config
 from loftq_cli.models.texts import digest, read_text, text_windows
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from loftq_cli.checkpoint.index import Checkpoint
 from loftq_cli.errors import UnsupportedModel
@@ -18,6 +18,12 @@ from loftq_cli.formats import DTYPE_NAMES, FLOATS
 
 if TYPE_CHECKING:
     from loftq_cli.models.architecture import Architecture
+
+
+def stored_dtype(config: dict[str, Any]) -> str | None:
+    """The dtype that config.json records, under its new or its old key."""
+    value = config.get("dtype") or config.get("torch_dtype")
+    return value if isinstance(value, str) else None
 
 
 def require_numbers(checkpoint: Checkpoint, architecture: Architecture) -> None:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from loftq_cli.checkpoint.index import open_checkpoint
+from loftq_cli.checkpoint.index import Checkpoint, open_checkpoint
 from loftq_cli.errors import CorruptCheckpoint, UnsupportedModel, told_as
+from loftq_cli.formats import DEFAULT_CONTAINER
 from loftq_cli.models.adapters import attach_adapter, attach_fresh, own_adapter
 from loftq_cli.models.architecture import Architecture, read_architecture
-from loftq_cli.models.source import read_config
+from loftq_cli.models.dequantized import IntegerCodes, integer_codes
+from loftq_cli.models.source import CONFIG_FILE, quantization_method, read_config
 
 Clock: TypeAlias = Callable[[str], AbstractContextManager[object]]
 
@@ -21,22 +24,20 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model"
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model in evaluation mode, its tokenizer if it has one, and what its adapter is called."""
+    """A model in evaluation mode, its tokenizer if it has one, and what its adapter is called.
+
+    ``codes`` are those of the files that plain weights were made of, if any were.
+    """
 
     model: Any
     tokenizer: Any
     adapter: str | None
+    codes: IntegerCodes | None = None
 
     @property
     def base(self) -> Any:
         """The model without PEFT's wrapping; the adapter stays inside."""
         return self.model if self.adapter is None else self.model.get_base_model()
-
-
-def stored_dtype(config: dict[str, Any]) -> str | None:
-    """The dtype that config.json records, under its new or its old key."""
-    value = config.get("dtype") or config.get("torch_dtype")
-    return value if isinstance(value, str) else None
 
 
 def load_model(
@@ -65,7 +66,7 @@ def load_model(
         UnsafeCheckpoint, UnsupportedModel: see `read_architecture`.
     """
     config = read_config(directory)
-    open_checkpoint(directory)  # its errors name the file; the libraries' often do not
+    checkpoint = open_checkpoint(directory)  # its errors name the file; the libraries' often do not
     own = own_adapter(directory)
     with clock("import"):
         import torch
@@ -73,15 +74,20 @@ def load_model(
 
         if adapter or fresh_rank or own:
             import peft  # noqa: F401
-        if "quantization_config" in config:
+        if quantization_method(config) == DEFAULT_CONTAINER:
             import bitsandbytes  # noqa: F401
         torch.empty(1, device=device)  # sets a GPU up, which is no part of reading
     with clock("build"):
         architecture = read_architecture(directory, config, trust_remote_code=trust_remote_code)
+        codes = integer_codes(architecture, config, checkpoint)
         tokenizer = load_tokenizer(directory, trust_remote_code)
     with clock("read"):
-        model = read_weights(directory, architecture, dtype, device_map={"": device})
-        if "quantization_config" in config:
+        place = {"device_map": {"": device}}
+        if codes is not None:
+            model = _read_dequantized(directory, architecture, dtype, codes, checkpoint, **place)
+        else:
+            model = read_weights(directory, architecture, dtype, **place)
+        if "quantization_config" in config and codes is None:
             _unify(model, getattr(torch, dtype))
             _compute_in(model, getattr(torch, dtype))
             keep_layout(model)
@@ -93,7 +99,7 @@ def load_model(
             name = f"new, rank {fresh_rank}"
         elif own is not None:
             model, name = attach_adapter(model, own), own.name
-    return LoadedModel(model.eval(), tokenizer, name)
+    return LoadedModel(model.eval(), tokenizer, name, codes)
 
 
 def load_tokenizer(directory: Path, trust_remote_code: bool = False) -> Any:
@@ -113,6 +119,8 @@ def load_tokenizer(directory: Path, trust_remote_code: bool = False) -> Any:
 def read_weights(directory: Path, architecture: Architecture, dtype: str, **options: Any) -> Any:
     """The directory's model as transformers loads it; ``options`` are those of from_pretrained.
 
+    With a `state_dict` among them the weights are those, and nothing is read from the directory.
+
     Raises:
         CorruptCheckpoint: it cannot be loaded, or not all weights are there.
     """
@@ -120,7 +128,7 @@ def read_weights(directory: Path, architecture: Architecture, dtype: str, **opti
 
     with told_as(CorruptCheckpoint, f"{directory} cannot be loaded"):
         model, info = type(architecture.model).from_pretrained(
-            directory,
+            None if "state_dict" in options else directory,
             dtype=getattr(torch, dtype),
             output_loading_info=True,
             **options,
@@ -134,6 +142,37 @@ def read_weights(directory: Path, architecture: Architecture, dtype: str, **opti
             "download the checkpoint again",
         )
     return model
+
+
+def _read_dequantized(
+    directory: Path,
+    architecture: Architecture,
+    dtype: str,
+    codes: IntegerCodes,
+    checkpoint: Checkpoint,
+    **options: Any,
+) -> Any:
+    """The model of a directory of integer codes, as if its weights had been stored dequantized."""
+    from transformers import GenerationConfig
+
+    settings = copy.deepcopy(architecture.model.config)
+    del settings.quantization_config
+    try:
+        generation = GenerationConfig.from_pretrained(directory)
+    except OSError:  # then it is part of the model's config, as transformers sees it
+        generation = GenerationConfig.from_pretrained(
+            directory, config_file_name=CONFIG_FILE, _from_model_config=True
+        )
+    with codes.state_dict(checkpoint) as state:
+        return read_weights(
+            directory,
+            architecture,
+            dtype,
+            config=settings,
+            generation_config=generation,
+            state_dict=state,
+            **options,
+        )
 
 
 def keep_layout(model: Any) -> None:

@@ -114,12 +114,17 @@ def class_name(config: dict[str, Any]) -> str:
     return str(named[0])
 
 
+def quantization_method(config: dict[str, Any]) -> Any:
+    """What `quantization_config` calls its method; None without one."""
+    quantization = config.get("quantization_config")
+    return quantization.get("quant_method") if isinstance(quantization, dict) else None
+
+
 def refuse_quantized(directory: Path, config: dict[str, Any]) -> None:
     """Raises AlreadyQuantized, naming the original where some file of the checkpoint does."""
-    quantization = config.get("quantization_config")
-    if quantization is None:
+    if config.get("quantization_config") is None:
         return
-    method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+    method = quantization_method(config)
     original = _original(directory, config)
     raise AlreadyQuantized(
         f"{directory} is already quantized ({method or 'by an unknown method'})",

@@ -22,7 +22,8 @@ def load_view(document: Document[LoadResults]) -> View:
     ]
     if results.quantization is not None:
         layers = units.plural(results.quantized_layers, "quantized layer")
-        facts.append(("quantization", f"{results.quantization}, {layers}"))
+        how = ", dequantized on loading" if results.dequantized else ""
+        facts.append(("quantization", f"{results.quantization}, {layers}{how}"))
     if results.adapter is not None:
         count = units.number(results.adapter_parameters)
         facts.append(("adapter", f"{results.adapter}, {count} parameters"))

@@ -18,6 +18,7 @@ class LoadResults(Model):
     dtype: str
     quantization: str | None = None
     quantized_layers: int = 0
+    dequantized: bool = False  # their codes were, on loading: they are plain weights in memory
     adapter: str | None = None
     adapter_parameters: int = 0
     tokenizer: str | None = None

@@ -1,0 +1,113 @@
+"""Integer codes as the weights of a plain model: dequantized one after the other while it is read.
+
+Neither gptqmodel nor compressed-tensors is needed for this. The model takes the memory of its
+weights in the dtype asked for; gptqmodel alone keeps codes packed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from loftq_cli.checkpoint.index import Checkpoint
+from loftq_cli.containers import containers
+from loftq_cli.containers.base import Weight
+from loftq_cli.containers.integers import Integers
+from loftq_cli.formats import DTYPE_NAMES, INTEGER_BLOCK_SIZES
+from loftq_cli.models.dtypes import stored_dtype
+from loftq_cli.models.source import quantization_method
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from loftq_cli.models.architecture import Architecture
+
+
+@dataclass(frozen=True)
+class IntegerCodes:
+    """The weights of a checkpoint that are integer codes, and the container that they are in."""
+
+    container: Integers
+    weights: Sequence[Weight]
+
+    @contextmanager
+    def state_dict(self, checkpoint: Checkpoint) -> Iterator[dict[str, Any]]:
+        """The checkpoint as `from_pretrained` takes it in place of a directory: lazily.
+
+        Every value has ``value[...]``, as a slice of safetensors has, which is all that
+        transformers 5 asks of one: a weight is read and dequantized when its turn comes.
+        """
+        from safetensors import safe_open
+
+        container = self.container
+        codes = {part.name for each in self.weights for part in container.planned(each)}
+        with ExitStack() as files:
+            state: dict[str, Any] = {}
+            for header in checkpoint.headers.values():
+                opened = files.enter_context(safe_open(header.path, framework="pt"))
+                names = header.tensors.keys() - codes
+                state.update((name, opened.get_slice(name)) for name in names)
+            for weight in self.weights:
+                state[weight.name] = _Lazy(self.container, checkpoint, weight)
+            yield state
+
+
+def integer_codes(
+    architecture: Architecture, config: dict[str, Any], checkpoint: Checkpoint
+) -> IntegerCodes | None:
+    """The integer codes of a checkpoint whose `quantization_config` is one that loftq writes.
+
+    Of others, codes and zero points may mean something else: they are for their own libraries.
+    """
+    method = quantization_method(config)
+    for kind in containers():
+        if not (issubclass(kind, Integers) and kind.name == method):
+            continue
+        told = config["quantization_config"]
+        weights = _weights(kind, architecture, config, checkpoint)
+        skipped = told.get(kind.skip_list) or []
+        for block_size in INTEGER_BLOCK_SIZES:
+            container = kind(kind.number_types[0], block_size)
+            if weights and container.quantization_config(weights, skipped, None) == told:
+                return IntegerCodes(container, weights)
+    return None
+
+
+def _weights(
+    kind: type[Integers],
+    architecture: Architecture,
+    config: dict[str, Any],
+    checkpoint: Checkpoint,
+) -> list[Weight]:
+    """All that have codes in this container; none where one is no linear layer's.
+
+    The model class tells their shapes, and how many words there are tells their bits.
+    """
+    short = {name: spelled for spelled, name in DTYPE_NAMES.items()}
+    dtype = short.get(stored_dtype(config) or "", "F32")
+    parameters = architecture.parameters_of(sorted(kind.weights_in(checkpoint.tensors)))
+    found = []
+    for tensor, parameter in parameters.items():
+        module = parameter.removesuffix(".weight")
+        shape, transposed = architecture.linear_shape(module)
+        if shape is None:
+            return []
+        codes = checkpoint.tensors[kind.codes_of(tensor)][1]
+        bits = 32 * codes.elements // math.prod(shape)
+        found.append(Weight(tensor, module, shape, bits, dtype, transposed))
+    return found
+
+
+@dataclass(frozen=True)
+class _Lazy:
+    container: Integers
+    checkpoint: Checkpoint
+    weight: Weight
+
+    def __getitem__(self, whole: object) -> Tensor:
+        stored = self.container.read(self.checkpoint.tensors, self.weight, "cpu")
+        Q = self.container.runtime(stored)
+        return Q.t() if self.weight.transposed else Q
