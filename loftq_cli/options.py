@@ -120,13 +120,15 @@ class SweepOptions(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class CompareOptions(Options):
-    """Of `compare`. ``init``, ``bits``, ``ranks`` and ``learning_rate`` are lists with commas."""
+    """Of `compare`. ``init``, ``bits``, ``container``, ``block_size``, ``ranks`` and
+    ``learning_rate`` are lists with commas."""
 
     command = "compare"
 
     model: str = "demo"
     init: str | None = None
     bits: str = "4"
+    container: str = DEFAULT_CONTAINER
     ranks: str = "16"
     text: Path | None = None
     calibration_text: Path | None = None
@@ -135,7 +137,7 @@ class CompareOptions(Options):
     learning_rate: str | None = None
     seeds: int | None = None
     quant_type: QuantType = "nf4"
-    block_size: int = DEFAULT_BLOCK_SIZE
+    block_size: str | int = DEFAULT_BLOCK_SIZE
     double_quant: bool = False
     iterations: str = "auto"
     lora_alpha: float | None = None
@@ -172,6 +174,16 @@ def refuse_both(*, force: bool, resume: bool) -> None:
     """
     if force and resume:
         raise UsageError("--force replaces the output, --resume accepts it: choose one")
+
+
+def block_sizes(value: str | int) -> list[int]:
+    """The value of --block-size where it is a list: whole numbers, each once."""
+    found = items(str(value), "--block-size")
+    if not all(re.fullmatch(r"-?\d{1,5}", each, re.ASCII) for each in found):
+        raise UsageError(
+            f"--block-size takes whole numbers, not {value!r:.80}", hint="--block-size 32,64,128"
+        )
+    return list(dict.fromkeys(map(int, found)))
 
 
 # No layer of any model has room for it.

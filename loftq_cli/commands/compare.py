@@ -6,7 +6,7 @@ from pathlib import Path
 
 from loftq_cli.commands.run import Run, command
 from loftq_cli.commands.spellings import option
-from loftq_cli.containers import widths
+from loftq_cli.containers import container_names, widths
 from loftq_cli.options import CompareOptions
 from loftq_cli.report.units import listed
 
@@ -21,6 +21,18 @@ from loftq_cli.report.units import listed
         help="Starts to compare, by the names that quantize knows; qlora is always among them.",
     ),
     bits=option(str, "--bits", metavar="B,B,…", help=f"Bits of a weight, of {listed(widths())}."),
+    container=option(
+        str,
+        "--container",
+        metavar="C,C,…",
+        help=f"How the weights lie in files, of {listed(container_names())}.",
+    ),
+    block_size=option(
+        str,
+        "--block-size",
+        metavar="N,N,…",
+        help="Weights that share one scale; what a container does not have is left out.",
+    ),
     text=option(
         Path | None,
         "--text",
@@ -60,6 +72,7 @@ def compare(run: Run, asked: CompareOptions) -> None:
     loftq compare                                        (the built-in model)
     loftq compare --model org/name --text held-out.txt --calibration-text other.txt
     loftq compare --bits 4,2 --ranks 8,16 --train-steps 100 --train-text a.txt --text b.txt
+    loftq compare --container bitsandbytes,gptq --bits 4,3,2 --block-size 32,64
 
     Writes each start as quantize does, loads it with transformers and peft, and measures how far
     it is from the original model; and where a short fine-tune from it ends, each at the learning

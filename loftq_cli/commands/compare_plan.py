@@ -6,19 +6,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 from loftq_cli import starts
 from loftq_cli.commands.compare_rates import LADDER
-from loftq_cli.containers import kind_of, widths
-from loftq_cli.engines.settings import Settings, settings_of
+from loftq_cli.containers import container_names, kind_of, widths
+from loftq_cli.containers.base import Container
+from loftq_cli.engines.settings import FORMAT, Settings, settings_of
 from loftq_cli.errors import UsageError
-from loftq_cli.formats import DEFAULT_CONTAINER
 from loftq_cli.models.spec import DEMO_DIRECTORY
 from loftq_cli.models.texts import is_same, require_different
 from loftq_cli.options import (
     LARGEST_SEED,
     CompareOptions,
     QuantizeOptions,
+    block_sizes,
+    choice,
     items,
     learning_rates,
     ranks,
@@ -50,6 +53,19 @@ class Texts:
         each = (self.evaluation, self.calibration, self.training)
         names = ["built-in" if text in built_in else str(text) if text else None for text in each]
         return names[0] or "", names[1], names[2]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What weights are rounded to, and where it lies. Not all containers have blocks."""
+
+    container: str
+    bits: int
+    block_size: int | None
+
+    @property
+    def kind(self) -> type[Container]:
+        return kind_of(self.container, self.bits)
 
 
 @dataclass(frozen=True)
@@ -110,12 +126,12 @@ def texts_of(asked: CompareOptions) -> Texts:
 
 
 def methods(asked: CompareOptions, texts: Texts) -> list[Settings]:
-    """The settings of every method: plain LoRA, then for each bits and rank QLoRA and the rest.
+    """The settings of every method: plain LoRA, then for each grid and rank QLoRA and the rest.
 
     Raises:
         UsageError: there is no such start, or it lacks a text.
     """
-    wanted = _bits(asked.bits)
+    wanted = _grids(asked, texts)
     if asked.init is None:
         tried = starts.compared(
             with_text=texts.calibration is not None, trained=texts.training is not None
@@ -129,25 +145,53 @@ def methods(asked: CompareOptions, texts: Texts) -> list[Settings]:
     return [
         _settings(each, None, rank, asked, texts) for each, rank in product(plain, every_rank)
     ] + [
-        _settings(each, number, rank, asked, texts)
-        for number, rank, each in product(wanted, every_rank, quantizing)
+        _settings(each, grid, rank, asked, texts)
+        for grid, rank, each in product(wanted, every_rank, quantizing)
         # By default a start is left out where there is none; asked for, it is refused.
-        if asked.init is not None
-        or not (kind_of(DEFAULT_CONTAINER, number).why_uncalibrated and each.needs_moments)
+        if asked.init is not None or not (grid.kind.why_uncalibrated and each.needs_moments)
     ]
 
 
+def _grids(asked: CompareOptions, texts: Texts) -> list[Grid]:
+    """Every combination that there is of bits, containers and block sizes.
+
+    Raises:
+        UsageError: there is none, or not the only one that was asked for.
+    """
+    bits, names = _bits(asked.bits), list(dict.fromkeys(items(asked.container, "--container")))
+    for name in names:
+        choice(name, "--container", container_names())
+    sizes = block_sizes(asked.block_size)
+    found: dict[Grid, None] = {}
+    refused = None
+    for number, name, size in product(bits, names, sizes):
+        has_blocks = "block_size" in kind_of(name, number).options
+        grid = Grid(name, number, size if has_blocks else None)
+        try:
+            _settings(QLORA, grid, ranks(asked.ranks)[0], asked, texts)
+            found[grid] = None
+        except UsageError as error:
+            refused = error
+    if refused is not None and (not found or len(names) == len(sizes) == 1):
+        raise refused
+    return list(found)
+
+
 def _require_meaning(
-    bits: Sequence[int], tried: Sequence[Start], asked: CompareOptions, texts: Texts
+    grids: Sequence[Grid], tried: Sequence[Start], asked: CompareOptions, texts: Texts
 ) -> None:
     """Refuses options that would have no effect on any of the methods."""
-    form = (asked.quant_type, asked.block_size, asked.double_quant)
-    kinds = [kind_of(DEFAULT_CONTAINER, each) for each in bits]
-    if form != ("nf4", 64, False) and not any(kind.options for kind in kinds):
-        raise UsageError(
-            f"{' and '.join(map(str, bits))} bits have no --quant-type, --block-size or "
-            "--double-quant"
-        )
+    kinds = {grid.kind for grid in grids}
+    known = {name for kind in kinds for name in kind.options}
+    given = {
+        name for name in FORMAT if str(getattr(asked, name)) != str(getattr(CompareOptions, name))
+    }
+    if given - known:
+        none = listed([f"--{name.replace('_', '-')}" for name in FORMAT if name not in known], "or")
+        which = f"--container {asked.container} has"
+        if not known:
+            which = f"{' and '.join(map(str, _bits(asked.bits)))} bits have"
+        raise UsageError(f"{which} no {none}")
     if asked.iterations != "auto" and not any(each.iterates for each in tried):
         raise UsageError("--iterations has no effect on these starts", hint="--init loftq")
     calibrated = any(kind.why_uncalibrated is None for kind in kinds)
@@ -187,19 +231,18 @@ def _named(text: str, texts: Texts) -> list[Start]:
 
 
 def _settings(
-    start: Start, bits: int | None, rank: int, asked: CompareOptions, texts: Texts
+    start: Start, grid: Grid | None, rank: int, asked: CompareOptions, texts: Texts
 ) -> Settings:
-    """By the rules of `quantize`; what means nothing to a start is not said to it."""
-    said = dict(vars(asked))
-    for name in (
-        *(
-            ()
-            if bits and kind_of(DEFAULT_CONTAINER, bits).options
-            else ("quant_type", "block_size", "double_quant")
-        ),
-        *(() if start.iterates else ("iterations",)),
-    ):
-        del said[name]
+    """By the rules of `quantize`; what means nothing to a start or a grid is not said to it."""
+    known = () if grid is None else grid.kind.options
+    unsaid = {*FORMAT} - {*known} | {"bits", "container", "block_size"}
+    if not start.iterates:
+        unsaid.add("iterations")
+    said = ((name, value) for name, value in vars(asked).items() if name not in unsaid)
     text = texts.calibration if start.needs_moments else None
-    changed = {"bits": bits, "init": start.name, "calibration_text": text, "rank": rank}
-    return settings_of(QuantizeOptions.like(said.items(), **changed))
+    changed: dict[str, Any] = {"init": start.name, "calibration_text": text, "rank": rank}
+    if grid is not None:
+        changed |= {"bits": grid.bits, "container": grid.container}
+        if grid.block_size is not None:
+            changed["block_size"] = grid.block_size
+    return settings_of(QuantizeOptions.like(said, **changed))

@@ -10,22 +10,23 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from loftq_cli import schema
 from loftq_cli.commands.compare_plan import Texts, TrainingPlan
 from loftq_cli.commands.compare_train import Contest, Trainee, Trials, described, forecast
 from loftq_cli.commands.loaded import choose
 from loftq_cli.commands.run import Run
+from loftq_cli.engines.settings import Settings
 from loftq_cli.errors import InvalidSetting, LoftqError
-from loftq_cli.options import CompareOptions, items
+from loftq_cli.options import CompareOptions, block_sizes, items
 from loftq_cli.record import Listener, Progress, Record
 from loftq_cli.report.start_verdict import Key, key, relative_to_qlora, verdict
+from loftq_cli.report.stored_bits import called
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from loftq_cli.engines.settings import Settings
     from loftq_cli.models.evaluation import Evaluation
     from loftq_cli.models.loading import LoadedModel
 
@@ -79,7 +80,8 @@ class Bench:
     def compare(self, planned: Sequence[Settings]) -> schema.CompareResults:
         """The original and every planned method, with the verdict."""
         run = self.run
-        self._require_possible(planned)
+        planned = self._possible(planned)
+        several = len({grid_named(each) for each in planned if each.container.quantizes}) > 1
         found: list[schema.ComparedMethod] = []
         losses: dict[Key, Sequence[float]] = {}
         with run.progress("comparing", len(planned) + 1) as progress:
@@ -90,7 +92,10 @@ class Bench:
                 heldout = len(self.heldout), self._forward_seconds
                 run.note(forecast(self.trials.plan, len(planned), *heldout))
             for each in planned:
-                name = f"{each.init}, {each.bits} bits, rank {each.rank}"
+                bits = f"{each.bits} bits"
+                if several and each.container.quantizes:
+                    bits = grid_named(each)
+                name = f"{each.init}, {bits}, rank {each.rank}"
                 progress.start(name)
                 method, contest = self._measure(each, name, progress)
                 found.append(method)
@@ -107,12 +112,26 @@ class Bench:
             verdict=verdict(found, losses, settings.training),
         )
 
-    def _require_possible(self, planned: Sequence[Settings]) -> None:
-        """Refuses what some method would be refused for, before the first is made."""
+    def _possible(self, planned: Sequence[Settings]) -> list[Settings]:
+        """The methods whose grid takes this model, all of them where none does.
+
+        What one of those would be refused for is refused before the first is made.
+        """
         from loftq_cli.checkpoint.index import open_checkpoint
         from loftq_cli.engines.plan import make_plan
 
         inventory = self.architecture.inventory(open_checkpoint(self.directory).infos)
+        weights = [each.weight for each in make_plan(inventory, Settings(rank=1)).layers]
+        unfit: dict[str, str] = {}
+        for each in planned:
+            reasons = map(each.container.why_unfit, weights)
+            if reason := next((reason for reason in reasons if reason is not None), None):
+                unfit[grid_named(each)] = reason
+        fitting = [each for each in planned if grid_named(each) not in unfit]
+        if any(each.container.quantizes for each in fitting):
+            for grid, reason in unfit.items():
+                self.run.note(f"left out: {grid}, for {reason}")
+            planned = fitting
         for each in planned:
             try:
                 make_plan(inventory, each)
@@ -120,6 +139,7 @@ class Bench:
                 if error.hint:
                     error.hint = error.hint.replace("--rank ", "--ranks ")
                 raise
+        return list(planned)
 
     def _measure_original(self) -> schema.ComparedMethod:
         from loftq_cli.checkpoint.index import open_checkpoint
@@ -233,6 +253,7 @@ class Bench:
         texts, asked = self.texts, self.asked
         evaluation, calibration, training = texts.names
         count, length = self.heldout.shape
+        containers, sizes = items(asked.container, "--container"), block_sizes(asked.block_size)
         calibrated = any(each.calibration for each in planned)
         how = {}
         if self.trials is not None:
@@ -245,6 +266,10 @@ class Bench:
                 "train_text": training,
                 "predicted_tokens": count * (length - 1),
                 "window_tokens": length,
+                "container": containers[0],
+                "containers": containers,
+                "block_size": sizes[0],
+                "block_sizes": sizes,
                 "target_modules": items(asked.target_modules, "--target-modules"),
                 **how,
             }
@@ -274,6 +299,7 @@ def _method(
         init=settings.init,
         bits=settings.bits if settings.container.quantizes else round(totals.stored_bits),
         stored_bits=totals.stored_bits,
+        **_grid(settings),
         rank=settings.rank,
         weight_error_relative=totals.weight_error_relative,
         kl_divergence=finite(evaluation.kl_divergence),
@@ -284,3 +310,20 @@ def _method(
         seconds=totals.seconds or 0.0,
         **({} if contest is None else contest.fields()),
     )
+
+
+def _grid(settings: Settings) -> dict[str, Any]:
+    container = settings.container
+    if not container.quantizes:
+        return {}
+    kind = container.quant_type.rstrip("0123456789")
+    return {
+        "grid": f"{kind}{settings.bits}",
+        "container": container.name,
+        "block_size": container.block_size,
+    }
+
+
+def grid_named(settings: Settings) -> str:
+    """`int4 in blocks of 64 (gptq)`."""
+    return called(**_grid(settings)) if settings.container.quantizes else ""

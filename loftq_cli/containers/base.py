@@ -9,13 +9,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeAlias
 
 from loftq_cli.checkpoint.safetensors import Header, TensorInfo, shown
 from loftq_cli.checkpoint.tensors import load_tensor
 from loftq_cli.checkpoint.writer import PlannedTensor
+from loftq_cli.errors import InvalidSetting
+from loftq_cli.formats import DEFAULT_CONTAINER
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -86,6 +88,9 @@ class Container(ABC):
     # Bits that a code can tell, and names of its formats: the first is that unless asked.
     all_widths: ClassVar[tuple[int, ...]]
     number_types: ClassVar[tuple[str, ...]]
+    block_sizes: ClassVar[tuple[int, ...]] = ()
+    # The container that takes what this one does not.
+    instead: ClassVar[str] = DEFAULT_CONTAINER
     # Which options of a number format it has: of `quant_type`, `block_size` and `double_quant`.
     options: ClassVar[tuple[str, ...]] = ()
     quantizes: ClassVar[bool] = True
@@ -160,12 +165,33 @@ class Container(ABC):
         """Bytes of what lies beside the codes of a weight (out, in): the scales, mostly."""
         return 0
 
-    def require_fit(self, weights: Sequence[Weight]) -> None:  # noqa: B027 - most take any
+    def why_unfit(self, weight: Weight) -> str | None:
+        """Why a weight cannot be stored with these options; None: it can."""
+        return None
+
+    def require_fit(self, weights: Sequence[Weight]) -> None:
         """Refuses weights that cannot be stored with these options.
 
         Raises:
-            InvalidSetting: such a weight.
+            InvalidSetting: such a weight; the hint is what would take all of them.
         """
+
+        def misfit(container: Container) -> tuple[Weight, str] | None:
+            told = ((each, container.why_unfit(each)) for each in weights)
+            return next(((each, reason) for each, reason in told if reason is not None), None)
+
+        found = misfit(self)
+        if found is None:
+            return
+        weight, cause = found
+        sizes = [each for each in self.block_sizes if not misfit(replace(self, block_size=each))]
+        if sizes:
+            what = f"block size {self.block_size} does not fit {weight.module}"
+            hint = f"--block-size {max(sizes)}"
+        else:
+            what = f"{weight.module} does not fit into {self.name}"
+            hint = f"--container {self.instead}"
+        raise InvalidSetting(what, cause=cause, hint=hint)
 
     @abstractmethod
     def planned(self, weight: Weight) -> list[PlannedTensor]:

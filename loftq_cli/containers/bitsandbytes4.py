@@ -24,7 +24,7 @@ from loftq_cli.checkpoint.safetensors import shown, strict_json
 from loftq_cli.checkpoint.tensors import load_tensor, tensor_memory
 from loftq_cli.checkpoint.writer import PlannedTensor
 from loftq_cli.containers.base import Container, Damaged, Form, StoredWeight, Tensors, Weight
-from loftq_cli.errors import InvalidSetting, UsageError
+from loftq_cli.errors import UsageError
 from loftq_cli.formats import BLOCK_SIZES, DTYPE_NAMES, NESTED_BLOCK_SIZE, NF_BITS, QuantType
 
 if TYPE_CHECKING:
@@ -48,6 +48,7 @@ class Bitsandbytes4(Container):
     all_widths = NF_BITS
     number_types = get_args(QuantType)
     options = ("quant_type", "block_size", "double_quant")
+    block_sizes = BLOCK_SIZES
     searches = True
     why_uncalibrated = None
     whole_bytes = None
@@ -56,7 +57,7 @@ class Bitsandbytes4(Container):
 
     @classmethod
     def of(cls, form: Form) -> Container:
-        if form.block_size not in BLOCK_SIZES:
+        if form.block_size not in cls.block_sizes:
             raise UsageError(
                 f"no block size {form.block_size}",
                 cause="bitsandbytes has kernels for powers of two from 32 to 4096",
@@ -80,18 +81,13 @@ class Bitsandbytes4(Container):
     def scale_bytes(self, shape: tuple[int, int], bits: int) -> int:
         return 4 * self._blocks(shape)
 
-    def require_fit(self, weights: Sequence[Weight]) -> None:
-        def misfit(block_size: int) -> Weight | None:
-            return next((each for each in weights if each.shape[1] % block_size), None)
-
-        first = misfit(self._size)
-        if first is not None:
-            raise InvalidSetting(
-                f"block size {self.block_size} does not fit {first.module}",
-                cause=f"its rows have {first.shape[1]} weights, and bitsandbytes' kernels "
-                "want whole blocks in a row",
-                hint=f"--block-size {max(size for size in BLOCK_SIZES if misfit(size) is None)}",
-            )
+    def why_unfit(self, weight: Weight) -> str | None:
+        if weight.shape[1] % self._size == 0:
+            return None
+        return (
+            f"its rows have {weight.shape[1]} weights, and bitsandbytes' kernels want whole blocks "
+            "in a row"
+        )
 
     def planned(self, weight: Weight) -> list[PlannedTensor]:
         name, (out_features, in_features) = weight.name, weight.shape

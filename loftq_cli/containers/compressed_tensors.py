@@ -23,7 +23,6 @@ from loftq_cli.checkpoint.writer import PlannedTensor
 from loftq_cli.containers import packing
 from loftq_cli.containers.base import Damaged, StoredWeight, Tensors, Weight
 from loftq_cli.containers.integers import Integers, by_width
-from loftq_cli.errors import InvalidSetting
 from loftq_cli.formats import DTYPE_NAMES, WHOLE_ROW
 
 if TYPE_CHECKING:
@@ -37,6 +36,7 @@ _FORMAT = "pack-quantized"
 class CompressedTensors(Integers):
     name = "compressed-tensors"
     libraries = ("compressed_tensors",)
+    instead = "gptq"
     stays_packed = False  # PEFT wants a weight in every layer
     layer_class = "dequantized Linear"
     codes_part = "weight_packed"
@@ -60,15 +60,10 @@ class CompressedTensors(Integers):
     def scale_bytes(self, shape: tuple[int, int], bits: int) -> int:
         return 2 * shape[0] * self._blocks(shape[1])
 
-    def require_fit(self, weights: Sequence[Weight]) -> None:
-        super().require_fit(weights)
-        for weight in weights:
-            if weight.transposed:
-                raise InvalidSetting(
-                    f"{weight.module} does not fit into {self.name}",
-                    cause="its model's layers are Conv1D, which compressed-tensors does not know",
-                    hint="--container gptq",
-                )
+    def why_unfit(self, weight: Weight) -> str | None:
+        if weight.transposed:
+            return "its model's layers are Conv1D, which compressed-tensors does not know"
+        return super().why_unfit(weight)
 
     def planned(self, weight: Weight) -> list[PlannedTensor]:
         rows, columns = weight.shape

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from loftq_cli.containers import packing
 from loftq_cli.containers.base import Container, Damaged, Form, StoredWeight, Weight
-from loftq_cli.errors import InvalidSetting, UsageError
+from loftq_cli.errors import UsageError
 from loftq_cli.formats import DTYPE_NAMES, INTEGER_BITS, INTEGER_BLOCK_SIZES, WHOLE_ROW
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ class Integers(Container):
     all_widths = INTEGER_BITS
     number_types = ("int",)
     options = ("block_size",)
+    block_sizes = INTEGER_BLOCK_SIZES
     searches = True
     why_uncalibrated = None
     wants_dtype = True
@@ -37,7 +38,7 @@ class Integers(Container):
 
     @classmethod
     def of(cls, form: Form) -> Container:
-        if form.block_size not in INTEGER_BLOCK_SIZES:
+        if form.block_size not in cls.block_sizes:
             raise UsageError(
                 f"no block size {form.block_size} in {cls.name}",
                 cause="servers have kernels for integers in blocks of 32, 64 and 128, and for "
@@ -56,28 +57,14 @@ class Integers(Container):
         """The tensor with the packed codes of X.weight."""
         return f"{weight.removesuffix('.weight')}.{cls.codes_part}"
 
-    def require_fit(self, weights: Sequence[Weight]) -> None:
-        def misfit(block_size: int) -> Weight | None:
-            return next((each for each in weights if each.shape[1] % abs(block_size)), None)
-
-        rows, columns = self.multiples
-        for weight in weights:
-            if weight.shape[0] % rows or weight.shape[1] % columns:
-                raise InvalidSetting(
-                    f"{weight.module} does not fit into {self.name}",
-                    cause=f"it is {weight.shape[0]}×{weight.shape[1]}, and the container packs "
-                    f"whole groups of {columns}",
-                    hint="--container bitsandbytes",
-                )
-        first = misfit(self._block_size)
-        if first is not None:
-            sizes = [size for size in INTEGER_BLOCK_SIZES if misfit(size) is None]
-            raise InvalidSetting(
-                f"block size {self.block_size} does not fit {first.module}",
-                cause=f"its rows have {first.shape[1]} weights, and {self.name} has whole blocks "
-                "in a row",
-                hint=f"--block-size {max(sizes)}",
-            )
+    def why_unfit(self, weight: Weight) -> str | None:
+        rows, columns = weight.shape
+        if rows % self.multiples[0] or columns % self.multiples[1]:
+            packed = self.multiples[1]
+            return f"it is {rows}×{columns}, and the container packs whole groups of {packed}"
+        if columns % abs(self._block_size):
+            return f"its rows have {columns} weights, and {self.name} has whole blocks in a row"
+        return None
 
     def working_bytes(self, weight: Weight) -> int:
         """A byte a code whatever its width, and float32 scales."""

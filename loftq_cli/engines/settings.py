@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from loftq_cli.core.steps import Quantizer
 
 
-_FORMAT = ("quant_type", "block_size", "double_quant")  # the options of a number format
+FORMAT = ("quant_type", "block_size", "double_quant")  # the options of a number format
 
 
 @dataclass(frozen=True)
@@ -178,9 +178,9 @@ def _require_format(
             f"{asked.quant_type} has {max(container.widths)} bits only",
             hint=f"--quant-type {container.number_types[0]}",
         )
-    given = {name for name in _FORMAT if getattr(asked, name) != getattr(QuantizeOptions, name)}
+    given = {name for name in FORMAT if getattr(asked, name) != getattr(QuantizeOptions, name)}
     if given - set(container.options):
-        none = [f"--{each.replace('_', '-')}" for each in _FORMAT if each not in container.options]
+        none = [f"--{each.replace('_', '-')}" for each in FORMAT if each not in container.options]
         which = (
             f"{bits} bits have" if not container.options else f"--container {container.name} has"
         )

@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from loftq_cli import starts
+from loftq_cli.formats import DEFAULT_CONTAINER
 from loftq_cli.options import QuantizeOptions, SweepOptions
 from loftq_cli.report import units
 from loftq_cli.report.checks import figures, hints
 from loftq_cli.report.formats import all_layers, code_bits, error_changes
 from loftq_cli.report.parts import Rules, remarks
 from loftq_cli.schema import (
+    BitsVerdict,
     CheckResults,
     CompareResults,
     CompareSettings,
@@ -193,7 +195,7 @@ def _sweep_ranks(document: Document[SweepRanksResults]) -> Iterator[str]:
 
 
 def _compare(document: Document[CompareResults]) -> Iterator[str]:
-    """The start that gains at each number of bits: after training, or else by its distance."""
+    """The start that gains on each grid: after training, or else by its distance."""
     settings = document.results.settings
     for best in document.results.verdict.bits:
         init, rank, gain, trained = best.init, best.rank, best.gain, ""
@@ -205,9 +207,10 @@ def _compare(document: Document[CompareResults]) -> Iterator[str]:
                 trained = f" (it trained best at a learning rate of {rate})"
         if gain:
             line = QuantizeOptions.like(
-                _for_start(settings, starts.of_report(init), best.bits),
+                _for_start(settings, starts.of_report(init), best),
                 model=_model(document),
                 bits=best.bits,
+                container=best.container,
                 rank=rank,
                 init=init,
                 output=_OUT,
@@ -215,14 +218,20 @@ def _compare(document: Document[CompareResults]) -> Iterator[str]:
             yield line.command_line("model", "bits", "rank", "init", "calibration_text") + trained
 
 
-def _for_start(settings: CompareSettings, start: Start, bits: int) -> Iterator[tuple[str, Any]]:
+def _for_start(
+    settings: CompareSettings, start: Start, best: BitsVerdict
+) -> Iterator[tuple[str, Any]]:
     """Of the settings that all starts were asked to have, those that mean something to this one."""
+    own = best.container == DEFAULT_CONTAINER and best.bits <= code_bits(settings.quant_type)
     for name, value in settings:
         if name == "calibration_text":
             if start.needs_moments:
                 yield name, _FILE if value in (None, "built-in") else Path(value)
-        elif name in ("quant_type", "block_size", "double_quant"):
-            if bits <= code_bits(settings.quant_type):
+        elif name == "block_size":
+            if own or best.block_size is not None:
+                yield name, best.block_size or value
+        elif name in ("quant_type", "double_quant"):
+            if own:
                 yield name, value
         elif name != "iterations" or start.iterates:
             yield name, value

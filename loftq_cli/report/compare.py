@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from loftq_cli.formats import DEFAULT_CONTAINER, WHOLE_ROW
 from loftq_cli.report import units
 from loftq_cli.report.formats import code_bits
 from loftq_cli.report.parts import model_name
@@ -14,6 +15,8 @@ from loftq_cli.schema import ComparedMethod, CompareResults, CompareSettings, Do
 def compare_view(document: Document[CompareResults]) -> View:
     results = document.results
     sections: list[Section] = [Facts(_facts(results)), _distances(results), _costs(results)]
+    if results.verdict.grids:
+        sections.append(_against_bytes(results))
     if results.settings.train_steps is not None:
         sections.append(_trained(results))
     sections.append(Facts([("verdict", results.verdict.sentence)]))
@@ -27,6 +30,9 @@ def _facts(results: CompareResults) -> list[tuple[str, str]]:
     settings = results.settings
     tokens = units.number(settings.predicted_tokens)
     form = f"{settings.quant_type} in blocks of {settings.block_size}"
+    if _has_grids(results):
+        names = dict.fromkeys(each.grid for each in results.methods if each.grid)
+        form = f"{', '.join(names)} in {', '.join(settings.containers)}"
     facts = [
         ("parameters", f"{units.number(results.base_parameters)} ({results.architecture})"),
         ("format", form + (", double quantized" if settings.double_quant else "")),
@@ -103,13 +109,43 @@ def _perplexity(value: float) -> str:
     return f"{value:.2f}" if value < 1000 else f"{value:,.0f}"
 
 
+def _against_bytes(results: CompareResults) -> Table:
+    columns = [
+        Column("grid", "grid", "name"),
+        Column("block_size", "block", show=_block),
+        Column("container", "container"),
+        Column("stored_bits", "stored bits", show=units.plain),
+        Column("backbone_bytes", "backbone", show=units.size),
+        Column("data_free_kl", "data-free", show=units.small),
+        Column("calibrated_kl", "calibrated", show=units.small),
+        Column(lambda grid: "nearest for its bytes" if grid.least else None, ""),
+    ]
+    title = "KL by stored bits, the best start of each kind"
+    return Table(title, columns, results.verdict.grids)
+
+
+def _has_grids(results: CompareResults) -> bool:
+    """Whether bits alone would not tell the formats apart."""
+    forms = {(each.container, each.block_size) for each in results.methods if each.container}
+    return len(forms) > 1 or any(container != DEFAULT_CONTAINER for container, _ in forms)
+
+
+def _block(size: int) -> str:
+    return "row" if size == WHOLE_ROW else str(size)
+
+
 def _table(
     results: CompareResults, title: str, columns: list[Column], methods: list[ComparedMethod]
 ) -> Table:
     in_file = code_bits(results.settings.quant_type)
-    names = [
-        Column("init", "start", "name"),
-        Column("bits", "bits", show=lambda b: f"{b} in {in_file}" if b < in_file else str(b)),
-        Column("rank", "rank"),
-    ]
+    bits = [Column("bits", "bits", show=lambda b: f"{b} in {in_file}" if b < in_file else str(b))]
+    if _has_grids(results):
+        bits = [
+            Column(lambda method: method.grid or f"{method.bits} bits", "grid"),
+            Column("block_size", "block", show=_block),
+            Column("stored_bits", "stored bits", show=units.plain),
+        ]
+        if len(results.settings.containers) > 1:
+            bits.insert(0, Column("container", "container"))
+    names = [Column("init", "start", "name"), *bits, Column("rank", "rank")]
     return Table(title, [*names, *columns], methods)

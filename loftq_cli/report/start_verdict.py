@@ -14,7 +14,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from loftq_cli import starts
+from loftq_cli.formats import DEFAULT_CONTAINER
 from loftq_cli.report import units
+from loftq_cli.report.stored_bits import by_stored_bits, called, least_sentence
 from loftq_cli.report.units import listed
 from loftq_cli.schema import BitsVerdict, ComparedMethod, CompareVerdict, Training
 from loftq_cli.starts import Start
@@ -24,17 +26,23 @@ WORTHWHILE_SHARE = 0.02
 # Standard errors that a difference in loss has to exceed.
 _ERRORS = 2.0
 
-Key = tuple[str, int, int | None]
+Grid = tuple[int, str | None, int | None]
+Key = tuple[str, int | None, Grid]
 Losses = Mapping[Key, Sequence[float]]
 
 
 def key(method: ComparedMethod) -> Key:
     """What tells a method from the others of a comparison."""
-    return method.init, method.bits, method.rank
+    return method.init, method.rank, grid_of(method)
+
+
+def grid_of(method: ComparedMethod) -> Grid:
+    """What its weights are rounded to, and where they lie: bits, container, block size."""
+    return method.bits, method.container, method.block_size
 
 
 def relative_to_qlora(methods: Sequence[ComparedMethod]) -> list[ComparedMethod]:
-    """The methods, with what each gains over QLoRA at the same bits and rank."""
+    """The methods, with what each gains over QLoRA on the same grid and at the same rank."""
     found = []
     for method in methods:
         plain = _alike(methods, starts.QLORA, method)
@@ -62,9 +70,12 @@ def verdict(
         if method.rank is not None and starts.of_report(method.init).quantizes
     ]
     parts = []
-    for bits in dict.fromkeys(each.bits for each in quantized):
-        here = [each for each in quantized if each.bits == bits]
-        parts.append(_by_distance(here))
+    grids = dict.fromkeys(map(grid_of, quantized))
+    for grid in grids:
+        here = [each for each in quantized if grid_of(each) == grid]
+        alone = sum(bits == grid[0] for bits, *_ in grids) == 1
+        where = f"{grid[0]} bits" if alone else called(here[0].grid, *grid[1:])
+        parts.append(_by_distance(here, where))
         if training is not None:
             trained = _by_training(here, methods, Spread.of(methods, losses, training))
             sentence = f"{parts[-1].sentence} {trained['sentence']}"
@@ -72,11 +83,14 @@ def verdict(
     sentences = [part.sentence for part in parts]
     if training is not None:
         sentences += _reservations(methods, training)
-    return CompareVerdict(sentence=" ".join(sentences), bits=parts)
+    against_bytes = by_stored_bits(quantized)
+    if against_bytes:
+        sentences.append(least_sentence(against_bytes))
+    return CompareVerdict(sentence=" ".join(sentences), bits=parts, grids=against_bytes)
 
 
-def _by_distance(here: Sequence[ComparedMethod]) -> BitsVerdict:
-    """Where starts of one number of bits begin: which is nearest, and by how much."""
+def _by_distance(here: Sequence[ComparedMethod], where: str) -> BitsVerdict:
+    """Where the starts of one grid begin: which is nearest, and by how much."""
     # Ties go to the one that comes first, which is QLoRA.
     best = min(here, key=lambda each: _or_infinite(each.kl_divergence))
     qlora, published = (_alike(here, each, best) for each in (starts.QLORA, starts.PUBLISHED))
@@ -100,6 +114,8 @@ def _by_distance(here: Sequence[ComparedMethod]) -> BitsVerdict:
         )
     return BitsVerdict(
         bits=best.bits,
+        container=best.container or DEFAULT_CONTAINER,
+        block_size=best.block_size,
         init=best.init,
         rank=best.rank,
         gain=gain,
@@ -107,7 +123,7 @@ def _by_distance(here: Sequence[ComparedMethod]) -> BitsVerdict:
         kl_gain_over_plain_loftq=(
             _ratio(published.kl_divergence, best.kl_divergence) if published in worse else None
         ),
-        sentence=f"At {best.bits} bits {sentence}",
+        sentence=f"At {where} {sentence}",
     )
 
 
@@ -232,8 +248,8 @@ def difference(high: Sequence[float], low: Sequence[float]) -> tuple[float, floa
 def _alike(
     methods: Sequence[ComparedMethod], start: Start, like: ComparedMethod
 ) -> ComparedMethod | None:
-    """The method with this start at the bits and rank of another."""
-    wanted = (start.name, like.bits, like.rank)
+    """The method with this start at the grid and rank of another."""
+    wanted = (start.name, like.rank, grid_of(like))
     return next((each for each in methods if key(each) == wanted), None)
 
 

@@ -11,6 +11,7 @@ from loftq_cli.schema.comparing import (
     CompareResults,
     CompareSettings,
     CompareVerdict,
+    GridVerdict,
     LossPoint,
     Training,
     TrainingRun,

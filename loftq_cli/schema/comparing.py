@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+from loftq_cli.formats import DEFAULT_CONTAINER
 from loftq_cli.schema.envelope import Model
 
 
@@ -25,6 +26,9 @@ class Training(Model):
 class CompareSettings(Model):
     """What all methods share. Texts are paths, or "built-in"; training is null without it.
 
+    Of `containers` and `block_sizes` those that were asked for, the first of them `container` and
+    `block_size`; which of them a method has is said there.
+
     `learning_rate` is that of all methods, and null where each has its own.
     """
 
@@ -36,6 +40,9 @@ class CompareSettings(Model):
     quant_type: str
     block_size: int
     double_quant: bool
+    container: str = DEFAULT_CONTAINER
+    containers: list[str] = [DEFAULT_CONTAINER]
+    block_sizes: list[int] = []
     iterations: str
     lora_alpha: float | None  # null: the rank
     rslora: bool
@@ -76,11 +83,13 @@ class ComparedMethod(Model):
     """One start: "original" is the model itself, and "lora" its 16-bit weights with an adapter.
 
     `bits` is what a weight's code can say, `stored_bits` what it takes in the files, scales
-    included (of "original" the mean of all its tensors). What is relative to QLoRA is so at the
-    same bits and rank, and null where there is none: `error_removed` is the share of QLoRA's weight
-    error that is gone, `kl_gain` is QLoRA's KL divergence over this one. `seconds` are those of
-    making the files. KL, perplexity and losses are in nats a token of held-out text, and null where
-    they are no finite number; losses also where there was no training, or it diverged.
+    included (of "original" the mean of all its tensors). `grid` is what weights are rounded to,
+    `nf4` or `int2`, in `container` and blocks of `block_size` (-1: a whole row); null for 16 bits.
+    What is relative to QLoRA is so on the same grid and at the same rank, and null where there is
+    none: `error_removed` is the share of QLoRA's weight error that is gone, `kl_gain` is QLoRA's KL
+    divergence over this one. `seconds` are those of making the files. KL, perplexity and losses are
+    in nats a token of held-out text, and null where they are no finite number; losses also where
+    there was no training, or it diverged.
 
     `learning_rate` is the best of those that were tried with the first seed, and `rate_at_end` says
     that it lies at an end of them, where a better one may lie beyond. Losses before, at a quarter
@@ -92,6 +101,9 @@ class ComparedMethod(Model):
     init: str
     bits: int
     stored_bits: float
+    grid: str | None = None
+    container: str | None = None
+    block_size: int | None = None
     rank: int | None
     weight_error_relative: float | None
     error_removed: float | None = None
@@ -114,7 +126,7 @@ class ComparedMethod(Model):
 
 
 class BitsVerdict(Model):
-    """At these bits: the start nearest to the original by KL, and what it gains.
+    """On this grid: the start nearest to the original by KL, and what it gains.
 
     `gain` is false where the best is within 2 % of QLoRA. `trained_*` compare held-out losses after
     training, each start at its own learning rate: `trained_init` ends lowest, `trained_margin` is
@@ -124,6 +136,8 @@ class BitsVerdict(Model):
     """
 
     bits: int
+    container: str = DEFAULT_CONTAINER
+    block_size: int | None = None
     init: str
     rank: int
     gain: bool
@@ -139,11 +153,30 @@ class BitsVerdict(Model):
     sentence: str
 
 
+class GridVerdict(Model):
+    """What a grid comes to with the best start of each kind, of all ranks: KL against bytes.
+
+    `least` says that no grid of as many stored bits or fewer has a lower KL.
+    """
+
+    grid: str
+    container: str
+    block_size: int | None = None
+    stored_bits: float
+    backbone_bytes: int
+    data_free_init: str | None = None
+    data_free_kl: float | None = None
+    calibrated_init: str | None = None
+    calibrated_kl: float | None = None
+    least: bool
+
+
 class CompareVerdict(Model):
-    """`sentence` says it all, `bits` has its parts."""
+    """`sentence` says it all, `bits` has its parts; `grids` is there for files of several sizes."""
 
     sentence: str
     bits: list[BitsVerdict]
+    grids: list[GridVerdict] = []
 
 
 class CompareResults(Model):

@@ -29,9 +29,10 @@ CONTRACT = {
     "sweep-ranks": "--model -m --ranks --target-modules --bits --quant-type --block-size "
     "--batch-size --sequence-length --vram --error --device",
     "targets": "--model -m --rank",
-    "compare": "--model -m --init --bits --ranks --text --calibration-text --train-text "
-    "--train-steps --learning-rate --seeds --quant-type --block-size --double-quant --iterations "
-    "--lora-alpha --rslora --target-modules --device --dtype --seed --trust-remote-code",
+    "compare": "--model -m --init --bits --container --ranks --text --calibration-text "
+    "--train-text --train-steps --learning-rate --seeds --quant-type --block-size --double-quant "
+    "--iterations --lora-alpha --rslora --target-modules --device --dtype --seed "
+    "--trust-remote-code",
     "check": "--model -m --device --dtype",
     "verify": "--source --sample --device",
     "export": "--container --output -o --resume --force --trust-remote-code",

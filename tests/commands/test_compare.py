@@ -330,6 +330,47 @@ def test_plain_lora_is_there_when_there_is_training(other_text: Path) -> None:
         planned("lora", "4", "4")
 
 
+def grids(**changes: Any) -> list[tuple[Any, ...]]:
+    asked = CompareOptions(**{"model": "gpt2", "init": "loftq", **changes})
+    found = methods(asked, texts_of(asked))
+    assert [each.init for each in found] == ["qlora", "loftq"] * (len(found) // 2)
+    return [(each.container.name, each.bits, each.container.block_size) for each in found[::2]]
+
+
+def test_every_combination_that_there_is() -> None:
+    both = "bitsandbytes, gptq"
+    assert grids() == [("bitsandbytes", 4, 64)]
+    assert grids(container=both, bits="4,2", block_size="32,-1,256") == [
+        ("bitsandbytes", 4, 32), ("bitsandbytes", 4, 256), ("gptq", 4, 32), ("gptq", 4, -1),
+        ("bitsandbytes", 2, 32), ("bitsandbytes", 2, 256), ("gptq", 2, 32), ("gptq", 2, -1),
+    ]  # fmt: skip
+    # bitsandbytes' 8 bits have no blocks; double quantization is for its 4 bits alone.
+    assert grids(container=both, bits="8", block_size="64,128") == [
+        ("bitsandbytes", 8, None), ("gptq", 8, 64), ("gptq", 8, 128),
+    ]  # fmt: skip
+    asked = CompareOptions(model="gpt2", container=both, double_quant=True, init="loftq")
+    found = methods(asked, texts_of(asked))
+    assert [each.double_quant for each in found] == [True, True, False, False]
+    calibrated = grids(container="gptq", bits="8", model="demo")
+    assert calibrated == [("gptq", 8, 64)]
+
+
+@pytest.mark.parametrize(
+    ("changes", "what"),
+    [
+        ({"container": "awq"}, "--container takes bitsandbytes"),
+        ({"container": "gptq,", "bits": "4"}, "an empty item"),
+        ({"block_size": "64,all"}, "takes whole numbers"),
+        ({"container": "gptq", "block_size": "256,512"}, "no block size 512"),
+        ({"container": "gptq", "double_quant": True}, "--container gptq has no --quant-type or"),
+        ({"container": "gptq", "quant_type": "fp4", "bits": "8"}, "--container gptq has no"),
+    ],
+)
+def test_grids_that_there_are_not(changes: dict[str, Any], what: str) -> None:
+    with pytest.raises(UsageError, match=what):
+        grids(**changes)
+
+
 def test_qlora_is_always_there() -> None:
     assert planned("loftq", "4", "8") == [("qlora", 4, 8), ("loftq", 4, 8)]
 
@@ -499,6 +540,84 @@ def test_figures_that_are_no_numbers() -> None:
     assert best.bits[0].gain
 
 
+def on_grid(
+    grid: str, size: int, stored: float, kl: float | None, init: str = "qlora", **changes: Any
+) -> ComparedMethod:
+    about = {"grid": grid, "block_size": size, "stored_bits": stored, "container": "gptq"}
+    return method(init, kl, int(grid[-1]), **{**about, **changes})
+
+
+def test_grids_against_their_bytes() -> None:
+    """Each with its own QLoRA; of all together it is said which is nearest for its bytes."""
+    found = relative_to_qlora([
+        on_grid("nf4", 64, 4.5, 0.004, container="bitsandbytes"),
+        on_grid("int4", 32, 4.5, 0.006), on_grid("int4", 32, 4.5, 0.003, "calibrated"),
+        on_grid("int4", 64, 4.25, 0.005), on_grid("int4", 64, 4.25, 0.002, "loftq"),
+        on_grid("int2", 64, 2.25, 0.1), on_grid("int2", 64, 2.25, None, "loftq"),
+    ])  # fmt: skip
+    gains = [each.kl_gain for each in found]
+    assert gains[2] == pytest.approx(2)
+    assert gains[4] == pytest.approx(2.5)
+    told = verdict(found, {})
+    assert [(each.bits, each.container, each.block_size, each.init) for each in told.bits] == [
+        (4, "bitsandbytes", 64, "qlora"), (4, "gptq", 32, "calibrated"), (4, "gptq", 64, "loftq"),
+        (2, "gptq", 64, "qlora"),
+    ]  # fmt: skip
+    assert told.bits[0].sentence.startswith("At nf4 in blocks of 64 (bitsandbytes) no gain here")
+    assert told.bits[3].sentence.startswith("At 2 bits no gain here")
+    assert [(each.grid, each.block_size, each.least) for each in told.grids] == [
+        ("int2", 64, True), ("int4", 64, True), ("int4", 32, False), ("nf4", 64, False),
+    ]  # fmt: skip
+    least = told.grids[1]
+    assert (least.data_free_init, least.data_free_kl, least.calibrated_kl) == ("loftq", 0.002, None)
+    assert (told.grids[2].data_free_kl, told.grids[2].calibrated_kl) == (0.006, 0.003)
+    assert told.sentence.endswith(
+        "Nearest to the original for its bytes: int2 in blocks of 64 (gptq) with 2.25 stored bits "
+        "(KL 0.1) and int4 in blocks of 64 (gptq) with 4.25 stored bits (KL 0.002). No nearer for "
+        "as many bytes or more: int4 in blocks of 32 (gptq) with 4.5 stored bits and nf4 in blocks "
+        "of 64 (bitsandbytes) with 4.5 stored bits."
+    )
+
+
+def test_grids_of_one_size_and_figures_that_are_none() -> None:
+    assert verdict([on_grid("nf4", 64, 4.5, 0.1), on_grid("nf2", 64, 4.5, 0.2)], {}).grids == []
+    told = verdict([on_grid("int4", 64, 4.25, None), on_grid("int2", 64, 2.25, None)], {})
+    assert not any(each.least for each in told.grids)
+    assert told.sentence.endswith("no KL divergence is a number.")
+
+
+def test_grids_from_their_files(loftq: Loftq, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two integer containers the one that does not know the model's layers is left out."""
+    import json
+
+    monkeypatch.setattr(evaluation, "MOST_TOKENS", 256)
+    done = loftq("compare", "-m", tiny, "--init", "loftq", "--bits", "4,2", "--container",
+                 "bitsandbytes,gptq,compressed-tensors", "--block-size", "32,128", "--iterations",
+                 1, "--ranks", 2, "--json")  # fmt: skip
+    assert done.code == 0, done.err
+    document = json.loads(done.out)
+    results = document["results"]
+    assert results["settings"]["containers"] == ["bitsandbytes", "gptq", "compressed-tensors"]
+    assert results["settings"]["block_sizes"] == [32, 128]
+    found = [
+        (each["grid"], each["container"], each["block_size"]) for each in results["methods"][1::2]
+    ]
+    assert found == [
+        ("nf4", "bitsandbytes", 32), ("int4", "gptq", 32),
+        ("nf2", "bitsandbytes", 32), ("int2", "gptq", 32),
+    ]  # fmt: skip
+    assert "left out: int4 in blocks of 32 (compressed-tensors), for its model" in done.err
+    assert "left out: nf4 in blocks of 128 (bitsandbytes), for its rows have 64 weights" in done.err
+    stored = {each["grid"]: each["stored_bits"] for each in results["methods"][1:]}
+    assert stored["int2"] < stored["int4"] < stored["nf4"] == stored["nf2"]
+    assert [each["grid"] for each in results["verdict"]["grids"]][:2] == ["int2", "int4"]
+    file = tiny.parent / "grids.json"
+    file.write_text(done.out)
+    shown = loftq("report", file, "--format", "table").out
+    assert "KL by stored bits" in shown
+    assert "nf4, int4, nf2, int2 in bitsandbytes, gptq, compressed-tensors" in shown
+
+
 def ended(
     init: str, after: float, bits: int = 4, spread: float | None = 0.001, **changes: Any
 ) -> tuple[ComparedMethod, list[float]]:
@@ -611,7 +730,8 @@ def test_what_limits_a_verdict_is_said() -> None:
     )
     single = decide(
         ended("qlora", 2.5, spread=None)[0], ended("loftq", 2.4, spread=None)[0],
-        losses={("qlora", 4, 8): [2.5], ("loftq", 4, 8): [2.4]}, seeds=[0],
+        losses={key(method(init, 0.01)): [loss] for init, loss in (("qlora", 2.5), ("loftq", 2.4))},
+        seeds=[0],
     )  # fmt: skip
     assert single.bits[0].trained_gain is False, "one window and one seed have no spread"
     assert single.bits[0].trained_margin_error is None

@@ -592,6 +592,7 @@ def other_value(option: str) -> Any:
     return {
         "bits": 2, "quant_type": "fp4", "block_size": 128, "double_quant": True, "iterations": "3",
         "lora_alpha": 8.5, "rslora": True, "target_modules": ["c_attn", "c_proj"], "seed": 3,
+        "container": "gptq",
     }[option]  # fmt: skip
 
 
@@ -622,6 +623,8 @@ def test_an_advised_line_asks_for_what_was_measured(command: str, option: str) -
         content["results"]["verdict"]["bits"][0] |= {
             "bits": 4, "trained_init": "loftq", "trained_gain": True, "trained_learning_rate": 1.0,
         }  # fmt: skip
+        if option == "container":  # each verdict has its own
+            content["results"]["verdict"]["bits"][0][option] = other_value(option)
     _, advised = said(content)
     line = next(match[1] for text in advised if (match := re.search(r"(loftq [^()]*)", text)))
     value = other_value(option)
