@@ -107,6 +107,7 @@ class SweepOptions(Options):
     ranks: str = "4,8,16,32,64"
     target_modules: str | Sequence[str] = ALL_LINEAR
     bits: int = 4
+    container: str = DEFAULT_CONTAINER
     quant_type: QuantType = "nf4"
     block_size: int = DEFAULT_BLOCK_SIZE
     batch_size: int = 1

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Literal
 
 from loftq_cli.commands.run import Run, command
 from loftq_cli.commands.spellings import option
-from loftq_cli.containers import widths
+from loftq_cli.containers import container_names, widths
 from loftq_cli.errors import DoesNotFit, UsageError
-from loftq_cli.options import SweepOptions, items, ranks, size
+from loftq_cli.formats import DEFAULT_CONTAINER
+from loftq_cli.options import SweepOptions, choice, items, ranks, size
 
 if TYPE_CHECKING:
     from loftq_cli import schema
@@ -28,7 +29,8 @@ _HELD = (*widths(), 16)
         Literal[_HELD],
         "--bits",
         metavar="|".join(map(str, _HELD)),
-        help="Bits of a weight while fine-tuning; 2 and 3 take the memory of 4, 16 is plain LoRA.",
+        help="Bits of a weight while fine-tuning; 16 is plain LoRA. In bitsandbytes 2 and 3 take "
+        "the memory of 4.",
     ),
 )
 def sweep_ranks(run: Run, asked: SweepOptions) -> None:
@@ -53,8 +55,10 @@ def sweep_ranks(run: Run, asked: SweepOptions) -> None:
 
     wanted = ranks(asked.ranks)
     vram_bytes = None if asked.vram is None else size(asked.vram, "--vram")
+    choice(asked.container, "--container", container_names())
     settings = Settings(
         bits=asked.bits,
+        container_name=asked.container,
         quant_type=asked.quant_type,
         block_size=asked.block_size,
         rank=1,
@@ -102,6 +106,8 @@ def sweep_ranks(run: Run, asked: SweepOptions) -> None:
         settings=SweepSettings(
             target_modules=list(settings.target_modules),
             bits=asked.bits,
+            container=container.name if container.quantizes else DEFAULT_CONTAINER,
+            packed=container.stays_packed,
             quant_type=None if container.block_size is None else container.quant_type,
             block_size=container.block_size,
             batch_size=asked.batch_size,
@@ -120,7 +126,7 @@ def sweep_ranks(run: Run, asked: SweepOptions) -> None:
             f"no rank fits in {asked.vram}",
             cause=outcome.sentence,
             hint="a shorter --sequence-length, a smaller --batch-size, fewer --target-modules"
-            + (", or --bits 4" if asked.bits > SweepOptions.bits else ", or a smaller model"),
+            f", or {_smaller(asked, container)}",
         )
 
 
@@ -134,8 +140,14 @@ def _require_meaning(asked: SweepOptions, container: Container) -> None:
         raise UsageError("--device has no effect without --error", hint="add --error")
     if not asked.error and asked.calibration_text is not None:
         raise UsageError("--calibration-text has no effect without --error", hint="add --error")
-    if not container.options and (asked.quant_type, asked.block_size) != ("nf4", 64):
+    form = ("quant_type", "block_size")
+    given = {name for name in form if getattr(asked, name) != getattr(SweepOptions, name)}
+    if not container.quantizes and asked.container != DEFAULT_CONTAINER:
+        raise UsageError(f"{asked.bits} bits have no --container", hint="--bits 4")
+    if given and not container.options:
         raise UsageError(f"{asked.bits} bits have no --quant-type and no --block-size")
+    if given - {*container.options}:
+        raise UsageError(f"--container {asked.container} has no --quant-type")
     if asked.bits not in container.widths:
         raise UsageError(
             f"{asked.quant_type} has {max(container.widths)} bits only",
@@ -147,6 +159,18 @@ def _require_meaning(asked: SweepOptions, container: Container) -> None:
             cause=container.why_uncalibrated,
             hint="--bits 4",
         )
+
+
+def _smaller(asked: SweepOptions, container: Container) -> str:
+    """What would take less memory than what was asked for."""
+    if not container.stays_packed:
+        return f"--container {container.instead}"
+    if asked.bits > SweepOptions.bits:
+        return f"--bits {SweepOptions.bits}"
+    fewest = min(container.all_widths)
+    if container.code_bits(fewest) < container.code_bits(asked.bits):
+        return f"--bits {fewest}"
+    return "a smaller model"
 
 
 def _sequence_length(run: Run, asked: int | None, context: int | None) -> int:

@@ -6,26 +6,37 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from loftq_cli.commands.run import Run, command
+from loftq_cli.formats import DEFAULT_CONTAINER
 
 if TYPE_CHECKING:
     from loftq_cli import schema
+    from loftq_cli.engines.settings import Settings
     from loftq_cli.models.kinds import Kind
+    from loftq_cli.models.layers import Inventory
     from loftq_cli.models.presets import Preset
 
 
 @command("targets")
-def targets(run: Run, model: str = "demo", rank: int = 16, preflight: bool = False) -> None:
+def targets(
+    run: Run,
+    model: str = "demo",
+    rank: int = 16,
+    container: str = DEFAULT_CONTAINER,
+    preflight: bool = False,
+) -> None:
     """
     \b
     loftq targets --model gpt2
     loftq targets --model gpt2 | cut -f1      (names for --target-modules)
     loftq targets --model gpt2 --rank 8 --json | jq .results.presets
+    loftq targets --model org/name --container compressed-tensors
 
     Lists every kind of linear layer, the target presets in this model's own names with what they
     would train, and what is skipped with the reason. Only configs and headers are read, and
     well-known models need no files at all. Layers are told by their names and shapes; with
     --preflight the model class, its loader and PEFT are asked, as `loftq quantize` asks them.
     """
+    from loftq_cli.engines.settings import Settings
     from loftq_cli.models import presets
     from loftq_cli.models.costs import trainable_parameters
     from loftq_cli.models.kinds import kinds, skipped_modules
@@ -38,12 +49,14 @@ def targets(run: Run, model: str = "demo", rank: int = 16, preflight: bool = Fal
     outline = found.outline
     if preflight:
         from loftq_cli.engines.preflight import ask_found, outline_asked
-        from loftq_cli.engines.settings import Settings
 
         with run.timing("plan"):
             plan = ask_found(found, Settings(rank=1)).plan
         outline = outline_asked(outline, plan)
-    outline = replace(outline, inventory=outline.inventory.adaptable())
+    settings = Settings(rank=1, container_name=container)
+    inventory, held = _fitting(outline.inventory, settings)
+    outline = replace(outline, inventory=inventory.adaptable())
+    elements = sum(layer.parameters for layer in inventory.layers)
     # Attention before the feed-forward part, in before out, and last what has no role.
     groups = sorted(kinds(outline.layers), key=lambda kind: (not _roles(kind), _roles(kind)))
     results = TargetsResults(
@@ -51,6 +64,10 @@ def targets(run: Run, model: str = "demo", rank: int = 16, preflight: bool = Fal
         counted_by="class" if preflight else "names",
         base_parameters=outline.parameters,
         rank=rank,
+        container=container,
+        bits=settings.bits,
+        quantized_bytes=held,
+        stored_bits=None if not elements else 8 * held / elements,
         layers=[
             LayerKind(
                 name=kind.name,
@@ -77,6 +94,24 @@ def targets(run: Run, model: str = "demo", rank: int = 16, preflight: bool = Fal
         without_role=[kind.name for kind in groups if not _roles(kind)],
     )
     run.finish(results, model=found.identity)
+
+
+def _fitting(inventory: Inventory, settings: Settings) -> tuple[Inventory, int]:
+    """The layers that the container takes, with the others left for its reason; and their bytes."""
+    from loftq_cli.engines.plan import PlannedLayer
+    from loftq_cli.models.layers import LeftTensor, LinearLayer, leave_layer
+
+    container, held = settings.container, 0
+    entries: list[LinearLayer | LeftTensor] = []
+    for entry in inventory.entries:
+        if isinstance(entry, LinearLayer):
+            weight = PlannedLayer(entry, settings.bits, 0).weight
+            if (reason := container.why_unfit(weight)) is not None:
+                entries.append(leave_layer(entry, reason))
+                continue
+            held += sum(tensor.nbytes for tensor in container.planned(weight))
+        entries.append(entry)
+    return replace(inventory, entries=tuple(entries)), held
 
 
 def _roles(kind: Kind) -> list[str]:

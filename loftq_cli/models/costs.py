@@ -4,8 +4,10 @@ Notation: a linear layer is out × in, n = out·in; r the rank; T = batch size �
 tokens in a step; V the vocabulary; all results are bytes.
 
     trainable parameters   r · (in + out), summed over the adapted layers (PEFT's own count)
-    weights                n · bits / 8, summed over all linear layers that the container holds
-    absmax                 the container's scales: 4 · n / block size at 4 bits, 4 · out at 8 bits
+    weights                n · bits / 8, summed over all linear layers that the container holds;
+                           n · 2, and no scales, where training wants them dequantized
+    absmax                 the container's scales: 4 · n / block size at 4 bits, 4 · out at 8 bits;
+                           with zero points and the blocks of columns in gptq
     unquantized            2 a parameter: embeddings, head, norms, biases, what cannot be quantized
     adapter                4 a trainable parameter: PEFT keeps adapters in float32
     gradients              4 a trainable parameter
@@ -44,6 +46,8 @@ class Held(Protocol):
 
     @property
     def quantizes(self) -> bool: ...
+    @property
+    def stays_packed(self) -> bool: ...
     def code_bits(self, bits: int) -> int: ...
     def scale_bytes(self, shape: tuple[int, int], bits: int) -> int: ...
 
@@ -91,6 +95,8 @@ def memory(
         "workspace_bytes": 2 * largest * held.quantizes,
         "context_bytes": CONTEXT_BYTES,
     }
+    if not held.stays_packed:
+        terms |= {"weights_bytes": 2 * elements, "absmax_bytes": 0, "workspace_bytes": 0}
     others = sum(terms.values())
     return MemoryEstimate(
         **terms,

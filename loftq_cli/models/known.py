@@ -41,6 +41,8 @@ TABLE = Path(__file__).with_name("known.json")
 
 # Counts and estimates do not depend on the dtype of files that nobody has opened.
 _DTYPE = "BF16"
+# All linear layers of these are Conv1D, and stored as (in, out).
+_CONV1D = {"GPT2LMHeadModel", "OpenAIGPTLMHeadModel"}
 
 
 def known_model(name: str) -> tuple[str, Outline] | None:
@@ -93,10 +95,11 @@ def _names() -> dict[str, tuple[str, str]]:
 
 
 def _outline(name: str, entry: dict[str, Any], reasons: list[str]) -> Outline:
+    conv1d = entry["architecture"] in _CONV1D
     matrices: list[LinearLayer | LeftTensor] = [
         _left(f"{module}.weight", (out_features, in_features), READ_DIRECTLY)
         if is_read_directly(module, name)
-        else LinearLayer(module, f"{module}.weight", out_features, in_features, False, _DTYPE)
+        else LinearLayer(module, f"{module}.weight", out_features, in_features, conv1d, _DTYPE)
         for pattern, indices, out_features, in_features in entry["layers"]
         for module in expand(pattern, indices)
     ]

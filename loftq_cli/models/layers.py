@@ -141,7 +141,7 @@ class Inventory:
         """The same with every layer that can have no adapter as one of those that are left."""
         return Inventory(
             tuple(
-                LeftTensor(entry.tensor, entry.stored_shape, entry.dtype, 0, reason)
+                leave_layer(entry, reason)
                 if isinstance(entry, LinearLayer) and (reason := self.unadapted.get(entry.module))
                 else entry
                 for entry in self.entries
@@ -193,6 +193,11 @@ def entry(
 
 def leave(info: TensorInfo, reason: str) -> LeftTensor:
     return LeftTensor(info.name, info.shape, info.dtype, info.nbytes, reason)
+
+
+def leave_layer(layer: LinearLayer, reason: str) -> LeftTensor:
+    """A layer's weight that stays as it was, though it could be quantized."""
+    return LeftTensor(layer.tensor, layer.stored_shape, layer.dtype, 0, reason)
 
 
 def last_part(name: str) -> str:

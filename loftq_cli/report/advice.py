@@ -22,8 +22,10 @@ from loftq_cli.schema import (
     Document,
     LoadResults,
     QuantizeResults,
+    QuantizeSettings,
     Remark,
     SweepRanksResults,
+    SweepSettings,
     TargetsResults,
 )
 from loftq_cli.starts import Start
@@ -133,7 +135,7 @@ def _quantize(document: Document[QuantizeResults]) -> Iterator[str]:
         if before and removed < _LITTLE:
             only = f"takes away only {units.percent(removed)}" if removed > 0 else "takes nothing"
             line = SweepOptions.like(
-                settings,
+                _own_numbers(settings),
                 model=_model(document),
                 error=True,
                 calibration_text=_FILE if what == "output error" else None,
@@ -152,6 +154,14 @@ def _quantize(document: Document[QuantizeResults]) -> Iterator[str]:
                 f"add --double-quant to save {units.size(saved)}, "
                 f"{units.percent(saved / totals.output_bytes)} of the backbone"
             )
+
+
+def _own_numbers(
+    settings: QuantizeSettings | SweepSettings,
+) -> Iterator[tuple[str, Any]]:
+    """The settings without a `quant_type` that is the only one of its container."""
+    only = settings.container != DEFAULT_CONTAINER
+    return (each for each in settings if not (only and each[0] == "quant_type"))
 
 
 def _iterations(results: QuantizeResults) -> Iterator[str]:
@@ -186,7 +196,9 @@ def _sweep_ranks(document: Document[SweepRanksResults]) -> Iterator[str]:
         if settings.calibration is not None:
             changed |= {"init": starts.CALIBRATED.name, "calibration_text": _FILE}
         changed |= {"model": _model(document), "rank": rank, "output": _OUT}
-        yield QuantizeOptions.like(settings, **changed).command_line("model", "bits", "rank")
+        yield QuantizeOptions.like(_own_numbers(settings), **changed).command_line(
+            "model", "bits", "rank"
+        )
     elif settings.bits > SweepOptions.bits:
         yield f"hold the backbone in 4 bits: at {settings.bits} no rank fits"
     elif results.ranks[0].fits_with_checkpointing:

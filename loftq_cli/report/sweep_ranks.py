@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from loftq_cli.formats import DEFAULT_CONTAINER
 from loftq_cli.report import units
 from loftq_cli.report.formats import code_bits
 from loftq_cli.report.parts import TOLD_BY, model_name
+from loftq_cli.report.stored_bits import called
 from loftq_cli.report.tables import Column, Facts, Records, Section, Table, View, fields
 from loftq_cli.schema import Document, MemoryEstimate, RankCost, SweepRanksResults
 
@@ -30,7 +32,11 @@ def _facts(results: SweepRanksResults) -> list[tuple[str, str]]:
     held = "16 bits, none quantized"
     if results.quantized_parameters:
         form = f"int{settings.bits}"
-        if settings.quant_type is not None:
+        if settings.container != DEFAULT_CONTAINER:
+            form = called(form, settings.container, settings.block_size)
+            if not settings.packed:
+                form += ", dequantized to 16 bits to be trained,"
+        elif settings.quant_type is not None:
             form = f"{settings.quant_type} in blocks of {settings.block_size}"
         # Memory is that of 4 bits, and the figures below say so.
         if settings.bits < code_bits(settings.quant_type or ""):

@@ -33,11 +33,15 @@ def _facts(results: TargetsResults) -> list[tuple[str, str]]:
     linear = sum(kind.parameters for kind in results.layers)
     share = units.percent(linear / max(results.base_parameters, 1))
     count = sum(kind.count for kind in results.layers)
-    return [
+    facts = [
         ("parameters", f"{units.number(results.base_parameters)} ({results.architecture})"),
         ("linear layers", f"{units.number(count)} with {share} of the parameters"),
-        ("told by", TOLD_BY[results.counted_by]),
     ]
+    if results.stored_bits is not None and results.quantized_bytes is not None:
+        size, bits = units.size(results.quantized_bytes), units.plain(results.stored_bits)
+        how = f"{results.container} at {results.bits} bits, {bits} stored bits a weight"
+        facts.append(("quantized", f"{size} in {how}"))
+    return [*facts, ("told by", TOLD_BY[results.counted_by])]
 
 
 def _layers(kinds: Sequence[LayerKind]) -> Table:

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from typing import Literal
 
+from loftq_cli.formats import DEFAULT_CONTAINER
 from loftq_cli.schema.envelope import Model
 from loftq_cli.schema.quantizing import CalibratedOn
 
 
 class SweepSettings(Model):
-    """`bits` of 2 and 3 are fewer codes in the 4-bit container: memory is as at 4 bits."""
+    """In bitsandbytes, `bits` of 2 and 3 are fewer codes of 4 bits: memory is as at 4."""
 
     target_modules: list[str]
     bits: int
-    quant_type: str | None  # null at 8 and 16 bits, as the next
+    container: str = DEFAULT_CONTAINER
+    packed: bool = True  # while fine-tuning; else the weights are dequantized before it
+    quant_type: str | None  # null without blocks, as the next
     block_size: int | None
     batch_size: int
     sequence_length: int
@@ -128,13 +131,19 @@ class TargetsResults(Model):
     """`guessed` and `without_role` are names that no preset knows: see `loftq_cli.models.presets`.
 
     The first are in presets by the place they stand in, the second only in all-linear. `counted_by`
-    is what said which tensors are layers: names and shapes, or the model class.
+    is what said which tensors are layers: names and shapes, or the model class. `stored_bits` are
+    those of a weight in the layers that `container` takes, scales included, at `bits` and with its
+    default block size, and `quantized_bytes` all of them.
     """
 
     architecture: str
     counted_by: Literal["class", "names"] = "names"
     base_parameters: int
     rank: int
+    container: str = DEFAULT_CONTAINER
+    bits: int = 4
+    stored_bits: float | None = None
+    quantized_bytes: int | None = None
     layers: list[LayerKind]
     presets: list[TargetPreset]
     skipped: list[SkippedModule]

@@ -27,8 +27,8 @@ CONTRACT = {
     "generate": "--model -m --prompt --prompts-file --max-new-tokens --temperature --top-p --seed "
     "--rank --adapter --device --dtype",
     "sweep-ranks": "--model -m --ranks --target-modules --bits --quant-type --block-size "
-    "--batch-size --sequence-length --vram --error --device",
-    "targets": "--model -m --rank",
+    "--batch-size --sequence-length --vram --error --device --container",
+    "targets": "--model -m --rank --container",
     "compare": "--model -m --init --bits --container --ranks --text --calibration-text "
     "--train-text --train-steps --learning-rate --seeds --quant-type --block-size --double-quant "
     "--iterations --lora-alpha --rslora --target-modules --device --dtype --seed "

@@ -91,9 +91,21 @@ def test_the_default_is_all_linear_as_in_quantize(loftq: Loftq) -> None:
     assert found["ranks"][0]["trainable_parameters"] == 1_179_648
 
 
+@pytest.mark.parametrize("container", ["bitsandbytes", "gptq"])
 @pytest.mark.parametrize("command", ["sweep-ranks", "targets"])
-def test_no_torch_and_no_network_for_a_known_model(command: str, tmp_path: Path) -> None:
-    done = watched(command, "-m", "gpt2", "--json", HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path))
+def test_no_torch_and_no_network_for_a_known_model(
+    command: str, container: str, tmp_path: Path
+) -> None:
+    done = watched(
+        command,
+        "-m",
+        "gpt2",
+        "--container",
+        container,
+        "--json",
+        HF_HUB_OFFLINE="1",
+        HF_HOME=str(tmp_path),
+    )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["model"]["source"] == "known"
     assert "NETWORK" not in done.stderr
@@ -226,13 +238,18 @@ def test_the_error_is_that_of_a_float64_svd_of_every_residual(
         assert cost["output_error_relative"] is cost["output_error_removed"] is None
 
 
+@pytest.mark.parametrize(
+    "form",
+    [(), ("--container", "gptq", "--bits", 2, "--block-size", -1),
+     ("--container", "compressed-tensors", "--bits", 3, "--block-size", 32)],
+)  # fmt: skip
 def test_the_error_is_what_quantize_reports_after_one_iteration(
-    loftq: Loftq, tmp_path: Path
+    loftq: Loftq, tmp_path: Path, form: tuple[object, ...]
 ) -> None:
     BATTERY["llama"].build().save_pretrained(tmp_path / "model")
-    found = results(loftq, "-m", tmp_path / "model", "--error", "--ranks", "8")
+    found = results(loftq, "-m", tmp_path / "model", "--error", "--ranks", "8", *form)
     outcome = loftq("quantize", "-m", tmp_path / "model", "-o", tmp_path / "out", "--rank", 8,
-                    "--iterations", 1, "--json")  # fmt: skip
+                    "--iterations", 1, "--json", *form)  # fmt: skip
     totals = json.loads(outcome.out)["results"]["totals"]
     error = found["ranks"][0]["weight_error_relative"]
     assert error == pytest.approx(totals["weight_error_relative"], rel=1e-3)
@@ -267,6 +284,44 @@ def test_fewer_bits_take_the_memory_of_four_and_say_so(loftq: Loftq) -> None:
         assert (found["settings"]["bits"], found["settings"]["quant_type"]) == (bits, "nf4")
     page = loftq("sweep-ranks", "-m", "gpt2", "--bits", 2, "--format", "md").out
     assert "codes of 2 bits in the 4-bit container, which has no smaller ones" in page
+
+
+def test_integers_take_the_memory_of_their_bits(loftq: Loftq) -> None:
+    """2 bits and, for every 64 weights, a 16-bit scale and a zero point of 2 bits."""
+
+    def held(*form: object) -> tuple[int, int, int]:
+        memory = results(loftq, "-m", "gpt2", "--ranks", "8", *form)["ranks"][0]["memory"]
+        return memory["weights_bytes"], memory["absmax_bytes"], memory["workspace_bytes"]
+
+    weights, inputs = 84_934_656, 12 * (3 * 768 + 3072)  # of 12 blocks
+    for bits in (2, 8):
+        found = held("--container", "gptq", "--bits", bits)
+        assert found[:2] == (
+            weights * bits // 8, weights // 64 * 2 + weights // 64 * bits // 8 + 4 * inputs,
+        )  # fmt: skip
+    found = results(loftq, "-m", "gpt2", "--container", "gptq", "--bits", 2, "--block-size", -1)
+    assert found["settings"]["container"] == "gptq"
+    assert found["settings"]["block_size"] == -1
+    page = loftq("sweep-ranks", "-m", "gpt2", "--bits", 2, "--container", "gptq").out
+    assert "container, which has no smaller" not in page
+    page = loftq("sweep-ranks", "-m", "gpt2", "--bits", 2, "--container", "gptq", "--format",
+                 "md").out  # fmt: skip
+    assert "int2 in blocks of 64 (gptq) for" in page
+
+
+def test_what_is_trained_dequantized_takes_the_memory_of_16_bits(loftq: Loftq) -> None:
+    """PEFT has no layer for compressed-tensors' codes."""
+    model = ("-m", "meta-llama/Llama-3.1-8B", "--ranks", "8")
+    plain = results(loftq, *model, "--bits", 16)["ranks"][0]["memory"]
+    asked = ("--container", "compressed-tensors", "--bits", 2)
+    found = results(loftq, *model, *asked)
+    assert found["settings"]["packed"] is False
+    assert found["ranks"][0]["memory"] == plain
+    done = loftq("sweep-ranks", *model, *asked, "--vram", "16GB")
+    assert done.code == 4
+    assert "or --container gptq" in done.err
+    done = loftq("sweep-ranks", *model, "--container", "gptq", "--bits", 3, "--vram", "3GB")
+    assert "or --bits 2" in done.err
 
 
 def test_errors_of_outputs_are_those_of_qera(loftq: Loftq, tiny: Path, tmp_path: Path) -> None:
@@ -329,6 +384,11 @@ def test_the_error_of_a_model_without_weights(
         (["--target-modules", "c_atn"], 1, "no layer is called 'c_atn'"),
         (["--target-modules", "wte"], 1, "'wte' is not a layer that can be adapted"),
         (["--block-size", "48"], 2, "no block size 48"),
+        (["--container", "gptq", "--block-size", "256"], 2, "no block size 256 in gptq"),
+        (["--container", "gptq", "--quant-type", "fp4"], 2, "gptq has no --quant-type"),
+        (["--container", "gptq", "--bits", "16"], 2, "16 bits have no --container"),
+        (["--container", "awq"], 2, "awq"),
+        (["-m", "gpt2", "--container", "compressed-tensors"], 1, "does not fit into compressed"),
         (["-m", "gpt2", "--block-size", "4096"], 1, "block size 4096 does not fit"),
         (["-m", "falcon"], 1, "no layer of this model can be quantized"),
         (["-m", "./nowhere"], 1, "no model at './nowhere'"),

@@ -49,6 +49,30 @@ def test_gpt2_at_rank_8(loftq: Loftq) -> None:
     ]
 
 
+def test_what_a_container_takes_of_a_model(loftq: Loftq) -> None:
+    """And why not the rest, in the words with which quantize refuses it."""
+    asked = ("--model", "gpt2", "--container")
+    plain, gptq = results(loftq, *asked[:2]), results(loftq, *asked, "gptq")
+    assert (plain["container"], plain["bits"]) == ("bitsandbytes", 4)
+    weights = 84_934_656
+    table = 4 * 16 * 48  # of every layer: its levels; the quantizer's state is JSON beside them
+    assert 0 < plain["quantized_bytes"] - weights * 4.5 / 8 - table < 200 * 48
+    blocks, inputs = weights // 64, 12 * (3 * 768 + 3072)
+    assert gptq["quantized_bytes"] == weights // 2 + blocks * 2 + blocks // 2 + 4 * inputs
+    assert gptq["stored_bits"] == 8 * gptq["quantized_bytes"] / weights
+    assert gptq["layers"] == plain["layers"]
+    other = results(loftq, *asked, "compressed-tensors")
+    assert other["layers"] == []
+    assert other["stored_bits"] is None
+    reasons = {each["name"]: each["reason"] for each in other["skipped"]}
+    assert "Conv1D, which compressed-tensors does not know" in reasons["attn.c_attn"]
+    assert sum(each["parameters"] for each in other["skipped"]) == other["base_parameters"]
+    refused = loftq("quantize", "--container", "compressed-tensors", "--dry-run")  # the demo
+    assert reasons["attn.c_attn"] in refused.err
+    page = loftq("targets", *asked, "gptq", "--format", "md").out
+    assert "in gptq at 4 bits, 4." in page
+
+
 def test_shares_cover_the_whole_model(loftq: Loftq) -> None:
     found = results(loftq, "--model", "gpt2")
     kinds = [*found["layers"], *found["skipped"]]

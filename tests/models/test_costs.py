@@ -15,6 +15,7 @@ from loftq_cli.checkpoint.writer import PlannedTensor
 from loftq_cli.containers.base import Container
 from loftq_cli.containers.bitsandbytes4 import Bitsandbytes4
 from loftq_cli.containers.bitsandbytes8 import Bitsandbytes8
+from loftq_cli.containers.gptq import Gptq
 from loftq_cli.containers.unquantized import Unquantized
 from loftq_cli.engines.plan import PlannedLayer
 from loftq_cli.models.costs import memory, trainable_parameters
@@ -100,6 +101,14 @@ def test_weights_at_8_bits_are_those_of_the_container() -> None:
     planned = planned_tensors(outline, container, 8)
     held = [each.nbytes for each in planned if not each.name.endswith("weight_format")]
     assert needed.weights_bytes + needed.absmax_bytes == sum(held)
+
+
+@pytest.mark.parametrize(("bits", "block_size"), [(2, 64), (3, -1), (8, 32)])
+def test_integer_weights_are_those_of_the_container(bits: int, block_size: int) -> None:
+    outline, container = two_blocks(), Gptq("int", block_size)
+    needed = memory(outline, [], 8, held=container, bits=bits, tokens=1)
+    planned = planned_tensors(outline, container, bits)
+    assert needed.weights_bytes + needed.absmax_bytes == sum(each.nbytes for each in planned)
 
 
 def test_a_model_without_linear_layers() -> None:
