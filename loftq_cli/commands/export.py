@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from loftq_cli.commands.run import Run, command
+from loftq_cli.commands.spellings import option
+from loftq_cli.containers import container_names
 from loftq_cli.options import refuse_both
 
 
@@ -16,6 +18,15 @@ from loftq_cli.options import refuse_both
     directory=Annotated[
         Path, typer.Argument(metavar="DIR", help="What loftq quantize --output wrote.")
     ],
+    container=option(
+        # Of the others it is said why not.
+        Literal[container_names()],
+        "--container",
+        metavar="gptq|compressed-tensors",
+        help="The container to write: gptq to train with peft, compressed-tensors to serve with "
+        "vLLM.",
+        autocompletion=lambda: ["gptq", "compressed-tensors"],
+    ),
 )
 def export(
     run: Run,

@@ -291,7 +291,10 @@ def _skipped(source: Path, config: Mapping[str, Any], container: Container) -> l
 
 
 def _require_present(source: Path, listed: schema.WrittenFile) -> None:
-    """The name leads nowhere else, and a file of this size has it."""
+    """The name leads nowhere else, and a file of this size has it.
+
+    The README is not read, and people write into it.
+    """
     if not is_plain(listed.name):
         raise CorruptCheckpoint(
             f"{REPORT_FILE} lists {shown(listed.name)}, which is no plain name of a file",
@@ -299,6 +302,8 @@ def _require_present(source: Path, listed: schema.WrittenFile) -> None:
             hint="do not use this directory unless you know where it comes from",
         )
     path = source / listed.name
+    if listed.name == README_FILE:
+        return
     if not path.is_file():
         raise _changed(path, "it is missing")
     if (size := path.stat().st_size) != listed.bytes:

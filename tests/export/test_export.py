@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from loftq_cli.checkpoint.index import open_checkpoint
 from loftq_cli.containers import container_of
 from loftq_cli.containers.base import StoredWeight, Weight
+from loftq_cli.containers.gptq import Gptq
 from loftq_cli.engines.report_file import read_report
 from loftq_cli.report.formats import all_layers
 from tests.export.conftest import CONTAINERS, Directories, Loftq, contents, other, report_of
@@ -93,6 +95,41 @@ def test_codes_scales_and_Q_are_the_same_to_the_bit(
         Q = after.runtime(exported[module])
         assert Q.dtype == torch.bfloat16
         assert torch.equal(before.runtime(weight), Q)
+
+
+def test_one_weight_is_held_at_a_time(
+    loftq: Loftq, original: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    read, unpacked = Gptq.read, Gptq.quantized
+    held: list[weakref.ref[torch.Tensor]] = []
+    seen: list[int] = []
+
+    def watched_read(self: Gptq, *rest: Any) -> StoredWeight:
+        assert not [tensor for tensor in held if tensor() is not None]
+        weight = read(self, *rest)
+        held[:] = map(weakref.ref, weight.parts.values())
+        seen.append(sum(tensor() is not None for tensor in held))
+        return weight
+
+    def watched_quantized(self: Gptq, weight: StoredWeight) -> Any:
+        found = unpacked(self, weight)
+        held.extend((weakref.ref(found.codes), weakref.ref(found.scales)))
+        return found
+
+    monkeypatch.setattr(Gptq, "read", watched_read)
+    monkeypatch.setattr(Gptq, "quantized", watched_quantized)
+    done = loftq("export", original, "--container", "compressed-tensors", "-o", tmp_path / "out")
+    assert done.code == 0, done.err
+    assert seen == [4] * 14, "they are seen while they are there"
+
+
+def test_a_readme_that_someone_wrote_into(loftq: Loftq, written: Path, tmp_path: Path) -> None:
+    """It is made anew, and nothing in it is read."""
+    (written / "README.md").write_text("my model")
+    out = tmp_path / "out"
+    done = loftq("export", written, "--container", "compressed-tensors", "-o", out)
+    assert done.code == 0, done.err
+    assert (out / "README.md").read_text().startswith("# out\n")
 
 
 @pytest.mark.parametrize("container", CONTAINERS)
