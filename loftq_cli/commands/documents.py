@@ -76,8 +76,8 @@ def _search(directory: Path, found: Found) -> None:
     for path in paths:
         if _is_summary(path):
             continue
-        if path.suffix != ".json" or not path.is_file():
-            kind = "a directory" if path.is_dir() else "not a .json file"
+        if path.suffix not in (".json", ".html") or not path.is_file():
+            kind = "a directory" if path.is_dir() else "neither a .json nor a .html file"
             found.skipped.append((str(path), kind))
             continue
         try:
@@ -127,6 +127,8 @@ def _read(name: str) -> Iterator[Document[Any]]:
 
 
 def _documents(text: str) -> Iterator[Document[Any]]:
+    if text.lstrip().startswith("<!doctype html>"):
+        text = _embedded(text)
     decoder = json.JSONDecoder()
     position = 0
     while position < len(text):
@@ -141,6 +143,17 @@ def _documents(text: str) -> Iterator[Document[Any]]:
             yield from _flat(document_of(item))
         while position < len(text) and text[position].isspace():
             position += 1
+
+
+def _embedded(page: str) -> str:
+    from loftq_cli.report.html.page import embedded
+
+    found = embedded(page)
+    if found is None:
+        raise NotAResultDocument(
+            "this page has no result document in it", hint="name a page that loftq report wrote"
+        )
+    return found
 
 
 def _flat(document: Document[Any]) -> Iterator[Document[Any]]:

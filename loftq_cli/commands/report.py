@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from loftq_cli.commands.run import Run, command
+from loftq_cli.commands.run import Run, command, prepare_file
+from loftq_cli.commands.spellings import option
 
 if TYPE_CHECKING:
     from loftq_cli.commands.documents import Found
@@ -18,20 +20,34 @@ if TYPE_CHECKING:
     files=Annotated[
         list[str],
         typer.Argument(
-            metavar="FILES", help="Result documents, directories of them, or - for stdin."
+            metavar="FILES", help="Result documents or pages of them, directories, or - for stdin."
         ),
     ],
+    output=option(
+        Path | None,
+        "--output",
+        "-o",
+        metavar="FILE",
+        show_default="stdout",
+        help="Write the report there; its ending says in which format, unless --format does.",
+    ),
+    html=None,
 )
-def report(run: Run, files: list[str]) -> None:
+def report(run: Run, files: list[str], output: Path | None = None) -> None:
     """
     \b
     loftq report results/
     loftq check --json | loftq report - --format md
     loftq report before.json after.json --json | jq .results.findings
+    loftq report results/ --format html -o page.html
 
     Puts result documents of any command together: the systems they come from, every result,
-    findings drawn from the numbers, and what they recommend.
+    findings drawn from the numbers, and what they recommend. A page for a browser has the documents
+    in it, and can be given back.
     """
+    if output is not None:
+        prepare_file(output, "--output")
+        run.output = output
     from loftq_cli import schema
     from loftq_cli.commands.documents import find_documents
 

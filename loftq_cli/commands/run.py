@@ -6,8 +6,8 @@
         run.finish(LoadResults(...), model=ModelIdentity(id=model, source="demo"))
 
 `command` makes options of the parameters, adds those that all commands share (--format, --json,
---save, --quiet, --debug), takes stdout aside before the body runs, and hands the body a `Run`.
-Errors are simply raised: `loftq_cli.cli.main` turns them into messages and exit codes.
+--save, --html, --quiet, --debug), takes stdout aside before the body runs, and hands the body a
+`Run`. Errors are simply raised: `loftq_cli.cli.main` turns them into messages and exit codes.
 """
 
 from __future__ import annotations
@@ -63,11 +63,14 @@ class Run(Record):
         argv: list[str],
         format: spellings.FormatName,
         save: Path | None,
+        html: Path | None,
     ) -> None:
         super().__init__(name, argv, console)
         self.console = console
         self._format = format
         self._save = save
+        self._html = html
+        self.output: Path | None = None  # where the result goes instead of stdout
 
     def growing_text(self) -> AbstractContextManager[Callable[[str], None] | None]:
         """`with run.growing_text() as tell:`; `tell` is None where nobody watches."""
@@ -84,32 +87,52 @@ class Run(Record):
         try:
             if self._save is not None:
                 self._write_files(self._save, document)
+            if self._html is not None:
+                self.write_page(self._html, document)
         finally:
             self._print(document)
+
+    def write_page(self, file: Path, document: Document[Any]) -> None:
+        """The document as a page for a browser."""
+        from loftq_cli.report.render import render
+
+        with disk_errors(file):
+            write_bytes_atomically(file, render(document, "html").encode())
+        self.note(f"wrote {file}")
 
     def _print(self, document: Document[Any]) -> None:
         from loftq_cli import schema
         from loftq_cli.report.render import render
 
         chosen = self._format
+        if chosen == "auto" and self.output is not None:
+            chosen = _BY_ENDING.get(self.output.suffix, "tsv")
         if chosen == "auto":
             chosen = "table" if self.console.stdout_is_terminal else "tsv"
         if chosen == "json":
-            self.console.write_result(schema.dump_json(document))
+            self._write_result(schema.dump_json(document))
             return
         if chosen == "table":
             # Whoever reads a table here has had the warnings already, on stderr.
             document = document.model_copy(update={"warnings": []})
         out = self.console.result_descriptor
-        self.console.write_result(
+        self._write_result(
             render(
                 document,
                 chosen,
                 width=width_of(out),
-                colour=wants_colour(self.console.stdout_is_terminal),
+                colour=wants_colour(self.console.stdout_is_terminal and self.output is None),
                 unicode=self.console.stdout_speaks_unicode,
             )
         )
+
+    def _write_result(self, text: str) -> None:
+        if self.output is None:
+            self.console.write_result(text)
+            return
+        with disk_errors(self.output):
+            write_bytes_atomically(self.output, text.encode())
+        self.note(f"wrote {self.output}")
 
     def _write_files(self, directory: Path, document: Document[Any]) -> None:
         from loftq_cli import schema
@@ -142,6 +165,28 @@ class Run(Record):
                 hint="it is on stdout all the same; --save another directory the next time",
             ) from None
         self.note(f"saved {file} and {summary.name}")
+
+
+# What `auto` is for a file.
+_BY_ENDING: dict[str, spellings.FormatName] = {
+    ".html": "html",
+    ".json": "json",
+    ".md": "md",
+    ".txt": "table",
+}
+
+
+def prepare_file(file: Path, option: str) -> None:
+    """Finds out before the work, not after it, that a result cannot be written there."""
+    folder = file.parent
+    if file.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise UsageError(
+            f"cannot write to {file}",
+            cause=f"{file} is a directory"
+            if file.is_dir()
+            else f"{folder} is no directory that can be written",
+            hint=f"{option} page.html",
+        )
 
 
 def prepare_save_directory(directory: Path) -> None:
@@ -216,7 +261,14 @@ def _require_texts(context: typer.Context, argv: list[str]) -> None:
                 require_text(max(parameter.opts, key=len), str(text))
 
 
-_SHARED = {"format": "auto", "json": False, "save": None, "quiet": False, "debug": False}
+_SHARED = {
+    "format": "auto",
+    "json": False,
+    "save": None,
+    "html": None,
+    "quiet": False,
+    "debug": False,
+}
 
 
 def command(
@@ -224,8 +276,9 @@ def command(
 ) -> Callable[[Callable[Concatenate[Run, Body], None]], Callable[..., None]]:
     """Makes a body into the function that Typer calls: options in, a `Run` handed on.
 
-    A parameter is the option of its name in the table, unless ``own`` has another of that name. One
-    whose annotation is a class of options (`options.py`) stands for all of them.
+    A parameter is the option of its name in the table, unless ``own`` has another of that name, or
+    None for a shared one that the command does not have. One whose annotation is a class of options
+    (`options.py`) stands for all of them.
     """
 
     def wrap(body: Callable[Concatenate[Run, Body], None]) -> Callable[..., None]:
@@ -239,7 +292,7 @@ def command(
             invocation: Invocation = context.obj
             _require_texts(context, invocation.argv)
             _require_working_directory()
-            shared = {key: arguments.pop(key) for key in _SHARED}
+            shared = {key: arguments.pop(key, None) for key in _SHARED}
             console = invocation.console
             console.quiet = shared["quiet"]
             console.debug = console.debug or shared["debug"]
@@ -250,12 +303,15 @@ def command(
                 quiet_libraries()
             if shared["save"] is not None:
                 prepare_save_directory(shared["save"])
+            if shared["html"] is not None:
+                prepare_file(shared["html"], "--html")
             run = Run(
                 name,
                 console,
                 argv=["loftq", *invocation.argv],
                 format="json" if shared["json"] else shared["format"],
                 save=shared["save"],
+                html=shared["html"],
             )
             for key, group in groups.items():
                 names = [field.name for field in fields(group)]
@@ -273,7 +329,11 @@ def command(
                 parameters += [parameter(f.name, table[f.name], f.default) for f in found]
             else:
                 parameters.append(parameter(each.name, table[each.name], each.default))
-        parameters += [parameter(key, table[key], default) for key, default in _SHARED.items()]
+        parameters += [
+            parameter(key, table[key], default)
+            for key, default in _SHARED.items()
+            if table[key] is not None
+        ]
         framed.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         framed.__annotations__ = {each.name: each.annotation for each in parameters}
         framed.__name__ = body.__name__

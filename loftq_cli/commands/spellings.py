@@ -19,7 +19,7 @@ from loftq_cli.formats import ALL_LINEAR, BLOCK_SIZES, QuantType, SvdMethod
 from loftq_cli.options import LARGEST_RANK, LARGEST_SEED
 
 _MOST = 10**9  # sequences, tokens: beyond it a number is no longer one of this world
-FormatName: TypeAlias = Literal["auto", "table", "tsv", "json", "md"]
+FormatName: TypeAlias = Literal["auto", "table", "tsv", "json", "md", "html"]
 
 
 def _complete_model(incomplete: str) -> Iterator[str]:
@@ -222,7 +222,7 @@ OPTIONS = {
     "format": option(
         FormatName,
         "--format",
-        metavar="auto|table|tsv|json|md",
+        metavar="auto|table|tsv|json|md|html",
         help="How to print the result; auto is a table on a terminal and TSV in a pipe.",
     ),
     "json": option(bool, "--json", help="The same as --format json."),
@@ -231,6 +231,12 @@ OPTIONS = {
         "--save",
         metavar="DIR",
         help="Also write the result into DIR, as JSON and as text.",
+    ),
+    "html": option(
+        Path | None,
+        "--html",
+        metavar="FILE",
+        help="Also write the result as a page for a browser: pictures, tables, no network.",
     ),
     "quiet": option(bool, "--quiet", "-q", help="No progress and no notes; warnings stay."),
     "debug": option(

@@ -26,13 +26,17 @@ from loftq_cli.schema import Document
 
 def render(
     document: Document[Any],
-    form: Literal["table", "tsv", "md"],
+    form: Literal["table", "tsv", "md", "html"],
     *,
     width: int = 80,
     colour: bool = False,
     unicode: bool = True,
 ) -> str:
-    """The document as a page for a terminal, as tab-separated records, or as Markdown."""
+    """The document as a page for a terminal or a browser, as tab-separated records, or Markdown."""
+    if form == "html":
+        from loftq_cli.report.html.page import page
+
+        return page(document, view_of)
     view = view_of(document)
     if form == "tsv":
         return tables.tsv(view.records)
