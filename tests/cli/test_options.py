@@ -19,6 +19,7 @@ from loftq_cli.errors import UsageError
 from loftq_cli.options import items
 
 SHARED = "--format --json --save --quiet -q --debug --help -h"
+PAGE = "--html"  # of every command but report, whose --output may be a page
 CONTRACT = {
     "quantize": "--model -m --output -o --bits --quant-type --block-size --double-quant --rank "
     "--iterations --init --lora-alpha --target-modules --device --seed --dry-run --resume --force "
@@ -36,7 +37,7 @@ CONTRACT = {
     "check": "--model -m --device --dtype",
     "verify": "--source --sample --device",
     "export": "--container --output -o --resume --force --trust-remote-code",
-    "report": "",
+    "report": "--output -o",
 }
 
 
@@ -47,7 +48,7 @@ def test_help(loftq: Callable[..., Any], command: str) -> None:
     usage, _, first, *_ = done.out.splitlines()
     assert usage.startswith(f"Usage: loftq {command} [OPTIONS]")
     assert first.startswith(f"  loftq {command} "), "help starts with an example"
-    for option in [*CONTRACT[command].split(), *SHARED.split()]:
+    for option in [*CONTRACT[command].split(), *SHARED.split(), *[PAGE] * (command != "report")]:
         assert re.search(rf"(?<![\w-]){option}(?![\w-])", done.out), option
     # Every option says what it does, not only what it is called.
     rows = re.split(r"\n  (?=-)", done.out.partition("\nOptions:")[2])[1:]

@@ -182,7 +182,7 @@ def test_a_directory(
     assert skipped["broken.json"].startswith("this is not JSON (")
     assert skipped["old.json"].startswith("cannot read version 0.3 of loftq/load")
     assert skipped["nested"] == "a directory"
-    assert skipped["stdout"] == "not a .json file"
+    assert skipped["stdout"] == "neither a .json nor a .html file"
     assert len(skipped) == 5, "the summary beside a document is not worth a word"
     assert len(data["results"]["systems"]) == 2
     whole = data["results"]["documents"][0]["document"]

@@ -14,7 +14,8 @@ from html import escape
 from importlib.resources import files
 from typing import Any
 
-from loftq_cli.report.html.figures import Figure, figures_of
+from loftq_cli.report.html.figure import Figure
+from loftq_cli.report.html.figures import figures_of
 from loftq_cli.report.html.svg import text
 from loftq_cli.report.tables import (
     Code,
