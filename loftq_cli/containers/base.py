@@ -8,7 +8,7 @@ what works on tensors.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeAlias
@@ -134,18 +134,6 @@ class Container(ABC):
     def missing_libraries(cls) -> list[str]:
         """Of its libraries, those that are not installed here."""
         return [name for name in cls.libraries if find_spec(name) is None]
-
-    @classmethod
-    def why_not_loaded(cls, widths: Collection[int], *, conv1d: bool) -> str | None:
-        """Why transformers cannot load layers of these widths, or in a class of (in, out) layers.
-
-        None: it can.
-        """
-        return None
-
-    def loading(self) -> dict[str, Any]:
-        """What transformers has to be told to load it for an adapter, beside the directory."""
-        return {}
 
     @classmethod
     def holds(cls, module: Any) -> bool:

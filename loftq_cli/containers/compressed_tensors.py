@@ -13,7 +13,7 @@ config group; so that one has most of the layers, and mixed widths are for serve
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -43,19 +43,8 @@ class CompressedTensors(Integers):
     skip_list = "ignore"
 
     @classmethod
-    def why_not_loaded(cls, widths: Collection[int], *, conv1d: bool) -> str | None:
-        if len(widths) > 1:
-            return "transformers takes all for one of the first group (vLLM does not)"
-        return None
-
-    @classmethod
     def holds(cls, module: Any) -> bool:
         return hasattr(module, "quantization_scheme")
-
-    def loading(self) -> dict[str, Any]:
-        from transformers import CompressedTensorsConfig
-
-        return {"quantization_config": CompressedTensorsConfig(dequantize=True)}
 
     def scale_bytes(self, shape: tuple[int, int], bits: int) -> int:
         return 2 * shape[0] * self._blocks(shape[1])

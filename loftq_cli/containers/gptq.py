@@ -16,7 +16,7 @@ model is in another dtype.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from loftq_cli.checkpoint.safetensors import shown
@@ -40,14 +40,6 @@ class Gptq(Integers):
     layer_class = "quantized layer of gptqmodel"
     codes_part = "qweight"
     skip_list = "modules_to_not_convert"
-
-    @classmethod
-    def why_not_loaded(cls, widths: Collection[int], *, conv1d: bool) -> str | None:
-        if conv1d:
-            return "GPT-2's class sets weights that its layers do not have (gptqmodel loads them)"
-        if len(widths) > 1:
-            return "transformers hands optimum one width for all (gptqmodel and vLLM read each)"
-        return None
 
     @classmethod
     def holds(cls, module: Any) -> bool:

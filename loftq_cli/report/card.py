@@ -3,24 +3,33 @@
 from __future__ import annotations
 
 import re
-import shlex
 import textwrap
 from pathlib import PurePath
 
 from loftq_cli import starts
-from loftq_cli.report import units
-from loftq_cli.report.escape import code_span, visible
+from loftq_cli.report import integer_card, units
+from loftq_cli.report.escape import code_span, shell_word, visible
 from loftq_cli.report.formats import (
     all_layers,
     bits_a_weight,
+    blocks_of,
     code_bits,
     error_changes,
+    in_integers,
     is_quantized,
     number_type,
     rank_range,
     stored_ranks,
 )
-from loftq_cli.report.loading import auto_class, base_call, quoted
+from loftq_cli.report.loading import (
+    auto_class,
+    base_call,
+    can_take_adapter,
+    import_lines,
+    load_lines,
+    quoted,
+    why_not_by_transformers,
+)
 from loftq_cli.report.serving import serving
 from loftq_cli.schema import Document, QuantizeResults
 
@@ -112,33 +121,13 @@ def card(document: Document[QuantizeResults]) -> str:
     """Markdown whose code runs as it stands, from the directory that holds the output."""
     results = document.results
     here = PurePath(results.output).name
-    quantized = is_quantized(results)
-    corrects = starts.of_report(results.settings.init).corrects
-    dtype = results.settings.dtype
-    stored = _OTHER_DTYPE if dtype is None else f"All that is not quantized is stored in {dtype}."
     parts = [
         f"# {_MARKUP.sub(_ESCAPED, visible(here))}",
         _introduction(document),
         _figures(results),
-        "## Load",
-        _loading(results, here),
-        _WHERE_IT_IS,
-        _ADAPTER_LEFT_OUT,
-        *([_ON_A_CPU] if _is_repacked(results) else []),
-        *([_NO_SECOND_QUANTIZATION, _DTYPE + stored] if quantized else []),
-        "## Fine-tune",
-        _training(results),
-        _DROPOUT if corrects else _UNCORRECTED,
-        *(["## The backbone alone", _backbone(results)] if quantized and corrects else []),
-        "## Merge",
-        _WHERE_TO_MERGE if quantized else _MERGE_PLAIN,
-        *([_MERGED_IN_PLACE] if quantized else []),
-        _merging(results),
-        *_another_head(results),
-        "## Evaluate",
-        _evaluation(results, here),
+        *(_used(results, here) if can_take_adapter(results) else _only_served(results, here)),
         "## Serve",
-        serving(results),
+        serving(results, here),
     ]
     if results.settings.quant_type == "int8":
         parts.insert(3, _INT8)
@@ -148,15 +137,54 @@ def card(document: Document[QuantizeResults]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def _used(results: QuantizeResults, here: str) -> list[str]:
+    """Everything that is done in Python, from loading on."""
+    quantized, integers = is_quantized(results), in_integers(results)
+    corrects = starts.of_report(results.settings.init).corrects
+    dtype = results.settings.dtype
+    stored = _OTHER_DTYPE if dtype is None else f"All that is not quantized is stored in {dtype}."
+    if integers:
+        notes = integer_card.loaded(results, stored)
+    else:
+        notes = [
+            _WHERE_IT_IS,
+            *([_ON_A_CPU] if _is_repacked(results) else []),
+            *([_NO_SECOND_QUANTIZATION, _DTYPE + stored] if quantized else []),
+        ]
+    if why_not_by_transformers(results) is None:
+        notes.insert(1, _ADAPTER_LEFT_OUT)
+    return [
+        *(["## Install", integer_card.install(results)] if integers else []),
+        "## Load",
+        _loading(results, here),
+        *notes,
+        "## Fine-tune",
+        _training(results),
+        _DROPOUT if corrects else _UNCORRECTED,
+        *([integer_card.trained(results, here)] if integers else []),
+        *(["## The backbone alone", _backbone(results)] if quantized and corrects else []),
+        "## Merge",
+        _WHERE_TO_MERGE if quantized else _MERGE_PLAIN,
+        *([_MERGED_IN_PLACE] if quantized and not integers else []),
+        _merging(results, here),
+        *_another_head(results),
+        "## Evaluate",
+        _evaluation(results, here),
+    ]
+
+
+def _only_served(results: QuantizeResults, here: str) -> list[str]:
+    return ["## Fine-tune", integer_card.trained(results, here)]
+
+
 def _loading(results: QuantizeResults, here: str) -> str:
     lines = [
         "from pathlib import Path",
         "",
-        "from peft import PeftModel",
-        f"from transformers import {auto_class(results)}",
+        *import_lines(results),
         "",
         f"here = Path({quoted(here)}).resolve()",
-        f"model = {base_call(results, 'here')}",
+        *load_lines(results, "here", "str(here)"),
         *_keeping_layout(results, "model"),
         'model = PeftModel.from_pretrained(model, here, subfolder="loftq_init", is_trainable=True)',
         'model.peft_config["default"].base_model_name_or_path = str(here)',
@@ -212,8 +240,9 @@ def _is_causal(results: QuantizeResults) -> bool:
 
 
 def _another_head(results: QuantizeResults) -> list[str]:
-    if results.own_code or not _is_causal(results):
+    if results.own_code or not _is_causal(results) or why_not_by_transformers(results) is not None:
         return []
+    call = base_call(results, "here", auto="kind", more=["num_labels=2"])
     lines = [
         "from peft import LoraConfig, get_peft_model",
         "from peft import get_peft_model_state_dict, set_peft_model_state_dict",
@@ -221,7 +250,7 @@ def _another_head(results: QuantizeResults) -> list[str]:
         "from transformers import AutoModelForSequenceClassification",
         "",
         "kind = AutoModelForSequenceClassification",
-        "classifier = kind.from_pretrained(here, num_labels=2)",
+        f"classifier = {call}",
         *_keeping_layout(results, "classifier"),
         'config = LoraConfig.from_pretrained(here, subfolder="loftq_init")',
         'config.task_type, config.base_model_name_or_path = "SEQ_CLS", str(here)',
@@ -251,7 +280,7 @@ def _form(results: QuantizeResults) -> str:
         return ", its weights as they were"
     form = "one scale a row"
     if settings.block_size is not None:
-        form = f"blocks of {settings.block_size}"
+        form = blocks_of(settings.block_size)
         form += ", double quantization" if settings.double_quant else ""
     return f", its linear layers in {number_type(results)} ({form})"
 
@@ -294,7 +323,10 @@ def _figures(results: QuantizeResults) -> str:
     return "\n\n".join(parts)
 
 
-def _merging(results: QuantizeResults) -> str:
+def _merging(results: QuantizeResults, here: str) -> str:
+    if in_integers(results):
+        how = integer_card.merged(results, here)
+        return how if isinstance(how, str) else _python("\n".join(how))
     base = base_call(results, "here")
     if not is_quantized(results):
         return _python(f"""
@@ -328,7 +360,6 @@ def _evaluation(results: QuantizeResults, here: str) -> str:
             "Compare its outputs with those of the original on inputs of your own, before and "
             "after training."
         )
-    arguments = _in_shell(f"pretrained={here},peft={here}/loftq_init")
     return (
         "The loss on a text of yours, to be held against the original model's:\n\n"
         + _python("""
@@ -338,18 +369,18 @@ def _evaluation(results: QuantizeResults, here: str) -> str:
             inputs = tokenizer(text, return_tensors="pt")  # your text
             loss = model(**inputs, labels=inputs["input_ids"]).loss
             """)
-        + "\n\nFor benchmarks, lm-evaluation-harness takes the two directories:\n\n"
+        + (_benchmarks(here) if (other := integer_card.benchmarks(results)) is None else other)
+    )
+
+
+def _benchmarks(here: str) -> str:
+    arguments = shell_word(f"pretrained={here},peft={here}/loftq_init")
+    return (
+        "\n\nFor benchmarks, lm-evaluation-harness takes the two directories:\n\n"
         "```sh\n"
         f"lm_eval --model hf --model_args {arguments} --tasks ...\n"
         "```"
     )
-
-
-def _in_shell(text: str) -> str:
-    """One word of a command line; what is not printable is spelled out, as bash reads it."""
-    if text.isprintable():
-        return shlex.quote(text)
-    return "$'" + visible(text.replace("\\", r"\\").replace("'", r"\'")) + "'"
 
 
 def _has_tokenizer(results: QuantizeResults) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 
 
 def visible(text: str) -> str:
@@ -20,6 +21,13 @@ def code_span(text: str) -> str:
     fence = "`" * (longest_run(text) + 1)
     pad = " " if text.startswith("`") or text.endswith("`") else ""
     return f"{fence}{pad}{text}{pad}{fence}"
+
+
+def shell_word(text: str) -> str:
+    """One word of a command line; what is not printable is spelled out, as bash reads it."""
+    if text.isprintable():
+        return shlex.quote(text)
+    return "$'" + visible(text.replace("\\", r"\\").replace("'", r"\'")) + "'"
 
 
 def longest_run(text: str) -> int:

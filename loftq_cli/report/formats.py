@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 
-from loftq_cli.formats import INTEGER_BITS, NF_BITS
+from loftq_cli.formats import INTEGER_BITS, NF_BITS, WHOLE_ROW
 from loftq_cli.report import units
 from loftq_cli.schema import AdaptedLayer, PlainLayer, QuantizeResults
 
@@ -21,9 +21,24 @@ def is_quantized(results: QuantizeResults) -> bool:
     return results.settings.quant_type != "none"
 
 
+def in_integers(results: QuantizeResults) -> bool:
+    """Whether they lie in a container of integers at their own width."""
+    return results.settings.quant_type == "int"
+
+
 def code_bits(quant_type: str) -> int:
     """What a code takes in the file, by the name of its type: 4 for `nf4`, 0 for no number."""
     return int(quant_type[len(quant_type.rstrip("0123456789")) :] or 0)
+
+
+def number_of(quant_type: str, bits: int) -> str:
+    """One number's format, as a setting or a container has it: `nf4`, or `int4` of `int`."""
+    return f"{quant_type}{bits}" if code_bits(quant_type) == 0 else quant_type
+
+
+def blocks_of(block_size: int) -> str:
+    """What shares a scale: `blocks of 64`, or `whole rows`."""
+    return "whole rows" if block_size == WHOLE_ROW else f"blocks of {block_size}"
 
 
 def number_type(results: QuantizeResults) -> str:

@@ -7,8 +7,11 @@ here.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from typing import Any
 
 from loftq_cli.report.escape import visible
+from loftq_cli.report.formats import all_layers
 from loftq_cli.schema import QuantizeResults
 
 # By PEFT's task type, for reports that do not name the class.
@@ -27,10 +30,84 @@ def auto_class(results: QuantizeResults) -> str:
     return name if name.isidentifier() else "AutoModel"
 
 
-def base_call(results: QuantizeResults, place: str) -> str:
+def quantization(results: QuantizeResults) -> tuple[str, dict[str, Any]] | None:
+    """What transformers has to be told to load a backbone that takes an adapter.
+
+    A class of its own and the arguments of that; None where the directory says it all. Bits and all
+    else that is stored transformers has from the directory, whatever is given here.
+    """
+    match results.settings.container:
+        case "compressed-tensors":  # else its layers have no weight, which PEFT asks for
+            return "CompressedTensorsConfig", {"dequantize": True}
+        case "gptq":  # else the kernel is the fastest for inference, which may not train
+            return "GPTQConfig", {"bits": results.settings.bits, "backend": "torch"}
+    return None
+
+
+def why_not_by_transformers(results: QuantizeResults) -> str | None:
+    """Why transformers (5.24) cannot load the backbone for an adapter; None: it can."""
+    container = results.settings.container
+    mixed = len({layer.bits for layer in all_layers(results)}) > 1
+    if container == "gptq" and results.conv1d:
+        return "classes with Conv1D layers set weights that packed layers do not have"
+    if container == "gptq" and mixed:
+        return "it hands optimum one width for all layers"
+    if container == "compressed-tensors" and mixed:
+        return "it dequantizes all layers by the first config group"
+    return None
+
+
+def can_take_adapter(results: QuantizeResults) -> bool:
+    """Whether some library loads the backbone with layers that PEFT puts an adapter on."""
+    unread = why_not_by_transformers(results) is not None
+    return not (unread and results.settings.container == "compressed-tensors")
+
+
+def import_lines(results: QuantizeResults) -> list[str]:
+    """What :func:`load_lines` need."""
+    if why_not_by_transformers(results) is not None:
+        return ["from gptqmodel import BACKEND, GPTQModel", "from peft import PeftModel"]
+    told = quantization(results)
+    names = [auto_class(results), *([] if told is None else [told[0]])]
+    return ["from peft import PeftModel", f"from transformers import {', '.join(names)}"]
+
+
+def load_lines(results: QuantizeResults, place: str, text: str | None = None) -> list[str]:
+    """The backbone as `model`.
+
+    ``place`` is code for where it is, and ``text`` for that as a string, if it is none.
+    """
+    if why_not_by_transformers(results) is not None:
+        own_code = ", trust_remote_code=True" if results.own_code else ""
+        call = f"GPTQModel.load({text or place}, backend=BACKEND.GPTQ_TORCH{own_code})"
+        return [f"model = {call}.model"]
+    return [*quantization_line(results), f"model = {base_call(results, place)}"]
+
+
+def quantization_line(results: QuantizeResults) -> list[str]:
+    """What :func:`base_call` refers to, where it does."""
+    told = quantization(results)
+    if told is None:
+        return []
+    name, arguments = told
+    given = ", ".join(f"{key}={_literal(value)}" for key, value in arguments.items())
+    return [f"quantization = {name}({given})"]
+
+
+def base_call(
+    results: QuantizeResults, place: str, auto: str | None = None, more: Sequence[str] = ()
+) -> str:
     """The call that loads the backbone; ``place`` is code for where it is."""
-    own_code = ", trust_remote_code=True" if results.own_code else ""
-    return f"{auto_class(results)}.from_pretrained({place}{own_code})"
+    arguments = [place, *more]
+    if quantization(results) is not None:
+        arguments.append("quantization_config=quantization")
+    if results.own_code:
+        arguments.append("trust_remote_code=True")
+    return f"{auto or auto_class(results)}.from_pretrained({', '.join(arguments)})"
+
+
+def _literal(value: Any) -> str:
+    return json.dumps(value) if isinstance(value, str) else repr(value)
 
 
 def quoted(name: str) -> str:

@@ -15,7 +15,8 @@ from loftq_cli.report.formats import (
     is_quantized,
     number_type,
 )
-from loftq_cli.report.loading import auto_class, base_call, quoted
+from loftq_cli.report.integer_card import GPTQ, export_line, install_lines
+from loftq_cli.report.loading import can_take_adapter, import_lines, load_lines, quoted
 from loftq_cli.report.parts import TOLD_BY
 from loftq_cli.report.tables import Code, Column, Facts, Records, Section, Table, View
 from loftq_cli.schema import AdaptedLayer, Document, PlainLayer, QuantizeResults, UntouchedTensor
@@ -169,14 +170,16 @@ def _share(tensors: Iterable[PlainLayer | UntouchedTensor]) -> float:
 
 
 def _snippet(results: QuantizeResults) -> Code:
+    if not can_take_adapter(results):
+        return Code("To train it (its README says why)", [export_line(results.output, GPTQ)])
     place = quoted(results.output)
     adapter = f'model, {place}, subfolder="loftq_init", is_trainable=True'
     return Code(
         "Load it",
         [
-            "from peft import PeftModel",
-            f"from transformers import {auto_class(results)}",
-            f"model = {base_call(results, place)}",
+            *(f"# {line}" for line in install_lines(results)),
+            *import_lines(results),
+            *load_lines(results, place),
             f"model = PeftModel.from_pretrained({adapter})",
         ],
     )

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from loftq_cli import starts
-from loftq_cli.formats import DEFAULT_CONTAINER, WHOLE_ROW
+from loftq_cli.formats import DEFAULT_CONTAINER
 from loftq_cli.report import units
+from loftq_cli.report.formats import blocks_of
 from loftq_cli.report.units import listed
 from loftq_cli.schema import ComparedMethod, GridVerdict
 
@@ -21,7 +22,7 @@ def called(grid: str | None, container: str | None, block_size: int | None) -> s
 def blocks(size: int | None) -> str:
     if size is None:
         return ""
-    return " in whole rows" if size == WHOLE_ROW else f" in blocks of {size}"
+    return f" in {blocks_of(size)}"
 
 
 def by_stored_bits(methods: Sequence[ComparedMethod]) -> list[GridVerdict]:

@@ -15,7 +15,7 @@ from loftq_cli.containers import holds_codes
 from loftq_cli.errors import CheckFailed, told_as
 from loftq_cli.models.auto_classes import class_named
 from loftq_cli.models.loading import keep_layout
-from loftq_cli.report.loading import auto_class
+from loftq_cli.report.loading import auto_class, quantization, why_not_by_transformers
 
 # Beside the weights: the libraries, what is read while it is unpacked, the activations.
 _ROOM = 1.25
@@ -61,7 +61,10 @@ def _load(written: Written) -> Any:
             cause="the report says that it loads this directory",
             hint="pip install -U transformers",
         )
-    options: dict[str, Any] = written.claims.container.loading()
+    options: dict[str, Any] = {}
+    if (told := quantization(written.claims.results)) is not None:
+        kind, arguments = told
+        options["quantization_config"] = getattr(transformers, kind)(**arguments)
     if written.trust_remote_code:
         options["trust_remote_code"] = True
     if written.dtype is not None:
@@ -120,10 +123,8 @@ def _require_loadable(written: Written) -> None:
             f"transformers loads {container.name} with {' and '.join(container.libraries)}: "
             f"pip install {names}"
         )
-    widths = {layer.bits for layer in written.claims.quantized}
-    conv1d = bool(written.claims.results.conv1d)
-    if (reason := container.why_not_loaded(widths, conv1d=conv1d)) is not None:
-        told = ", ".join(map(str, sorted(widths)))
+    if (reason := why_not_by_transformers(written.claims.results)) is not None:
+        told = ", ".join(map(str, sorted({layer.bits for layer in written.claims.quantized})))
         raise NothingToCheck(f"transformers does not load {told} bits of it here: {reason}")
 
 
