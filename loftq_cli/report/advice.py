@@ -12,7 +12,7 @@ from loftq_cli.formats import DEFAULT_CONTAINER
 from loftq_cli.options import QuantizeOptions, SweepOptions
 from loftq_cli.report import units
 from loftq_cli.report.checks import figures, hints
-from loftq_cli.report.formats import all_layers, code_bits, error_changes
+from loftq_cli.report.formats import all_layers, code_bits, error_changes, in_integers
 from loftq_cli.report.parts import Rules, remarks
 from loftq_cli.schema import (
     BitsVerdict,
@@ -146,7 +146,7 @@ def _quantize(document: Document[QuantizeResults]) -> Iterator[str]:
             )
     yield from _iterations(results)
     # One float32 scale a block, or one byte and a float32 for every 256 blocks.
-    if settings.block_size and not settings.double_quant:
+    if settings.block_size and not settings.double_quant and not in_integers(results):
         quantized = sum(math.prod(layer.shape) for layer in all_layers(results))
         saved = round(quantized / settings.block_size * (4 - 1 - 4 / 256))
         if saved > _WORTH_BYTES * totals.output_bytes:

@@ -26,6 +26,7 @@ from loftq_cli.checkpoint.tensors import load_tensor
 from loftq_cli.checks.battery import Finding
 from loftq_cli.checks.written.directory import WRITE_AGAIN, Written
 from loftq_cli.errors import CheckFailed, first_line
+from loftq_cli.report.serving import cautions
 
 _CONFIG_NAME = f"{ADAPTER_DIRECTORY}/{ADAPTER_CONFIG}"
 # What they match is seen when PEFT has used them.
@@ -50,6 +51,8 @@ def adapter(written: Written) -> Finding:
         "puts them on the same layers with the same scaling"
         + (f"; {heads} tensors of the trained head" if heads else ""),
         {"layers": len(claims.adapted), "parameters": parameters, "scaling": claims.scaling},
+        # Integers are there to be served.
+        notes=cautions(claims.results) if claims.container.even_when_fused else [],
     )
 
 
@@ -69,9 +72,11 @@ def _require_config(written: Written) -> None:
     )
     for key in sorted(expected.keys() - _FOR_PEFT_TO_SAY):
         if found.get(key) != expected[key]:
+            refused = "; vLLM refuses any but true and false" if key == "init_lora_weights" else ""
             raise CheckFailed(
                 f"{_CONFIG_NAME} is not the config of this adapter",
-                cause=f"{key} is {found.get(key)!r:.80}, and by the report {expected[key]!r}",
+                cause=f"{key} is {found.get(key)!r:.80}, and by the report {expected[key]!r}"
+                f"{refused}",
                 hint=WRITE_AGAIN,
             )
 

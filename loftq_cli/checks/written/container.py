@@ -1,4 +1,4 @@
-"""The quantized weights as bitsandbytes opens them, and the config that tells transformers so."""
+"""The quantized weights as their library opens them, and the config that tells it so."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ from loftq_cli.checks.battery import Finding
 from loftq_cli.checks.written.claims import ClaimedLayer
 from loftq_cli.checks.written.directory import WRITE_AGAIN, Written, not_as_reported
 from loftq_cli.containers.base import Weight
+from loftq_cli.containers.fused import fused_groups
 from loftq_cli.errors import CheckFailed
 from loftq_cli.formats import DTYPE_NAMES
 from loftq_cli.models.source import CONFIG_FILE
+from loftq_cli.report.formats import blocks_of, number_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,6 +33,7 @@ def container(written: Written) -> Finding:
     skipped = _quantization_config(written)
     _require_same_layers(written)
     _require_skipped(written, skipped)
+    notes = _as_servers_hold_them(written, skipped) if claims.container.even_when_fused else []
     values = _each_layer(written, _quantized)
     return Finding(
         f"{len(claims.layers)} layers in {_form(written)}: {claims.container.name} and the "
@@ -40,6 +43,7 @@ def container(written: Written) -> Finding:
             "values_compared": values,
             "modules_in_skip_list": len(skipped),
         },
+        notes=notes,
     )
 
 
@@ -78,8 +82,9 @@ def _form(written: Written) -> str:
         for bits in sorted(counts, reverse=True)
         if bits < container.code_bits(bits)
     ]
-    blocks = [] if container.block_size is None else [f"blocks of {container.block_size}"]
-    return ", ".join([container.quant_type, *blocks, *fewer])
+    numbers = dict.fromkeys(number_of(container.quant_type, bits) for bits in sorted(counts))
+    blocks = [] if container.block_size is None else [blocks_of(container.block_size)]
+    return ", ".join(["/".join(numbers), *blocks, *fewer])
 
 
 def _quantization_config(written: Written) -> list[str]:
@@ -125,6 +130,31 @@ def _require_skipped(written: Written, skipped: list[str]) -> None:
                 "load its weight as if they were"
             )
         raise _wrong_config(f"{skip_list} leaves out {module}, which is quantized")
+
+
+def _as_servers_hold_them(written: Written, skipped: list[str]) -> list[str]:
+    """Layers that a server holds as one have one width there; what is then still refused.
+
+    Raises:
+        CheckFailed: they have several.
+    """
+    bits = {layer.name: layer.bits for layer in written.claims.layers}
+    notes = []
+    for group in fused_groups([*bits, *skipped]):
+        found = {name: bits[name] for name in group if name in bits}
+        told = ", ".join(f"{name} in {width}" for name, width in found.items())
+        if len(set(found.values())) > 1:
+            raise CheckFailed(
+                f"{group[0]} and what a server holds with it have different bits",
+                cause=f"{told}: vLLM refuses parts of one layer with several",
+                hint=WRITE_AGAIN,
+            )
+        if found and len(found) < len(group):
+            notes.append(
+                f"vLLM refuses this directory: {', '.join(group)} are one layer there, and of "
+                f"these only {', '.join(found)} is quantized"
+            )
+    return notes
 
 
 def _require_same_layers(written: Written) -> None:
