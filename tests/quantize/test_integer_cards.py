@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import re
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -191,6 +192,22 @@ def used(blocks: list[str], **names: Any) -> dict[str, Any]:
         exec(block, names)
     assert 0 < float(names["loss"].detach()) < 30
     return names
+
+
+@pytest.mark.parametrize(("container", "other"), [CONTAINERS, CONTAINERS[::-1]])
+def test_the_other_container_is_a_line_away(
+    container: str, other: str, llama: Path, tmp_path: Path, loftq: Loftq,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    written(loftq, llama, container, 3)
+    (line,) = re.findall(r"^loftq (export .*)$", Path("out/README.md").read_text(), re.MULTILINE)
+    done = loftq(*shlex.split(line))
+    assert done.code == 0, done.err
+    text = Path("OUT/README.md").read_text()
+    assert f'"{REQUIREMENTS[other][0]}"' in text
+    assert 'here = Path("OUT")' in text
+    assert f"loftq export OUT --container {container}" in text
 
 
 def stored(container: Container, module: str, shape: tuple[int, int], bits: int) -> torch.Tensor:

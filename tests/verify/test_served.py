@@ -91,9 +91,7 @@ def test_parts_of_one_layer_have_one_width(
     """As no run chooses them: 2 and 3 bits in turns."""
     with monkeypatch.context() as patch:
         patch.setattr(Integers, "even_when_fused", False)
-        patch.setattr(
-            budgets, "spread_bits", lambda lost, *_: [2 + i % 2 for i in range(len(lost))]
-        )
+        patch.setattr(budgets, "spread_bits", lambda lost, *_: [2, 3] * (len(lost) // 2) + [2])
         out = quantized(loftq, llama, tmp_path / "out", "--container", "compressed-tensors",
                         "--target-bits", 2.5)  # fmt: skip
     report = json.loads((out / "loftq_report.json").read_text())["results"]
