@@ -115,6 +115,8 @@ class Container(ABC):
     # `quantization_config` of the modules that are none.
     layer_class: ClassVar[str] = ""
     skip_list: ClassVar[str] = ""
+    # Whether its reader takes the names in that list for whole paths only.
+    skips_whole_paths: ClassVar[bool] = False
 
     @classmethod
     def of(cls, form: Form) -> Container:

@@ -41,6 +41,7 @@ class CompressedTensors(Integers):
     layer_class = "dequantized Linear"
     codes_part = "weight_packed"
     skip_list = "ignore"
+    skips_whole_paths = True
 
     @classmethod
     def holds(cls, module: Any) -> bool:

@@ -163,8 +163,14 @@ class Architecture:
         names = {*self._kept_in_float32, *(self.model._keep_in_fp32_modules_strict or ())}
         return any(re.search(rf"(^|\.){name}($|\.)", parameter) for name in names)
 
-    def replaced_modules(self, skipped: Sequence[str]) -> set[str]:
-        """Paths of the linear modules that transformers quantizes, given a skip list."""
+    def replaced_modules(self, skipped: Sequence[str], *, whole_paths: bool = False) -> set[str]:
+        """Paths of the linear modules that are quantized on loading, given a skip list.
+
+        With ``whole_paths`` the list's reader wants those; else it is transformers itself, which
+        takes a part of a path as well.
+        """
+        if whole_paths:
+            return set(self._linear) - set(skipped)
         kept = [*skipped, *self._kept_in_float32]
         return {name for name in self._linear if not _matches(name, kept)}
 

@@ -119,10 +119,13 @@ def _computed_in(written: Written) -> Collection[str]:
 
 
 def _require_skipped(written: Written, skipped: list[str]) -> None:
-    """transformers must replace exactly the layers that have codes to load."""
+    """Exactly the layers that have codes to load must be replaced."""
     quantized = {layer.name for layer in written.claims.layers}
-    skip_list = written.claims.container.skip_list
-    replaced = written.architecture.replaced_modules(skipped)
+    container = written.claims.container
+    skip_list = container.skip_list
+    replaced = written.architecture.replaced_modules(
+        skipped, whole_paths=container.skips_whole_paths
+    )
     for module in sorted(replaced ^ quantized):
         if module in replaced:
             raise _wrong_config(
