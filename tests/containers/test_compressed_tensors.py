@@ -1,34 +1,35 @@
-"""`pack-quantized` files in the hands of those who read them: compressed-tensors and transformers.
+"""What `quantize` writes in the hands of those who read it: compressed-tensors and transformers.
 
 To be run where the extra `compressed-tensors` is installed; elsewhere there is nothing to ask.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
+from loftq_cli import api
 from loftq_cli.checkpoint.index import open_checkpoint
 from loftq_cli.checkpoint.tensors import load_tensor
-from loftq_cli.containers.compressed_tensors import CompressedTensors
-from tests.containers.integer_models import PROJECTIONS, tokens, write_model
+from tests.containers.demo_opt import WrittenOpt, windows
 
 pytest.importorskip("compressed_tensors")
 
 pytestmark = pytest.mark.filterwarnings("default")  # theirs
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+NAME = "compressed-tensors"
+WIDTHS = (2, 3, 4, 8)
 BLOCK_SIZES = (32, 64, 128, -1)
-MIXED = {**dict.fromkeys(PROJECTIONS, 4), "o_proj": 3, "down_proj": 8, "gate_proj": 2, "up_proj": 2}
+Quantized = Callable[..., WrittenOpt]
 
 
-def load(directory: Path, *, dequantize: bool) -> Any:
+def load(written: WrittenOpt, *, dequantize: bool) -> Any:
     model, info = AutoModelForCausalLM.from_pretrained(
-        directory,
+        written.directory,
         quantization_config=CompressedTensorsConfig(dequantize=dequantize),
         output_loading_info=True,
     )
@@ -36,85 +37,95 @@ def load(directory: Path, *, dequantize: bool) -> Any:
     return model.eval()
 
 
-def decompressed(directory: Path, module: str, scheme: Any) -> torch.Tensor:
-    from compressed_tensors.compressors import BaseCompressor
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        found: torch.Tensor = model(windows(2, 48)).logits
+    return found
 
-    tensors = open_checkpoint(directory).tensors
+
+def decompressed(written: WrittenOpt, module: str) -> torch.Tensor:
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization import QuantizationConfig
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(written.directory).quantization_config
+    (scheme,) = QuantizationConfig.model_validate(config).config_groups.values()
+    tensors = open_checkpoint(written.directory).tensors
     parts = {
         name.removeprefix(f"{module}."): load_tensor(*tensors[name])
         for name in tensors
-        if name.startswith(f"{module}.")
+        if name.startswith(f"{module}.weight_")
     }
     compressor = BaseCompressor.get_value_from_registry("pack-quantized")
-    return compressor.decompress(parts, scheme)["weight"]
+    found: torch.Tensor = compressor.decompress(parts, scheme)["weight"]
+    return found
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
-@pytest.mark.parametrize("block_size", BLOCK_SIZES)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("bits", "block_size", "dtype"),
+    [
+        *((bits, block_size, "float32") for bits in WIDTHS for block_size in BLOCK_SIZES),
+        *((bits, 64, "bfloat16") for bits in WIDTHS),
+    ],
+)
 def test_unpacked_by_compressed_tensors_it_is_Q(
-    bits: int, block_size: int, dtype: str, tmp_path: Path
+    bits: int, block_size: int, dtype: str, quantized_opt: Quantized
 ) -> None:
-    from compressed_tensors.quantization import QuantizationConfig
-
-    written = write_model(tmp_path, CompressedTensors("int", block_size), bits, DTYPES[dtype])
-    config = written.config["quantization_config"]
-    (scheme,) = QuantizationConfig.model_validate(config).config_groups.values()
-    for module, Q in written.Q.items():
-        assert torch.equal(decompressed(tmp_path, module, scheme), Q), module
+    written = quantized_opt(NAME, bits, block_size, dtype=dtype)
+    for module, Q in written.Q().items():
+        assert torch.equal(decompressed(written, module), Q), module
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("bits", WIDTHS)
 @pytest.mark.parametrize("block_size", BLOCK_SIZES)
-def test_loaded_by_transformers_the_weights_are_Q(
-    bits: int, block_size: int, tmp_path: Path
+def test_dequantized_by_transformers_the_weights_are_Q(
+    bits: int, block_size: int, quantized_opt: Quantized
 ) -> None:
-    written = write_model(tmp_path, CompressedTensors("int", block_size), bits, torch.bfloat16)
-    model = load(tmp_path, dequantize=True)
-    for module, Q in written.Q.items():
-        assert torch.equal(model.get_submodule(module).weight, Q), module
-    assert torch.equal(model.lm_head.weight, written.original.lm_head.weight)
+    written = quantized_opt(NAME, bits, block_size)
+    found, expected = load(written, dequantize=True).state_dict(), written.dequantized()
+    assert found.keys() == expected.state_dict().keys()
+    for name, tensor in expected.state_dict().items():
+        assert torch.equal(found[name], tensor), name
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("bits", "dtype"), [*((bits, "float32") for bits in WIDTHS), (3, "float16"), (3, "bfloat16")]
+)
 def test_loaded_packed_it_gives_what_the_dequantized_model_gives(
-    bits: int, dtype: str, tmp_path: Path
+    bits: int, dtype: str, quantized_opt: Quantized
 ) -> None:
-    container = CompressedTensors("int", 64)
-    written = write_model(tmp_path, container, bits, DTYPES[dtype])
-    model = load(tmp_path, dequantize=False)
-    assert {name for name, each in model.named_modules() if container.holds(each)} == set(written.Q)
-    for module, Q in written.Q.items():
-        assert torch.equal(container.held(model.get_submodule(module)), Q), module
-    with torch.no_grad():
-        assert torch.equal(model(tokens()).logits, written.dequantized()(tokens()).logits)
+    written = quantized_opt(NAME, bits, dtype=dtype)
+    model, Q = load(written, dequantize=False), written.Q()
+    container = written.container
+    assert {name for name, each in model.named_modules() if container.holds(each)} == set(Q)
+    for module, expected in Q.items():
+        assert torch.equal(container.held(model.get_submodule(module)), expected), module
+    assert torch.equal(logits(model), logits(written.dequantized()))
 
 
-def test_each_width_is_read_where_its_group_says_so(tmp_path: Path) -> None:
-    written = write_model(tmp_path, CompressedTensors("int", 32), MIXED, torch.bfloat16)
-    model = load(tmp_path, dequantize=False)
-    with torch.no_grad():
-        assert torch.equal(model(tokens()).logits, written.dequantized()(tokens()).logits)
+def test_each_width_is_read_where_its_group_says_so(quantized_opt: Quantized) -> None:
+    written = quantized_opt(NAME, "8x1,3", 32)
+    assert set(written.bits.values()) == {3, 8}
+    found = logits(load(written, dequantize=False))
+    assert torch.equal(found, logits(written.dequantized()))
 
 
-def test_transformers_dequantizes_all_layers_by_the_first_group(tmp_path: Path) -> None:
+def test_transformers_dequantizes_all_layers_by_the_first_group(quantized_opt: Quantized) -> None:
     """Why `verify` does not load mixed widths; to be told that it can when this fails."""
-    write_model(tmp_path, CompressedTensors("int", 32), MIXED, torch.bfloat16)
     with pytest.raises(RuntimeError, match="conversion of the weights"):
-        load(tmp_path, dequantize=True)
+        load(quantized_opt(NAME, "8x1,3", 32), dequantize=True)
 
 
-def test_peft_wants_the_weights_dequantized(tmp_path: Path) -> None:
+def test_peft_wants_the_weights_dequantized(quantized_opt: Quantized) -> None:
     """Why that is what the README says, and `verify` does; packed there is no weight to adapt."""
     from peft import LoraConfig, get_peft_model
 
-    config = LoraConfig(r=4, target_modules=list(PROJECTIONS))
-    write_model(tmp_path, CompressedTensors("int", 64), 3, torch.bfloat16)
+    model = load(quantized_opt(NAME, 3), dequantize=False)
     with pytest.raises(AttributeError, match="weight"):
-        get_peft_model(load(tmp_path, dequantize=False), config)
-    model = get_peft_model(load(tmp_path, dequantize=True), config)
-    model(input_ids=tokens(), labels=tokens()).loss.backward()
-    found = {name: each.grad for name, each in model.named_parameters() if "lora_B" in name}
-    assert len(found) == 14
-    assert all(each is not None and each.isfinite().all() for each in found.values())
+        get_peft_model(model, LoraConfig(r=4, target_modules=["fc1"]))
+
+
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_verify_loads_it(bits: int, quantized_opt: Quantized) -> None:
+    results = api.verify(str(quantized_opt(NAME, bits).directory)).results
+    assert {test.name: test.status for test in results.tests}["forward"] == "passed"

@@ -1,4 +1,5 @@
-"""GPTQ files in the hands of those who read them on a CPU: transformers, optimum and gptqmodel.
+"""What `quantize` writes in the hands of those who read GPTQ on a CPU: transformers, optimum and
+gptqmodel.
 
 To be run where the extra `gptq` is installed; elsewhere there is nothing to ask.
 """
@@ -6,7 +7,7 @@ To be run where the extra `gptq` is installed; elsewhere there is nothing to ask
 from __future__ import annotations
 
 import os
-import shutil
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig, GPTQConfig
 
-from loftq_cli.containers.compressed_tensors import CompressedTensors
-from loftq_cli.containers.gptq import Gptq
-from loftq_cli.models.spec import DEMO_DIRECTORY
-from tests.containers.integer_models import PROJECTIONS, tokens, write_model
+from loftq_cli import api
+from tests.containers.demo_opt import WrittenOpt, windows
 
 os.environ["TORCHDYNAMO_DISABLE"] = "1"  # a compiled kernel takes half a minute and gives the same
 pytest.importorskip("gptqmodel")
@@ -25,139 +24,142 @@ pytest.importorskip("optimum")
 
 pytestmark = pytest.mark.filterwarnings("default")  # theirs
 
-DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+NAME = "gptq"
+WIDTHS = (2, 3, 4, 8)
+BLOCK_SIZES = (32, 64, 128)
+FLOAT16 = torch.finfo(torch.float16).eps
+Quantized = Callable[..., WrittenOpt]
 
 
-def load(directory: Path, bits: int) -> torch.nn.Module:
+def load(written: WrittenOpt, bits: int) -> torch.nn.Module:
     """With the kernel in plain torch, which trains; at 4 bits another is chosen unless asked."""
-    kernel = GPTQConfig(bits=bits, backend="torch")
     model, info = AutoModelForCausalLM.from_pretrained(
-        directory, device_map="cpu", quantization_config=kernel, output_loading_info=True
+        written.directory,
+        device_map="cpu",
+        quantization_config=GPTQConfig(bits=bits, backend="torch"),
+        output_loading_info=True,
     )
     assert not any(info.values()), info
     return model.eval()
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
-@pytest.mark.parametrize("block_size", [32, 64, 128, -1])
-def test_codes_and_scales_are_read_as_they_were_written(
-    bits: int, block_size: int, tmp_path: Path
-) -> None:
-    container = Gptq("int", block_size)
-    written = write_model(tmp_path, container, bits, torch.float16)
-    model = load(tmp_path, bits)
-    held = {name for name, each in model.named_modules() if container.holds(each)}
-    assert held == set(written.Q)
-    for module, Q in written.Q.items():
-        assert torch.equal(container.held(model.get_submodule(module)), Q), module
-
-
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_it_gives_what_the_dequantized_model_gives(bits: int, dtype: str, tmp_path: Path) -> None:
-    written = write_model(tmp_path, Gptq("int", 64), bits, DTYPES[dtype])
-    model, plain = load(tmp_path, bits), written.dequantized()
-    assert model.dtype == DTYPES[dtype]
+def logits(model: Any, tokens: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
-        found = model(tokens()).logits.float()
-        expected = plain(tokens()).logits.float()
-        original = written.original.eval()(tokens()).logits.float()
-    error = (found - expected).norm() / expected.norm()
-    # At 8 bits the kernel rounds each weight twice where the model is not in float16.
-    assert error < (2 if bits == 8 else 1) * torch.finfo(DTYPES[dtype]).eps
-    assert error < 0.8 * (original - expected).norm() / expected.norm()
+        found: torch.Tensor = model.eval()(input_ids=tokens).logits.float()
+    return found
 
 
-def trained(base: torch.nn.Module) -> tuple[Any, list[float]]:
-    """A few steps of LoRA on the same tokens, and the loss before each."""
-    from peft import LoraConfig, get_peft_model
+def gap(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found - expected).norm() / expected.norm())
 
-    torch.manual_seed(0)
-    model = get_peft_model(base, LoraConfig(r=8, target_modules=list(PROJECTIONS)))
+
+@pytest.mark.parametrize(
+    ("bits", "block_size", "dtype"),
+    [
+        *((bits, block_size, "float32") for bits in WIDTHS for block_size in (*BLOCK_SIZES, -1)),
+        *((bits, 64, "float16") for bits in WIDTHS),
+        (3, 64, "bfloat16"),
+    ],
+)
+def test_it_gives_what_the_dequantized_model_gives(
+    bits: int, block_size: int, dtype: str, quantized_opt: Quantized
+) -> None:
+    written = quantized_opt(NAME, bits, block_size, dtype=dtype)
+    model, container, Q = load(written, bits), written.container, written.Q()
+    assert model.dtype == written.dtype
+    assert {name for name, each in model.named_modules() if container.holds(each)} == set(Q)
+    assert type(model.get_submodule("lm_head")) is torch.nn.Linear
+    for module, expected in Q.items():
+        # The kernel has the product of code and scale in float16, which is exact to 4 bits.
+        held = container.held(model.get_submodule(module)).to(written.dtype)
+        rtol = max(FLOAT16, torch.finfo(written.dtype).eps) if bits == 8 else 0.0
+        torch.testing.assert_close(held, expected, rtol=rtol, atol=0.0)
+    tokens = windows(2, 48)
+    plain = logits(written.dequantized(), tokens)
+    error = gap(logits(model, tokens), plain)
+    assert error < max(FLOAT16, (2 if bits == 8 else 1) * torch.finfo(written.dtype).eps)
+    assert error < gap(logits(written.original(), tokens), plain) / 2
+
+
+def train(model: Any, tokens: torch.Tensor) -> None:
+    """Once over the windows."""
     model.train()
     parameters = [each for each in model.parameters() if each.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=2e-3)
-    losses = []
-    for _ in range(6):
-        loss = model(input_ids=tokens(), labels=tokens()).loss
-        loss.backward()
+    optimizer = torch.optim.AdamW(parameters, lr=4e-3)
+    for batch in tokens.split(4):
+        model(input_ids=batch, labels=batch).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(float(loss))
-    return model.eval(), losses
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_peft_trains_on_the_packed_weights(bits: int, tmp_path: Path) -> None:
-    write_model(tmp_path, Gptq("int", 64), bits, torch.bfloat16)
-    base = load(tmp_path, bits)
-    before = {name: each.clone() for name, each in base.named_buffers() if "qweight" in name}
-    _, losses = trained(base)
-    assert losses[-1] < losses[0] - 0.05, losses
-    for name, each in base.named_buffers():
-        if "qweight" in name:
-            assert torch.equal(each, before[name.replace("base_layer.", "")]), name
+def loss(model: Any, tokens: torch.Tensor) -> float:
+    with torch.no_grad():
+        return float(model.eval()(input_ids=tokens, labels=tokens).loss)
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_what_was_trained_here_gives_the_same_on_compressed_tensors(
-    bits: int, tmp_path: Path
+def packed(model: torch.nn.Module) -> Mapping[str, torch.Tensor]:
+    return {name: each.clone() for name, each in model.named_buffers() if "qweight" in name}
+
+
+@pytest.mark.parametrize("bits", WIDTHS)
+@pytest.mark.parametrize("block_size", BLOCK_SIZES)
+def test_an_adapter_trained_here_gives_the_same_on_compressed_tensors(
+    bits: int, block_size: int, quantized_opt: Quantized, tmp_path: Path
 ) -> None:
-    """Trained on one container, served on the other: the same adapter on the same Q."""
+    """Trained packed on one container, served on the other: the same adapter on the same Q."""
     pytest.importorskip("compressed_tensors")
     from peft import PeftModel
 
-    ours, theirs = tmp_path / "gptq", tmp_path / "compressed-tensors"
-    write_model(ours, Gptq("int", 64), bits, torch.bfloat16)
-    write_model(theirs, CompressedTensors("int", 64), bits, torch.bfloat16)
-    model, _ = trained(load(ours, bits))
-    model.save_pretrained(tmp_path / "adapter")
-    served = AutoModelForCausalLM.from_pretrained(
-        theirs, quantization_config=CompressedTensorsConfig(dequantize=True)
+    ours = quantized_opt(NAME, bits, block_size)
+    theirs = quantized_opt("compressed-tensors", bits, block_size)
+    tokens = windows(40, 128)
+    heldout = torch.arange(len(tokens)) % 5 == 0  # of the same files, which are new to the demo
+
+    model = PeftModel.from_pretrained(
+        load(ours, bits), ours.directory, subfolder="loftq_init", is_trainable=True
     )
-    with torch.no_grad():
-        plain = served.eval()(tokens()).logits.float()
-        found = model(input_ids=tokens()).logits.float()
-        served = PeftModel.from_pretrained(served, tmp_path / "adapter").eval()
-        expected = served(input_ids=tokens()).logits.float()
-    gap = (found - expected).norm() / expected.norm()
-    assert gap < (2 if bits == 8 else 1) * torch.finfo(torch.bfloat16).eps
-    assert gap < 0.2 * (plain - expected).norm() / expected.norm()  # that the adapter changes
+    codes, before = packed(model), loss(model, tokens[heldout])
+    start = logits(model, tokens[heldout])
+    train(model, tokens[~heldout])
+    assert loss(model, tokens[heldout]) < before - 0.01
+    found = logits(model, tokens[heldout])
+    assert all(torch.equal(each, codes[name]) for name, each in packed(model).items())
+    assert len(codes) == 24
+    model.save_pretrained(tmp_path)
+
+    base = AutoModelForCausalLM.from_pretrained(
+        theirs.directory, quantization_config=CompressedTensorsConfig(dequantize=True)
+    )
+    served = PeftModel.from_pretrained(base, tmp_path)
+    difference = gap(found, logits(served, tokens[heldout]))
+    # As above: float16 at 8 bits, else the order of float32's sums.
+    assert difference < (FLOAT16 if bits == 8 else 1e-5)
+    assert difference < 0.01 * gap(found, start)  # what training changed
 
 
-def test_the_kernel_that_a_cpu_gets_at_4_bits_stops_training(tmp_path: Path) -> None:
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_verify_loads_it(bits: int, quantized_opt: Quantized) -> None:
+    results = api.verify(str(quantized_opt(NAME, bits).directory)).results
+    assert {test.name: test.status for test in results.tests}["forward"] == "passed"
+
+
+def test_the_kernel_that_a_cpu_gets_at_4_bits_stops_training(quantized_opt: Quantized) -> None:
     """Why the README names another: a pass in eval mode makes it one for inference for good."""
-    write_model(tmp_path, Gptq("int", 64), 4, torch.bfloat16)
-    model = AutoModelForCausalLM.from_pretrained(tmp_path, device_map="cpu").eval()
-    with torch.no_grad():
-        model(tokens())
-    layer = model.train().get_submodule("model.layers.0.mlp.up_proj")
-    given = torch.randn(3, 128, dtype=torch.bfloat16, requires_grad=True)
+    written = quantized_opt(NAME, 4, dtype="bfloat16")
+    model = AutoModelForCausalLM.from_pretrained(written.directory, device_map="cpu").eval()
+    logits(model, windows(1, 8))
+    layer = model.train().get_submodule("model.decoder.layers.0.fc1")
+    given = torch.randn(3, 256, dtype=torch.bfloat16, requires_grad=True)
     assert not layer(given).requires_grad
 
 
-def test_each_width_is_read_where_dynamic_says_so(tmp_path: Path) -> None:
-    """By gptqmodel itself, which takes scales in bfloat16; transformers has one width for all."""
+def test_each_width_is_read_where_dynamic_says_so(quantized_opt: Quantized) -> None:
+    """By gptqmodel itself; transformers has one width for all."""
     from gptqmodel import BACKEND, GPTQModel
 
-    bits = {
-        **dict.fromkeys(PROJECTIONS, 4),
-        "o_proj": 3,
-        "down_proj": 8,
-        "gate_proj": 2,
-        "up_proj": 2,
-    }
-    container = Gptq("int", 64)
-    written = write_model(tmp_path, container, bits, torch.bfloat16)
-    for name in ("tokenizer.json", "tokenizer_config.json"):  # it wants one
-        shutil.copy(DEMO_DIRECTORY / name, tmp_path)
-    loaded = GPTQModel.load(str(tmp_path), device="cpu", backend=BACKEND.GPTQ_TORCH)
-    for module, Q in written.Q.items():
-        assert torch.equal(container.held(loaded.model.get_submodule(module)), Q), module
-
-
-def test_what_is_skipped_stays(tmp_path: Path) -> None:
-    written = write_model(tmp_path, Gptq("int", 64), 2, torch.float16)
-    head = load(tmp_path, 2).lm_head
-    assert type(head) is torch.nn.Linear
-    assert torch.equal(head.weight, written.original.lm_head.weight)
+    written = quantized_opt(NAME, "8x1,3", dtype="bfloat16")
+    assert set(written.bits.values()) == {3, 8}
+    loaded = GPTQModel.load(str(written.directory), device="cpu", backend=BACKEND.GPTQ_TORCH)
+    for module, Q in written.Q().items():
+        held = written.container.held(loaded.model.get_submodule(module))
+        assert torch.equal(held, Q), module
