@@ -10,23 +10,32 @@ import argparse
 import random
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from loftq_cli.checkpoint.staging import Staging
 from loftq_cli.checkpoint.writer import PlannedTensor, write_bytes_atomically, write_safetensors
+from loftq_cli.containers import kind_of
+from loftq_cli.containers.base import Weight
 from loftq_cli.errors import LoftqError
 
-PLAN = [
-    PlannedTensor("weight", "U8", (4000, 1)),
-    PlannedTensor("weight.absmax", "F32", (125,)),
-    PlannedTensor("norm", "BF16", (64,)),
-]
-SHARDS = ["model-1.safetensors", "model-2.safetensors", "loftq_init/adapter.safetensors"]
+WEIGHT = Weight("up.weight", "up", (128, 64), 3, "BF16")
+# Files by their names: a weight in each of the containers, and what is left as it was.
+PLANS = {
+    "model-1.safetensors": kind_of("bitsandbytes", 3)("nf4", 64).planned(WEIGHT),
+    "model-2.safetensors": [
+        *kind_of("gptq", 3)("int", 32).planned(WEIGHT),
+        PlannedTensor("norm", "BF16", (64,)),
+    ],
+    "loftq_init/adapter.safetensors": kind_of("compressed-tensors", 3)("int", 32).planned(WEIGHT),
+}
+SHARDS = list(PLANS)
 
 
-def tensors(generator: random.Random, pause: float) -> Iterator[tuple[str, bytes]]:
-    for tensor in PLAN:
+def tensors(
+    plan: Sequence[PlannedTensor], generator: random.Random, pause: float
+) -> Iterator[tuple[str, bytes]]:
+    for tensor in plan:
         time.sleep(pause)
         yield tensor.name, generator.randbytes(tensor.nbytes)
 
@@ -35,10 +44,10 @@ def staged_run(output: Path, *, force: bool = False, seed: int = 0, pause: float
     """Write the directory, or what is missing of it; the names of the shards that were made."""
     made = []
     with Staging(output, fingerprint={"seed": seed}, force=force) as staging:
-        for shard in SHARDS:
+        for shard, plan in PLANS.items():
             if shard not in staging.finished:
-                generator = random.Random(f"{seed} {shard}")
-                written = write_safetensors(staging.path(shard), PLAN, tensors(generator, pause))
+                chunks = tensors(plan, generator := random.Random(f"{seed} {shard}"), pause)
+                written = write_safetensors(staging.path(shard), plan, chunks)
                 staging.record(shard, written, {"error": generator.random()})
                 made.append(shard)
         errors = [staging.finished[shard].payload["error"] for shard in SHARDS]

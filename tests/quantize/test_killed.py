@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from loftq_cli.checkpoint.staging import MANIFEST_FILE
+from loftq_cli.containers import container_names
 from tests.battery import BATTERY
 
 # Every run is a process of its own, forked from one that has imported what is slow: what is killed
@@ -97,11 +98,12 @@ def finished(place: Path) -> int:
     return 0
 
 
-def kill_and_rerun(source: Path, base: Path, kills: int) -> None:
+def kill_and_rerun(source: Path, container: str, base: Path, kills: int) -> None:
     """Kills runs when some files are finished, and a moment later; the moments are random."""
     reference = base / "reference" / "out"
     reference.parent.mkdir()
-    whole = Loftq(base, "quantize", "-m", source, "-o", reference)
+    asked = ("quantize", "-m", source, "--container", container, "-o")
+    whole = Loftq(base, *asked, reference)
     assert whole.wait() == 0, whole.err
     expected = contents(reference)
     weights = sum(name.endswith(".safetensors") for name in expected) - 1  # but for the adapter
@@ -111,7 +113,7 @@ def kill_and_rerun(source: Path, base: Path, kills: int) -> None:
     for number in range(kills):
         place = base / str(number)
         place.mkdir()
-        line = ("quantize", "-m", source, "-o", place / "out")
+        line = (*asked, place / "out")
         killed = Loftq(base, *line)
         files = moments.randrange(2 * weights)  # each with its part of the adapter
         while killed.process.is_alive() and finished(place) < files:
@@ -130,13 +132,17 @@ def kill_and_rerun(source: Path, base: Path, kills: int) -> None:
     assert cut
 
 
-def test_three_killed_runs_end_in_the_same_bytes(source: Path, tmp_path: Path) -> None:
-    kill_and_rerun(source, tmp_path, 3)
+@pytest.mark.parametrize("container", container_names())
+def test_killed_runs_end_in_the_same_bytes(container: str, source: Path, tmp_path: Path) -> None:
+    kill_and_rerun(source, container, tmp_path, 2)
 
 
 @pytest.mark.slow
-def test_fifty_killed_runs_end_in_the_same_bytes(source: Path, tmp_path: Path) -> None:
-    kill_and_rerun(source, tmp_path, 50)
+@pytest.mark.parametrize("container", container_names())
+def test_fifty_killed_runs_end_in_the_same_bytes(
+    container: str, source: Path, tmp_path: Path
+) -> None:
+    kill_and_rerun(source, container, tmp_path, 50)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
