@@ -8,6 +8,7 @@ from loftq_cli.report import units
 from loftq_cli.report.html import svg
 from loftq_cli.report.html.figure import MOST_SERIES, Figure, bars, numbers, size
 from loftq_cli.report.html.svg import Axis, Series
+from loftq_cli.report.stored_bits import called
 from loftq_cli.schema import ComparedMethod, CompareResults
 
 
@@ -15,7 +16,7 @@ def compare_figures(results: CompareResults) -> Iterator[Figure]:
     groups: dict[str, list[ComparedMethod]] = {}
     for method in results.methods:
         if method.init != "original":
-            groups.setdefault(f"{method.bits} bits", []).append(method)
+            groups.setdefault(_grid(method), []).append(method)
     for name, methods in groups.items():
         for what, key, show in (
             ("KL to the original", "kl_divergence", units.small),
@@ -28,6 +29,12 @@ def compare_figures(results: CompareResults) -> Iterator[Figure]:
                 yield bars(f"{what}, {name}", rows, ("start", what), "Lower is nearer.", least)
         yield from _losses(name, methods)
     yield from _against_bytes(results.methods)
+
+
+def _grid(method: ComparedMethod) -> str:
+    if method.grid is None:
+        return f"{method.bits} bits"
+    return called(method.grid, method.container, method.block_size)
 
 
 def _method(method: ComparedMethod) -> str:
@@ -78,11 +85,11 @@ def _against_bytes(methods: Sequence[ComparedMethod]) -> Iterator[Figure]:
         svg.lines(title, series, Axis("backbone", size), Axis("KL", units.small, log=True)),
         "Down and to the left is better.",
         numbers(
-            ("start", "bits", "backbone", "KL"),
+            ("start", "grid", "backbone", "KL"),
             [
                 [
                     _method(m),
-                    str(m.bits),
+                    _grid(m),
                     size(m.backbone_bytes),
                     units.small(m.kl_divergence or 0),
                 ]
