@@ -8,6 +8,7 @@ from loftq_cli.formats import DEFAULT_CONTAINER, WHOLE_ROW
 from loftq_cli.report import units
 from loftq_cli.report.formats import code_bits
 from loftq_cli.report.parts import model_name
+from loftq_cli.report.sparks import curve
 from loftq_cli.report.tables import Column, Facts, Records, Section, Table, View
 from loftq_cli.schema import ComparedMethod, CompareResults, CompareSettings, Document
 
@@ -92,10 +93,15 @@ def _trained(results: CompareResults) -> Table:
         Column("heldout_loss_spread", "spread", show=loss),
         Column(lambda method: len(method.runs) or None, "runs"),
         Column("train_seconds", "training", show=units.seconds),
+        Column(_losses, "training loss", "picture", curve),
     ]
     trained = [method for method in results.methods if method.heldout_loss_before is not None]
     title = "Held-out loss in nats a token, at each one's best learning rate"
     return _table(results, title, columns, trained)
+
+
+def _losses(method: ComparedMethod) -> list[float]:
+    return [point.train_loss for point in method.loss_curve if point.train_loss is not None]
 
 
 def _rate(method: ComparedMethod) -> str | None:

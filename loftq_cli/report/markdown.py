@@ -47,6 +47,8 @@ def _section(section: Section) -> str:
 
 
 def _table(table: Table) -> str:
+    table = table.in_words()
+
     def shown(column: Column, item: Any) -> str:
         return (_code if column.kind == "name" else _text)(column.cell(item))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
@@ -18,6 +18,7 @@ from loftq_cli.report.formats import (
 from loftq_cli.report.integer_card import GPTQ, export_line, install_lines
 from loftq_cli.report.loading import can_take_adapter, import_lines, load_lines, quoted
 from loftq_cli.report.parts import TOLD_BY
+from loftq_cli.report.sparks import bar, curve
 from loftq_cli.report.tables import Code, Column, Facts, Records, Section, Table, View
 from loftq_cli.schema import AdaptedLayer, Document, PlainLayer, QuantizeResults, UntouchedTensor
 
@@ -25,6 +26,8 @@ _Item = TypeVar("_Item")
 
 # So many kinds of untouched tensors are named on a page; the document names every tensor.
 _NAMED_KINDS = 8
+# So many layers with the least error are named at the end, and as many with the most.
+_EXTREMES = 3
 
 
 class _Group(NamedTuple):
@@ -54,7 +57,7 @@ def quantize_view(document: Document[QuantizeResults]) -> View:
     if results.untouched:
         sections.append(_untouched(results.untouched))
     if not results.dry_run:
-        sections.append(_snippet(results))
+        sections += [_snippet(results), *_best_and_worst(results)]
     return View(title, sections, _records(results))
 
 
@@ -119,6 +122,7 @@ def _by_kind(results: QuantizeResults, what: str | None) -> Table:
             Column(before, "quantized", show=units.percent),
             Column(after, "+ adapter", show=units.percent),
             Column(removed, "removed", show=units.percent),
+            Column(_mean_curve, "by iteration", "picture", curve),
         ]
         title = f"Mean {what} by kind of layer"
     return Table(title, columns, _by_shape(layers, lambda layer: layer.bits))
@@ -128,6 +132,32 @@ def _mean(key: str, group: _Group) -> Any:
     values = [getattr(layer, key) for layer in group.layers]
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if known else None
+
+
+def _mean_curve(group: _Group) -> list[float]:
+    """Of the weights' error, iteration after iteration; a layer that stopped stays where it was."""
+    curves = [layer.error_curve for layer in group.layers if layer.error_curve]
+    longest = max(map(len, curves), default=0)
+    return [sum(each[min(i, len(each) - 1)] for each in curves) for i in range(longest)]
+
+
+def _best_and_worst(results: QuantizeResults) -> Iterator[Table]:
+    """The layers that backbone and adapter leave nearest to the original, and farthest."""
+    changes = error_changes(results)
+    if not changes or len(results.layers) <= 2 * _EXTREMES:
+        return
+    what = changes[-1][0]  # the error of outputs, where that is known
+    before, after = ERRORS[what]
+    ordered = sorted(results.layers, key=lambda layer: getattr(layer, after) or 0.0)
+    worst = max(getattr(ordered[-1], after) or 0.0, 1e-30)
+    columns = [
+        Column("name", "layer", "name"),
+        Column(before, "quantized", show=units.percent),
+        Column(after, "+ adapter", show=units.percent),
+        Column(lambda layer: getattr(layer, after) / worst, "", "picture", bar),
+    ]
+    chosen = [*ordered[:_EXTREMES], *ordered[-_EXTREMES:]]
+    yield Table(f"Least and most {what} of {len(ordered)} layers", columns, chosen)
 
 
 def _ranks(group: _Group) -> int | str | None:

@@ -6,6 +6,7 @@ from loftq_cli.formats import DEFAULT_CONTAINER
 from loftq_cli.report import units
 from loftq_cli.report.formats import code_bits
 from loftq_cli.report.parts import TOLD_BY, model_name
+from loftq_cli.report.sparks import bar
 from loftq_cli.report.stored_bits import called
 from loftq_cli.report.tables import Column, Facts, Records, Section, Table, View, fields
 from loftq_cli.schema import Document, MemoryEstimate, RankCost, SweepRanksResults
@@ -91,6 +92,7 @@ def _errors(results: SweepRanksResults) -> Table:
             columns += [
                 Column(f"{what}_error_relative", f"{what} error", show=units.percent),
                 Column(f"{what}_error_removed", "removed", show=units.percent),
+                Column(f"{what}_error_removed", "", "picture", bar),
             ]
     return Table("What is left of the quantization error", columns, results.ranks)
 

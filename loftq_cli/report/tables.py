@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
 
 from loftq_cli.report.escape import visible
@@ -15,12 +15,14 @@ Shown: TypeAlias = Callable[[Any], str]
 class Column:
     """What to show of an item, and how: an attribute by its name, or what a function makes of it.
 
-    A value that is None is shown as nothing.
+    A value that is None is shown as nothing. A name is out of the model, and shown verbatim; a
+    picture (`sparks.py`) says nothing that the other columns do not, and is only for terminals that
+    are wide enough.
     """
 
     of: str | Callable[[Any], Any]
     title: str
-    kind: Literal["name", "prose", "number"] = "number"  # a name is out of the model: verbatim
+    kind: Literal["name", "prose", "number", "picture"] = "number"
     show: Shown = str
     style: Shown = lambda value: ""  # on a terminal with colour
 
@@ -39,6 +41,10 @@ class Table:
     title: str
     columns: Sequence[Column]
     items: Sequence[Any]
+
+    def in_words(self) -> Table:
+        """The same without columns that are pictures."""
+        return replace(self, columns=[each for each in self.columns if each.kind != "picture"])
 
 
 @dataclass(frozen=True)

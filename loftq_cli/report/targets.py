@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from loftq_cli.report import units
 from loftq_cli.report.parts import TOLD_BY, model_name
+from loftq_cli.report.sparks import bar
 from loftq_cli.report.tables import Column, Facts, Records, Section, Table, View
 from loftq_cli.schema import Document, LayerKind, TargetPreset, TargetsResults
 
@@ -51,6 +52,7 @@ def _layers(kinds: Sequence[LayerKind]) -> Table:
         Column(lambda kind: (kind.out_features, kind.in_features), "out × in", show=units.shape),
         Column("parameters", "parameters", show=units.number),
         Column("share_of_parameters", "of all", show=units.percent),
+        Column("share_of_parameters", "", "picture", bar),
         Column("role", "role", "prose"),
     ]
     return Table("Linear layers", columns, kinds)

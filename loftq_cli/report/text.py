@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from loftq_cli.report.escape import visible
+from loftq_cli.report.sparks import SPARKS_ASCII
 from loftq_cli.report.tables import (
     Code,
     Facts,
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 # value a line.
 _NARROWEST = 14
 
-_ASCII = str.maketrans({"×": "x", "→": "->", "›": ">"})
+_ASCII = str.maketrans({"×": "x", "→": "->", "›": ">", **SPARKS_ASCII})
 _ASCII_RULE = "    \n    \n -- \n    \n    \n    \n    \n    \n"  # box.SIMPLE_HEAD
 
 
@@ -109,18 +110,16 @@ class _Page:
         from rich import box
         from rich.table import Table as Grid
 
+        if self.needs(table) > self.console.width:
+            table = table.in_words()
+        if self.needs(table) > self.console.width:
+            self.stacked(table)
+            return
         titles = [self.text(column.title) for column in table.columns]
         rows = [
             [self.text(each.cell(item), each.style(each.value(item))) for each in table.columns]
             for item in table.items
         ]
-        need = 0
-        for column, *cells in zip(table.columns, titles, *rows, strict=True):
-            widest = max(text.cell_len for text in cells)
-            need += widest if column.kind == "number" else min(widest, _NARROWEST)
-        if need + 2 * len(titles) > self.console.width:
-            self.stacked(table)
-            return
         rule = box.SIMPLE_HEAD if self.unicode else box.Box(_ASCII_RULE)
         grid = Grid(
             title=self.text(table.title, "bold"),
@@ -131,13 +130,22 @@ class _Page:
             show_edge=False,
         )
         for column, title in zip(table.columns, titles, strict=True):
-            number = column.kind == "number"
+            number, whole = column.kind == "number", column.kind in ("number", "picture")
             grid.add_column(
-                title, justify="right" if number else "left", overflow="fold", no_wrap=number
+                title, justify="right" if number else "left", overflow="fold", no_wrap=whole
             )
         for texts in rows:
             grid.add_row(*texts)
         self.console.print(grid)
+
+    def needs(self, table: Table) -> int:
+        """Characters that the table takes at the least, where names and prose fold."""
+        need = 2 * len(table.columns)
+        for column in table.columns:
+            cells = [column.title, *(column.cell(item) for item in table.items)]
+            widest = max(self.text(cell).cell_len for cell in cells)
+            need += widest if column.kind in ("number", "picture") else min(widest, _NARROWEST)
+        return need
 
     def stacked(self, table: Table) -> None:
         """One value a line, for a terminal that is too narrow for the table."""

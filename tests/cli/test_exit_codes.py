@@ -83,7 +83,7 @@ def test_debug_shows_the_traceback_before_the_message(
         (["lode"], "no such command 'lode'. Did you mean 'load'?", "loftq --help"),
         (["--frobnicate"], "no such option: --frobnicate", "loftq --help"),
         (["load", "--frobnicate"], "no such option: --frobnicate", "loftq load --help"),
-        (["load", "--modle", "x"], "(Possible options: --model)", "loftq load --help"),
+        (["load", "--modle", "x"], "(Possible options: --html, --model)", "loftq load --help"),
         (["load", "extra"], "(extra)", "loftq load --help"),
         (["load", "--dtype", "int3"], "'int3'", "loftq load --help"),
         (["load", "--format"], "'--format' requires an argument", "loftq load --help"),

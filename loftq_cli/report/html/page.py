@@ -149,6 +149,7 @@ def _section(section: Section) -> str:
 
 def _long(table: Table) -> str:
     """A table; a very long one is folded up."""
+    table = table.in_words()
     if len(table.items) <= _SHOWN_ROWS:
         return _table(table)
     return f"<details><summary>{len(table.items)} rows</summary>{_table(table)}</details>"
