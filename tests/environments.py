@@ -64,8 +64,12 @@ EXTRAS = {
         ],
     ],
 }
-READERS = ("tests/containers/test_compressed_tensors.py", "tests/containers/test_gptqmodel.py",
-           "tests/quantize/test_integer_containers.py")  # fmt: skip
+READERS = (
+    "tests/containers/test_compressed_tensors.py",
+    "tests/containers/test_gptqmodel.py",
+    "tests/quantize/test_integer_cards.py",
+    "tests/quantize/test_integer_containers.py",
+)
 # What is written for `load`: options of `quantize`.
 WRITTEN = ("--bits 4", "--bits 4 --quant-type fp4 --double-quant", "--bits 3", "--bits 8")
 

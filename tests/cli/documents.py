@@ -50,6 +50,16 @@ def calibrated() -> dict[str, Any]:
     return whole
 
 
+def integers(container: str = "gptq", **settings: Any) -> dict[str, Any]:
+    """A run in a container of integers, in whole rows unless the settings say otherwise."""
+    whole = quantize()
+    results = whole["results"]
+    form = {"container": container, "quant_type": "int", "block_size": -1, "double_quant": False}
+    results["settings"] |= form | settings
+    results["without_adapter"] = []
+    return whole
+
+
 def quantize(*, dry_run: bool = False) -> dict[str, Any]:
     kinds = {"attn.c_attn": (2304, 768), "attn.c_proj": (768, 768), "mlp.c_proj": (768, 3072)}
     layers = [
@@ -537,6 +547,7 @@ ALL = {
     "quantize": quantize(),
     "quantize-dry-run": quantize(dry_run=True),
     "quantize-calibrated": calibrated(),
+    "quantize-integers": integers(),
     "load": load(),
     "generate": generate(),
     "sweep-ranks": sweep_ranks(),

@@ -373,6 +373,13 @@ def test_what_to_do_about_a_quantization() -> None:
         ),
         "add --double-quant to save 1.56 MB, 5.22 % of the backbone",
     ]
+    integers = {"container": "gptq", "quant_type": "int", "block_size": 32}
+    whole = quantize(layer("a", [0.09, 0.08, 0.07]), after=0.09)
+    whole["results"]["settings"] |= integers
+    _, (sweep, more) = said(whole)
+    assert more.startswith("try --iterations")
+    assert "--container gptq --block-size 32" in sweep
+    assert "--quant-type" not in sweep
     _, more = said(quantize(layer("a", [0.09, 0.08, 0.07]), after=0.09, double_quant=True))
     assert more == [
         (

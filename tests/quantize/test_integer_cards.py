@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import re
 import shlex
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,12 +37,9 @@ MODULES = ("self_attn.q_proj", "mlp.down_proj")
 
 def document(container: str, *, bits: tuple[int, ...] = (4,), **changes: Any) -> Any:
     """Of a sample run in integers; ``bits`` go to its layers in turns."""
-    data = copy.deepcopy(documents.ALL["quantize"])
-    results = data["results"]
-    settings = {"container": container, "quant_type": "int", "bits": bits[0], "double_quant": False}
     known = {key: changes.pop(key) for key in list(changes) if key in ("block_size", "rslora")}
-    results["settings"] |= settings | known
-    results["without_adapter"] = []
+    data = documents.integers(container, **{"bits": bits[0], "block_size": 64, **known})
+    results = data["results"]
     for number, layer in enumerate(results["layers"]):
         layer |= {"bits": bits[number % len(bits)], "rank": changes.get("rank", 16)}
     results |= {key: value for key, value in changes.items() if key != "rank"}
@@ -136,15 +132,16 @@ def test_gpt2_in_gptq_is_for_gptqmodel() -> None:
         ("compressed-tensors", "quantization = CompressedTensorsConfig(dequantize=True)"),
     ],
 )
-def test_the_page_of_quantize_ends_in_the_same_lines(container: str, line: str) -> None:
-    *_, last = quantize_view(document(container, bits=(3,))).sections
-    assert isinstance(last, Code)
-    assert line in last.lines
-    assert "pip install" in "\n".join(last.lines)
-    mixed = quantize_view(document(container, bits=(8, 2))).sections[-1]
-    assert isinstance(mixed, Code)
+def test_the_page_of_quantize_has_the_same_lines(container: str, line: str) -> None:
+    def lines(bits: tuple[int, ...]) -> Sequence[str]:
+        sections = quantize_view(document(container, bits=bits)).sections
+        (code,) = (each for each in sections if isinstance(each, Code))
+        return code.lines
+
+    assert line in lines((3,))
+    assert "pip install" in "\n".join(lines((3,)))
     expected = "GPTQModel.load(" if container == "gptq" else "loftq export gpt2-loftq"
-    assert any(expected in each for each in mixed.lines)
+    assert any(expected in each for each in lines((8, 2)))
 
 
 # --- run ------------------------------------------------------------------------------------------
