@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from loftq_cli.checks import kernels, layers, model, rates
+from loftq_cli.checks import kernels, layers, model, rates, roundtrip
 from loftq_cli.checks.battery import Check
 from loftq_cli.checks.model import Subject
 from loftq_cli.checks.roundtrip import RoundTrip
@@ -30,6 +30,11 @@ _HARDWARE = (
         "compiled loops",
         "loftq's own fast loops give the reference's codes, scales and residuals",
         kernels.compiled,
+    ),
+    (
+        "integer containers",
+        "a small model in both is what was measured, weight by weight",
+        roundtrip.integers,
     ),
     (
         "half precision",

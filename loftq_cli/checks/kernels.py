@@ -8,6 +8,8 @@ that it does not have.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from loftq_cli.checks.battery import Finding, NothingToCheck
@@ -17,6 +19,8 @@ from loftq_cli.checks.specimens import (
     differs,
     edge_cases,
     formats,
+    integer_edge_cases,
+    integer_formats,
     quant_state,
     short,
 )
@@ -26,6 +30,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from loftq_cli.core.blockwise import BlockwiseFormat, QuantizedBlockwise
+    from loftq_cli.core.quantizers import BlocksQuantizer
 
 # A scaled value this near to the border between two levels may go either way: GPUs multiply with
 # an approximate reciprocal. The two levels are then equally near.
@@ -100,39 +105,59 @@ def dequantization(device: str) -> Finding:
 
 def compiled(device: str) -> Finding:
     """loftq's own compiled loops, made for this processor, against the reference."""
-    import torch
-
-    from loftq_cli.core.quantizers import Blockwise
-    from loftq_cli.core.residual import worth_compiling
+    from loftq_cli.core.quantizers import Blockwise, Integers
 
     values = count = 0
     for fmt, dtype in formats():
-        W = edge_cases(fmt, dtype).view(-1, 4096)
-        # A small weight is left to the reference itself.
-        W = W.repeat(-(-_COMPILED_VALUES // W.numel()), 1).to(device)
-        if not worth_compiling(W):
-            raise NothingToCheck("the compiled loops are for CPUs")
-        stored, residual = Blockwise(fmt).steps(W).quantize()
-        expected, rest = Blockwise(fmt, readable=True).steps(W).quantize()
-        for what, ours, reference in (
-            ("code pair", stored.packed, expected.packed),
-            ("scale", stored.absmax, expected.absmax),
-            ("residual", residual.matrix, rest.matrix),
-        ):
-            if not torch.equal(ours, reference):
-                at = int((ours != reference).view(-1).int().argmax())
-                raise CheckFailed(
-                    "loftq's compiled loops and the reference disagree",
-                    cause=f"{what} {at} of {_named(fmt, dtype)}: {float(ours.view(-1)[at]):.9g} "
-                    f"and {float(reference.view(-1)[at]):.9g}",
-                    hint="please report it, with this processor's name",
-                )
-        values += W.numel()
+        values += _compiled(
+            Blockwise(fmt),
+            edge_cases(fmt, dtype).view(-1, 4096).to(device),
+            {"code pair": "packed", "scale": "absmax"},
+            _named(fmt, dtype),
+        )
+        count += 1
+    for whole, dtype in integer_formats():
+        size = whole.block_size or "of a row"
+        values += _compiled(
+            Integers(whole),
+            integer_edge_cases(whole, dtype).to(device),
+            {"code": "codes", "scale": "scales"},
+            f"int{whole.bits}, block size {size}, {short(dtype)}",
+        )
         count += 1
     return Finding(
         f"{values:,} codes, scales and residuals equal the reference's in {count} formats",
         {"values_compared": values, "formats": count},
     )
+
+
+def _compiled(quantizer: BlocksQuantizer, W: Tensor, parts: Mapping[str, str], named: str) -> int:
+    """The values of a weight whose stored ``parts`` and residual are those of the reference."""
+    import torch
+
+    from loftq_cli.core.residual import worth_compiling
+
+    # A small weight is left to the reference itself.
+    repeats: int = -(-_COMPILED_VALUES // W.numel())
+    W = W.repeat(repeats, 1)
+    if not worth_compiling(W):
+        raise NothingToCheck("the compiled loops are for CPUs")
+    stored, residual = quantizer.steps(W).quantize()
+    expected, rest = replace(quantizer, readable=True).steps(W).quantize()
+    compared = [
+        (what, getattr(stored, name), getattr(expected, name)) for what, name in parts.items()
+    ]
+    for what, ours, reference in (*compared, ("residual", residual.matrix, rest.matrix)):
+        if not torch.equal(ours, reference):
+            at = int((ours != reference).view(-1).int().argmax())
+            raise CheckFailed(
+                "loftq's compiled loops and the reference disagree",
+                cause=f"{what} {at} of {named}: {float(ours.view(-1)[at]):.9g} and "
+                f"{float(reference.view(-1)[at]):.9g}",
+                hint="please report it, with this processor's name",
+            )
+    count: int = W.numel()
+    return count
 
 
 def _compare_codes(

@@ -38,7 +38,14 @@ Monkey = pytest.MonkeyPatch
 
 HARDWARE = [
     *("4-bit quantization", "4-bit dequantization", "4-bit layer", "int8 kernel"),
-    *("compiled loops", "half precision", "matrix products", "memory bandwidth", "SVD"),
+    *(
+        "compiled loops",
+        "integer containers",
+        "half precision",
+        "matrix products",
+        "memory bandwidth",
+        "SVD",
+    ),
 ]
 MODEL = [
     "load",

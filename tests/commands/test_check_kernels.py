@@ -12,9 +12,14 @@ import torch
 from torch import Tensor
 
 from loftq_cli.checks import all as all_checks
-from loftq_cli.checks import kernels
+from loftq_cli.checks import kernels, roundtrip, specimens
 from loftq_cli.checks.battery import Check
+from loftq_cli.containers import packing
+from loftq_cli.containers.gptq import Gptq
+from loftq_cli.core import steps
 from loftq_cli.core.blockwise import BlockwiseFormat
+from loftq_cli.core.integers import IntegerFormat, quantize_integers
+from loftq_cli.errors import CheckFailed
 from tests.commands.test_check import by_name
 from tests.conftest import Outcome
 
@@ -119,3 +124,65 @@ def test_two_zeros_are_the_same_in_fp4_only(check_with: Callable[[Change], Outco
     done = check_with(swap)
     assert done.code == 3
     assert " of nf4, block size 32" in by_name(done.out)["4-bit quantization"]["cause"]
+
+
+# --- integers -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_every_border_between_integers_occurs_where_a_scale_is_exact(bits: int) -> None:
+    fmt = IntegerFormat(bits, 32)
+    W = specimens.integer_edge_cases(fmt, torch.float32).view(-1, 32)
+    stored = quantize_integers(W, fmt)
+    exact = (torch.frexp(stored.scales).mantissa == 0.5).view(-1)
+    assert exact.sum() >= 64
+    in_steps = (W / stored.scales)[exact]
+    half = 1 << (bits - 1)
+    borders = torch.arange(1 - half, half) - 0.5
+    assert set(borders.tolist()) <= set(in_steps.view(-1).tolist())
+    assert set(stored.codes.view(-1).tolist()) == set(range(-half, half))
+    assert (stored.scales[5] == 0).all()
+
+
+def test_compiled_integers_that_store_something_else_are_found(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(kernels, "formats", lambda: iter(()))
+    some = [(IntegerFormat(3, 64), torch.bfloat16), (IntegerFormat(8, None), torch.float32)]
+    monkeypatch.setattr(kernels, "integer_formats", lambda: iter(some))
+    assert kernels.compiled("cpu").figures["formats"] == 2
+    reference = steps.ReferenceSteps.quantize
+
+    def off(self: Any, *given: Any, **options: Any) -> Any:
+        stored, residual = reference(self, *given, **options)
+        stored.codes.view(-1)[-1] ^= 1
+        return stored, residual
+
+    monkeypatch.setattr(steps.ReferenceSteps, "quantize", off)
+    with pytest.raises(CheckFailed) as raised:
+        kernels.compiled("cpu")
+    assert "of int3, block size 64, bfloat16" in str(raised.value.cause)
+
+
+def test_integers_make_the_round_trip() -> None:
+    found = roundtrip.integers("cpu")
+    layers = 2 * 2 * (2 * 64 * 64 + 2 * 32 * 64 + 3 * 64 * 128)
+    assert found.figures["values_compared"] == layers
+    assert found.figures["largest_difference"] < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("what", "told"),
+    [("codes", "is not what quantize measured"), ("scales", "other weights of")],
+)
+def test_a_round_trip_that_changes_something_is_found(
+    what: str, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if what == "codes":  # in the file, where reader and reference agree on them
+        pack = packing.pack
+        monkeypatch.setattr(packing, "pack", lambda codes, bits: pack(codes.flip(1), bits))
+    else:  # in what the reader makes of them
+        runtime = Gptq.runtime
+        monkeypatch.setattr(Gptq, "runtime", lambda self, stored: runtime(self, stored) * 2)
+    with pytest.raises(CheckFailed, match=told):
+        roundtrip.integers("cpu")

@@ -286,12 +286,13 @@ def _residual(
 
 
 def loaded_residual(
-    model: Any, container: Container, checkpoint: Checkpoint, layer: LinearLayer
+    model: Any, container: Container | None, checkpoint: Checkpoint, layer: LinearLayer
 ) -> tuple[float, float]:
     """‖W − Q − s·B·A‖ / ‖W‖ and ‖W − Q‖ / ‖W‖ of a layer of a quantized PEFT model in memory.
 
     The second is more than plain quantization leaves: this Q was chosen to go with its adapter. To
-    be called before the model's first forward pass (see `Container.held`).
+    be called before the model's first forward pass (see `Container.held`). Without a ``container``
+    the layers are plain ones, and have Q for their weight.
 
     Raises:
         CheckFailed: the layer was not loaded as a quantized one with an adapter.
@@ -300,11 +301,11 @@ def loaded_residual(
 
     module = model.get_base_model().get_submodule(layer.module)
     base = getattr(module, "base_layer", module)
-    if not container.holds(base):
+    if container is not None and not container.holds(base):
         kind = type(base).__name__
         raise CheckFailed(f"{layer.module} was loaded as {kind}, not as a quantized layer")
     with torch.no_grad():
-        Q = container.held(base)
+        Q = base.weight.detach() if container is None else container.held(base)
         W = read_weight(checkpoint, layer, str(Q.device))
         (adapter,) = module.active_adapters
         A, B = module.lora_A[adapter].weight.double(), module.lora_B[adapter].weight.double()
