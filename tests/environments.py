@@ -5,10 +5,10 @@
     python -m tests.environments load DIR 5.17.0+0.21.2
     python -m tests.environments extras DIR            # who else reads our files
 
-To be run by hand, in an environment where the suite runs. Every pair of versions gets a virtual
-environment of its own under DIR, which lies over this one: pip installs there what that pair needs
-in another version, and all else (torch, bitsandbytes, pytest) is found here. What is there is used
-again.
+To be run in an environment where the suite runs: `extras` by `.ci/run`, the others by hand. Every
+pair of versions gets a virtual environment of its own under DIR, which lies over this one: pip
+installs there what that pair needs in another version, and all else (torch, bitsandbytes, pytest)
+is found here. What is there is used again.
 """
 
 from __future__ import annotations
@@ -19,8 +19,12 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+import time
 import venv
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from importlib import metadata
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -45,31 +49,28 @@ SUITE = (
 )
 # transformers may compile DeBERTa's functions with what torch 2.13 calls deprecated.
 QUIETLY = ("-p", "no:cacheprovider", "-W", "ignore:`torch.jit:DeprecationWarning")
-# For `extras`: what reads integer containers, by the name of its environment. gptqmodel comes
-# without what it asks for, which would be another torch.
+# For `extras`, by their names: what is installed, and the tests that ask who reads such containers.
+# gptqmodel comes without what it asks for, which would be another torch; it and others are source,
+# built with what is here.
+BOTH = "tests/quantize/test_integer_containers.py"
 EXTRAS = {
-    "compressed-tensors": [["compressed-tensors==0.20.0"]],
-    "gptq": [
-        ["--no-deps", "gptqmodel==7.7.0", "torchao==0.18.0"],
-        ["compressed-tensors==0.20.0", "optimum==2.3.0", "datasets", "defuser", "device-smi"],
+    "compressed-tensors": (
+        [["compressed-tensors==0.20.0"]],
+        ["tests/containers/test_compressed_tensors.py", BOTH],
+    ),
+    "gptq": (
         [
-            "logbar",
-            "ninja",
-            "pillow",
-            "protobuf",
-            "pypcre",
-            "requests",
-            "threadpoolctl",
-            "tokenicer",
+            ["setuptools", "wheel", "packaging"],
+            ["--no-deps", "--no-build-isolation", "gptqmodel==7.7.0", "torchao==0.18.0"],
+            [
+                "--no-build-isolation", "compressed-tensors==0.20.0", "optimum==2.3.0", "datasets",
+                "defuser", "device-smi", "logbar", "ninja", "pillow", "protobuf", "pypcre",
+                "requests", "threadpoolctl", "tokenicer",
+            ],
         ],
-    ],
-}
-READERS = (
-    "tests/containers/test_compressed_tensors.py",
-    "tests/containers/test_gptqmodel.py",
-    "tests/quantize/test_integer_cards.py",
-    "tests/quantize/test_integer_containers.py",
-)
+        ["tests/containers/test_gptqmodel.py", "tests/quantize/test_integer_cards.py", BOTH],
+    ),
+}  # fmt: skip
 # What is written for `load`: options of `quantize`.
 WRITTEN = ("--bits 4", "--bits 4 --quant-type fp4 --double-quant", "--bits 3", "--bits 8")
 
@@ -150,14 +151,24 @@ def suite(under: Path, pairs: list[str]) -> bool:
 
 
 def extras(under: Path, names: list[str]) -> bool:
-    passed = True
-    for name in names:
-        done = run(layered(under / name, EXTRAS[name]), "-m", "pytest", "-q", "-n0",
-                   "-p", "no:cacheprovider", *READERS)  # fmt: skip
-        passed &= done.returncode == 0
-        print(f"{name:20} {last_line(done)}")
-        if done.returncode:
-            print(done.stdout)
+    """Side by side: most of their time is downloads. What is skipped was not asked, and fails."""
+    with ThreadPoolExecutor() as pool:
+        return all(list(pool.map(partial(extra, under), names)))
+
+
+def extra(under: Path, name: str) -> bool:
+    installs, tests = EXTRAS[name]
+    began = time.monotonic()
+    python = layered(under / name, installs)
+    installed = time.monotonic()
+    version = run(python, "-c", "import torch; print(torch.__version__)").stdout.strip()
+    assert version == metadata.version("torch"), f"{name} has replaced torch by {version}"
+    done = run(python, "-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider", *tests)
+    said, tested = last_line(done), time.monotonic()
+    print(f"{name:20} installed in {installed - began:.0f} s, {tested - installed:.0f} s: {said}")
+    passed = done.returncode == 0 and "skipped" not in said
+    if not passed:
+        print(done.stdout, done.stderr)
     return passed
 
 
