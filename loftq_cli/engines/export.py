@@ -1,45 +1,30 @@
 """The whole `export` run: the codes and scales of one directory in the other container of integers.
 
-Every file becomes one of the same name: of a weight file all tensors, with the parts of a quantized
-weight replaced by those of the other container; index, configs, report and README made anew; the
-rest copied. One weight is held at a time, and what it becomes.
-
-Each file is held against the size and hash of the report when it is read, and each weight against
-the codes and scales that its container may have, so nothing is taken that was not written.
+Of a weight file all tensors are written, with the parts of a quantized weight replaced by those of
+the other container; index, configs, report and README made anew; the rest copied. Each weight is
+held against the codes and scales that its container may have.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loftq_cli import __version__, schema
-from loftq_cli.checkpoint.index import INDEX_FILE, load_json
-from loftq_cli.checkpoint.safetensors import read_pieces
+from loftq_cli.checkpoint.index import load_json
 from loftq_cli.checkpoint.staging import Staging
-from loftq_cli.checkpoint.writer import (
-    copy_file,
-    hash_file,
-    require_free_space,
-    write_safetensors,
-)
-from loftq_cli.containers.base import Damaged, Weight
+from loftq_cli.containers.base import Weight
 from loftq_cli.engines import output
-from loftq_cli.engines.export_plan import (
-    ADAPTER_CONFIG_NAME,
-    ExportPlan,
-    FilePlan,
-    not_as_reported,
-    plan_export,
-    require_same,
-)
+from loftq_cli.engines.export_plan import ExportPlan, plan_export
 from loftq_cli.engines.report_file import Report, read_report, refuse_output, write_report
+from loftq_cli.engines.rewriting import write_files
+from loftq_cli.engines.written import ADAPTER_CONFIG_NAME, WeightFile
 from loftq_cli.errors import LoftqError
-from loftq_cli.models.companions import companions
 from loftq_cli.models.source import CONFIG_FILE, main_dtype
-from loftq_cli.record import Progress, Record
+from loftq_cli.record import Record
 
 if TYPE_CHECKING:
     from loftq_cli.schema import Document, ExportResults
@@ -78,15 +63,15 @@ def export_directory(
         output=str(out),
         source_container=plan.before.name,
         container=plan.after.name,
-        quantized_layers=len(plan.weights),
+        quantized_layers=len(plan.written.weights),
         files=report.results.files,
-        input_bytes=plan.model_bytes(plan.before),
-        output_bytes=plan.model_bytes(plan.after),
+        input_bytes=plan.written.bytes(plan.before.planned),
+        output_bytes=plan.written.bytes(plan.after.planned),
         source_stored_bits=plan.stored_bits(plan.before),
         stored_bits=plan.stored_bits(plan.after),
         seconds=time.perf_counter() - began,
     )
-    return record.document(results, model=plan.report.model)
+    return record.document(results, model=plan.written.report.model)
 
 
 def write_export(plan: ExportPlan, out: Path, record: Record, *, force: bool) -> Report:
@@ -95,25 +80,19 @@ def write_export(plan: ExportPlan, out: Path, record: Record, *, force: bool) ->
     Returns:
         the report of the output.
     """
-    hashes = {name: each.sha256 for name, each in plan.listed.items()}
+    written = plan.written
+    hashes = {name: each.sha256 for name, each in written.listed.items()}
     fingerprint = {"loftq": __version__, "files": hashes, "container": plan.after.name}
-    with Staging(out, fingerprint=fingerprint, force=force, protected=[plan.source]) as staging:
-        output.tell_what_is_finished(staging, record)
-        kept = sum(entry.bytes for entry in staging.finished.values())
-        copied = sum(plan.listed[name].bytes for name in plan.copied)
-        require_free_space(out, plan.model_bytes(plan.after) + copied - kept)
-        with (
-            record.timing("files"),
-            record.progress("exporting", len(plan.weights)) as progress,
-            output.telling_what_is_kept(staging, list(plan.files), record),
-        ):
-            for name, file in plan.files.items():
-                if name in staging.finished:
-                    for weight in file.weights:
-                        progress.advance(weight.module)
-                else:
-                    _write_weights(plan, name, file, staging, progress)
-            _copy_files(plan, staging)
+    with Staging(out, fingerprint=fingerprint, force=force, protected=[written.source]) as staging:
+        write_files(
+            written,
+            staging,
+            record,
+            doing="exporting",
+            form=plan.after.planned,
+            convert=partial(_converted, plan),
+            copied=plan.copied,
+        )
         _write_descriptions(plan, out, staging)
         files = [
             schema.WrittenFile(name=each.name, bytes=each.bytes, sha256=each.sha256)
@@ -144,56 +123,21 @@ def _complete(plan: ExportPlan, out: Path) -> Report | None:
     return found if same else None
 
 
-def _write_weights(
-    plan: ExportPlan, name: str, file: FilePlan, staging: Staging, progress: Progress
-) -> None:
-    def chunks() -> Iterator[tuple[str, memoryview]]:
-        for entry in file.entries:
-            if isinstance(entry, Weight):
-                progress.start(entry.module)
-                yield from _converted(plan, file, entry)
-                progress.advance(entry.module)
-            else:
-                for piece in read_pieces(file.header, entry):
-                    yield entry.name, piece
-
-    # The header was read before: what changes the file from now on is seen when a tensor is read.
-    require_same(file.header.path, hash_file(file.header.path), plan.listed[name])
-    planned = file.tensors(plan.after)
-    staging.record(name, write_safetensors(staging.path(name), planned, chunks()))
-
-
 def _converted(
-    plan: ExportPlan, file: FilePlan, weight: Weight
+    plan: ExportPlan, file: WeightFile, weight: Weight
 ) -> Iterator[tuple[str, memoryview]]:
     """The names and bytes of what a weight is in the other container."""
-    tensors = {name: (file.header, info) for name, info in file.header.tensors.items()}
-    try:
-        stored = plan.before.read(tensors, weight, "cpu")
-        plan.before.require_codes(stored)
-    except Damaged as error:
-        raise not_as_reported(weight.module, str(error)) from None
+    stored = plan.written.stored(file, weight)
     yield from plan.after.tensors(weight.name, plan.before.quantized(stored))
 
 
-def _copy_files(plan: ExportPlan, staging: Staging) -> None:
-    for name in plan.copied:
-        if name not in staging.finished:
-            written = copy_file(plan.source / name, staging.path(name))
-            require_same(plan.source / name, written, plan.listed[name])
-            staging.record(name, written)
-    for folder in companions(plan.source, with_code=True).empty:
-        staging.make_folder(folder)
-
-
 def _write_descriptions(plan: ExportPlan, out: Path, staging: Staging) -> None:
-    """Index, config and the adapter's config, in the bytes that `quantize` gives them."""
-    if INDEX_FILE in plan.listed:
-        files = {name: file.tensors(plan.after) for name, file in plan.files.items()}
-        output.write_index(staging, files)
-    main = main_dtype(plan.config)
-    quantization = plan.after.quantization_config(plan.weights, plan.skipped, main)
-    output.write_json(staging, CONFIG_FILE, {**plan.config, "quantization_config": quantization})
-    adapter = load_json(plan.source / ADAPTER_CONFIG_NAME)
+    """Config, and the adapter's config, in the bytes that `quantize` gives them."""
+    written = plan.written
+    main = main_dtype(written.config)
+    quantization = plan.after.quantization_config(written.weights, plan.skipped, main)
+    config = {**written.config, "quantization_config": quantization}
+    output.write_json(staging, CONFIG_FILE, config)
+    adapter = load_json(written.source / ADAPTER_CONFIG_NAME)
     adapter["base_model_name_or_path"] = out.name
     output.write_json(staging, ADAPTER_CONFIG_NAME, adapter)

@@ -61,7 +61,7 @@ class Export(Subject):
         write_export(self.plan, Path(output.name), Record("export", [], Listener()), force=force)
 
     def write_former(self, output: Path) -> None:
-        shutil.copytree(self.plan.source, output)
+        shutil.copytree(self.plan.written.source, output)
 
 
 def run(subject: Subject, output: Path, faulty: FaultyOs, *, force: bool = False) -> None:

@@ -15,7 +15,7 @@ import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import loftq_cli
-from loftq_cli.engines import export
+from loftq_cli.engines import rewriting
 from loftq_cli.engines.export_plan import plan_export
 from tests.battery import LLAMA_LIKE
 from tests.export.conftest import Loftq, contents, report_of
@@ -72,7 +72,7 @@ def test_an_interrupted_run_goes_on(
 ) -> None:
     whole, out = tmp_path / "whole" / "OUT", tmp_path / "OUT"
     assert loftq("export", original, *TO, "-o", whole).code == 0
-    write, made = export.write_safetensors, []
+    write, made = rewriting.write_safetensors, []
 
     def stopped_at_the_second(path: Path, *rest: Any) -> Any:
         if made:
@@ -81,7 +81,7 @@ def test_an_interrupted_run_goes_on(
         return write(path, *rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(export, "write_safetensors", stopped_at_the_second)
+        patch.setattr(rewriting, "write_safetensors", stopped_at_the_second)
         stopped = loftq("export", original, *TO, "-o", out)
     assert stopped.code == 130
     assert "1 of 3 weight files are kept in" in stopped.err
@@ -91,7 +91,7 @@ def test_an_interrupted_run_goes_on(
         assert path.name not in made
         return write(path, *rest)
 
-    monkeypatch.setattr(export, "write_safetensors", not_again)
+    monkeypatch.setattr(rewriting, "write_safetensors", not_again)
     done = loftq("export", original, *TO, "-o", out)
     assert done.code == 0, done.err
     assert "going on with" in done.err
@@ -111,7 +111,7 @@ def test_another_directory_is_not_mixed_in(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(export, "copy_file", stopped)
+        patch.setattr(rewriting, "copy_file", stopped)
         assert loftq("export", original, *TO, "-o", out).code == 130
     done = loftq("export", another, *TO, "-o", out)
     assert done.code == 1

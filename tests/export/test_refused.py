@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from loftq_cli.engines import export
+from loftq_cli.engines import rewriting
 from tests.battery import BATTERY
 from tests.export.conftest import Loftq, contents
 from tests.verify.conftest import edit_json, edit_report, overwrite, reseal
@@ -149,14 +149,14 @@ def test_a_file_that_is_not_the_one_of_the_report(
 def test_a_file_that_changes_while_it_is_read(
     loftq: Loftq, written: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    hashed = export.hash_file
+    hashed = rewriting.hash_file
 
     def hash_and_touch(path: Path) -> Any:
         found = hashed(path)
         flip(path)
         return found
 
-    monkeypatch.setattr(export, "hash_file", hash_and_touch)
+    monkeypatch.setattr(rewriting, "hash_file", hash_and_touch)
     message = refused(loftq, written, tmp_path / "out")
     assert "it changed after its header was read" in message
 
