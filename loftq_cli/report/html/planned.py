@@ -29,7 +29,7 @@ def sweep_ranks_figures(results: SweepRanksResults) -> Iterator[Figure]:
             svg.lines(
                 title,
                 lines,
-                Axis("rank", units.plain, log=True),
+                Axis("rank", units.plain, log=True, ticks=[each.rank for each in ranks]),
                 Axis("error", units.percent),
                 knee,
             ),

@@ -35,11 +35,15 @@ class Series:
 
 @dataclass(frozen=True)
 class Axis:
-    """What an axis says, and how; a logarithmic one has values above 0 only."""
+    """What an axis says, and how; a logarithmic one has values above 0 only.
+
+    It is marked at ``ticks``, or where its numbers are round.
+    """
 
     label: str
     show: Show
     log: bool = False
+    ticks: Sequence[float] = ()
 
 
 def text(value: str) -> str:
@@ -104,7 +108,7 @@ def stacked(
         x = _LABEL + room * limit[0] / most
         body += [
             f'<line class="limit" x1="{x:.1f}" x2="{x:.1f}" y1="0" y2="{y}"/>',
-            _label(x, y + 12, limit[1], "middle", WIDTH),
+            _label(x, y + 12, limit[1], "end" if x > WIDTH / 2 else "start", WIDTH),
         ]
         y += 16
     legend, height = _legend([(part, "fill") for part in parts], y + 6)
@@ -206,7 +210,7 @@ class _Scale:
     """From values to places between two ends."""
 
     def __init__(self, values: Sequence[float], start: float, end: float, axis: Axis) -> None:
-        self.start, self.end, self.log = start, end, axis.log
+        self.start, self.end, self.log, self.marked = start, end, axis.log, axis.ticks
         low, high = self._of(min(values)), self._of(max(values))
         margin = 0.06 * (high - low) or 0.5 * abs(high) or 0.5
         self.low, self.high = low - margin, high + margin
@@ -219,9 +223,9 @@ class _Scale:
         return self.start + share * (self.end - self.start)
 
     def ticks(self) -> list[tuple[float, float]]:
-        """Round values, about four of them, and their places."""
-        found = self._powers() if self.log else self._steps()
-        if len(found) > 5:
+        """Values to mark, about four of them unless they are given, and their places."""
+        found = list(self.marked) or (self._powers() if self.log else self._steps())
+        if not self.marked and len(found) > 5:
             found = found[:: math.ceil(len(found) / 5)]
         return [(value, self(value)) for value in found]
 
