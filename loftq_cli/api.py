@@ -48,6 +48,8 @@ def quantize(
     resume: bool = False,
     force: bool = False,
     verify: bool = False,
+    push_to_hub: str | None = None,
+    private: bool = False,
     trust_remote_code: bool = False,
     listener: Listener | None = None,
 ) -> Document[QuantizeResults]:
@@ -75,8 +77,9 @@ def quantize(
     asked = QuantizeOptions(**options)
     with _recording("quantize", shlex.split(asked.command_line()), listener) as record:
         document, certificate = run_quantize(asked, record)
-    if certificate is not None:
-        require_passed(certificate, document)
+        if certificate is not None:
+            require_passed(certificate, document)
+        push_quantized(asked, record)
     return document
 
 
@@ -132,6 +135,14 @@ def run_quantize(asked: QuantizeOptions, record: Record) -> tuple[Report, Verify
     refuse_both(force=asked.force, resume=asked.resume)
     if asked.verify and asked.dry_run:
         raise UsageError("--dry-run writes nothing that --verify could open: choose one")
+    if asked.private and asked.push_to_hub is None:
+        raise UsageError("--private is for --push-to-hub", hint="add --push-to-hub ID")
+    if asked.push_to_hub is not None:
+        if asked.dry_run:
+            raise UsageError("--dry-run writes nothing that --push-to-hub could upload: choose one")
+        from loftq_cli.engines.hub import require_pushable
+
+        require_pushable(asked.push_to_hub)
     limit = None
     if asked.max_memory is not None:
         limit = size(asked.max_memory, "--max-memory", plain_bytes=True)
@@ -175,6 +186,22 @@ def run_quantize(asked: QuantizeOptions, record: Record) -> tuple[Report, Verify
     )
     made = make_directory(job, record)
     return made.document, _proved(job, made, record) if asked.verify else None
+
+
+def push_quantized(asked: QuantizeOptions, record: Record) -> None:
+    """Uploads what `run_quantize` wrote, where --push-to-hub asks for it.
+
+    Raises:
+        LoftqError: as `engines.push.push`; what was written stays.
+    """
+    if asked.push_to_hub is None or asked.output is None:
+        return
+    from loftq_cli.engines.push import push
+    from loftq_cli.engines.report_file import read_report
+
+    report = read_report(asked.output)
+    done = push(record, asked.output, report, asked.push_to_hub, private=asked.private)
+    record.note(f"pushed to {done.url}, commit {done.commit}")
 
 
 def _proved(job: Job, made: Made, record: Record) -> VerifyResults:

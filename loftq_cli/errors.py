@@ -11,6 +11,7 @@
     │   └── UnknownTargetModule
     ├── OutputExists
     ├── WriteFailed
+    ├── PushFailed               a hub did not take it
     ├── UsageError           2
     ├── CheckFailed          3   a check that was asked for failed
     └── DoesNotFit           4   memory or disk
@@ -81,6 +82,10 @@ class OutputExists(LoftqError):
 
 class WriteFailed(LoftqError):
     """The output could not be written."""
+
+
+class PushFailed(LoftqError):
+    """A hub did not take what was to be uploaded."""
 
 
 class UsageError(LoftqError):

@@ -94,6 +94,8 @@ class QuantizeOptions(Options):
     resume: bool = False
     force: bool = False
     verify: bool = False
+    push_to_hub: str | None = None
+    private: bool = False
     trust_remote_code: bool = False
 
 

@@ -22,7 +22,7 @@ from tests.conftest import Outcome
 
 README = Path(loftq_cli.__file__).parents[1] / "README.md"
 # What says how a result is shown. Python has the document, and shows it as it likes.
-SHOWING = {"format", "json", "save", "quiet", "debug", "help"}
+SHOWING = {"format", "json", "save", "html", "quiet", "debug", "help"}
 
 
 class Remembering(Listener):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from loftq_cli.api import run_quantize
+from loftq_cli.api import push_quantized, run_quantize
 from loftq_cli.commands.run import Run, command
 from loftq_cli.commands.spellings import option
 from loftq_cli.options import QuantizeOptions
@@ -36,3 +36,4 @@ def quantize(run: Run, asked: QuantizeOptions) -> None:
     run.emit(document)
     if certificate is not None:
         require_passed(certificate, document)
+    push_quantized(asked, run)

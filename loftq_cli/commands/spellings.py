@@ -211,6 +211,14 @@ OPTIONS = {
     "verify": option(
         bool, "--verify", help="Prove the output when it is complete, as loftq verify does."
     ),
+    "push_to_hub": option(
+        str | None,
+        "--push-to-hub",
+        metavar="ID",
+        help="Upload the complete output to this repository of the Hugging Face hub, as loftq push "
+        "does.",
+    ),
+    "private": option(bool, "--private", help="Only the owners of the new repository see it."),
     # --- generation ------------------------------------------------------------------------------
     "prompt": option(
         list[str] | None, "--prompt", "-p", metavar="TEXT", help="Text to continue; repeatable."

@@ -67,6 +67,7 @@ class ExportPlan:
         }
         changed = {
             "output": str(out),
+            "repository": None,
             "fingerprint": None,
             "settings": results.settings.model_copy(update={"container": self.after.name}),
             "totals": results.totals.model_copy(update=totals),

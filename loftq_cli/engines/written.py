@@ -132,14 +132,14 @@ def open_written(
     """
     listed = {each.name: each for each in report.results.files}
     for file in listed.values():
-        _require_present(source, file)
+        require_present(source, file)
     index = {INDEX_FILE} & listed.keys()
     for name in (CONFIG_FILE, ADAPTER_CONFIG_NAME, *index):
-        _require_listed(source, name, listed)
+        require_listed(source, name, listed)
         require_same(source / name, hash_file(source / name), listed[name])
     config, checkpoint = read_config(source), open_checkpoint(source)
     for name in checkpoint.headers:
-        _require_listed(source, name, listed)
+        require_listed(source, name, listed)
     architecture = read_architecture(source, config, trust_remote_code=trust_remote_code)
     if container.quantizes:
         tensors = architecture.weights_of_modules(container.weights_in(checkpoint.tensors))
@@ -226,10 +226,13 @@ def _weight(weight: Weight, checkpoint: Checkpoint, container: Container) -> Wei
     )
 
 
-def _require_present(source: Path, listed: schema.WrittenFile) -> None:
+def require_present(source: Path, listed: schema.WrittenFile) -> None:
     """The name leads nowhere else, and a file of this size has it.
 
     The README is not read, and people write into it.
+
+    Raises:
+        CorruptCheckpoint
     """
     if not is_plain(listed.name):
         raise CorruptCheckpoint(
@@ -246,7 +249,12 @@ def _require_present(source: Path, listed: schema.WrittenFile) -> None:
         raise _changed(path, f"it has {size:,} bytes, and {listed.bytes:,} were written")
 
 
-def _require_listed(source: Path, name: str, listed: Mapping[str, object]) -> None:
+def require_listed(source: Path, name: str, listed: Mapping[str, object]) -> None:
+    """Refuses a directory whose report says nothing of a file.
+
+    Raises:
+        CorruptCheckpoint
+    """
     if name not in listed:
         raise _changed(source / name, f"{REPORT_FILE} does not list it")
 

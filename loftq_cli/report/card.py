@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-import textwrap
 from pathlib import PurePath
 
 from loftq_cli import starts
 from loftq_cli.report import integer_card, units
+from loftq_cli.report.another_head import another_head
 from loftq_cli.report.escape import code_span, shell_word, visible
 from loftq_cli.report.formats import (
     all_layers,
@@ -22,12 +22,15 @@ from loftq_cli.report.formats import (
     stored_ranks,
 )
 from loftq_cli.report.loading import (
-    auto_class,
     base_call,
     can_take_adapter,
-    import_lines,
+    here_as_text,
+    here_lines,
+    is_causal,
+    is_repacked,
+    keeping_layout,
     load_lines,
-    quoted,
+    python_block,
     why_not_by_transformers,
 )
 from loftq_cli.report.serving import serving
@@ -75,16 +78,6 @@ _MERGED_IN_PLACE = """\
 On the quantized layers themselves `merge_adapter()`, `unmerge_adapter()` and `merge_and_unload()`
 round the weights again, in silence, and a part of the correction is lost."""
 
-_ANOTHER_HEAD = """\
-Classes with another head on the same inner model open this directory too, where transformers has
-them for this architecture, and make a fresh head: `AutoModelForSequenceClassification`, or for
-tokens `AutoModelForTokenClassification` with the task type "TOKEN_CLS". PEFT trains and saves the
-head with the adapter:"""
-
-_HIDDEN_STATES = """\
-Hidden states are those of `model.get_base_model().base_model`; the class `AutoModel` has other
-names for its layers than the adapter."""
-
 # For LoRA on large models, as QLoRA's authors have it.
 _RATE, _HALF_OF_IT = "2e-4", "1e-4"
 
@@ -113,6 +106,10 @@ original model: there it would add the quantization error instead of taking it a
 merged model again loses the correction again."""
 
 
+_A_COPY = """\
+Python below needs no more than the name of this repository. Its command lines are for a copy on the
+disk, of which `loftq` can tell that nothing has changed on the way:"""
+
 # Of a name in the title: links, tags and code.
 _MARKUP, _ESCAPED = re.compile(r"([\\`\[\]<>])"), r"\\\1"
 
@@ -120,11 +117,12 @@ _MARKUP, _ESCAPED = re.compile(r"([\\`\[\]<>])"), r"\\\1"
 def card(document: Document[QuantizeResults]) -> str:
     """Markdown whose code runs as it stands, from the directory that holds the output."""
     results = document.results
-    here = PurePath(results.output).name
+    here = PurePath(results.repository or results.output).name
     parts = [
         f"# {_MARKUP.sub(_ESCAPED, visible(here))}",
         _introduction(document),
         _figures(results),
+        *_download(results, here),
         *(_used(results, here) if can_take_adapter(results) else _only_served(results, here)),
         "## Serve",
         serving(results, here),
@@ -135,6 +133,15 @@ def card(document: Document[QuantizeResults]) -> str:
     if any((layer.bits or in_file) < in_file for layer in all_layers(results)):
         parts.insert(3, _FEWER_BITS)
     return "\n\n".join(parts) + "\n"
+
+
+def _download(results: QuantizeResults, here: str) -> list[str]:
+    """To begin with, where the directory is a hub's: what command lines want."""
+    if results.repository is None:
+        return []
+    place = shell_word(here)
+    lines = f"hf download {shell_word(results.repository)} --local-dir {place}"
+    return ["## Download", _A_COPY, f"```sh\n{lines}\nloftq verify {place}\n```"]
 
 
 def _used(results: QuantizeResults, here: str) -> list[str]:
@@ -148,7 +155,7 @@ def _used(results: QuantizeResults, here: str) -> list[str]:
     else:
         notes = [
             _WHERE_IT_IS,
-            *([_ON_A_CPU] if _is_repacked(results) else []),
+            *([_ON_A_CPU] if is_repacked(results) else []),
             *([_NO_SECOND_QUANTIZATION, _DTYPE + stored] if quantized else []),
         ]
     if why_not_by_transformers(results) is None:
@@ -156,7 +163,7 @@ def _used(results: QuantizeResults, here: str) -> list[str]:
     return [
         *(["## Install", integer_card.install(results)] if integers else []),
         "## Load",
-        _loading(results, here),
+        _loading(results),
         *notes,
         "## Fine-tune",
         _training(results),
@@ -167,7 +174,7 @@ def _used(results: QuantizeResults, here: str) -> list[str]:
         _WHERE_TO_MERGE if quantized else _MERGE_PLAIN,
         *([_MERGED_IN_PLACE] if quantized and not integers else []),
         _merging(results, here),
-        *_another_head(results),
+        *another_head(results),
         "## Evaluate",
         _evaluation(results, here),
     ]
@@ -177,32 +184,15 @@ def _only_served(results: QuantizeResults, here: str) -> list[str]:
     return ["## Fine-tune", integer_card.trained(results, here)]
 
 
-def _loading(results: QuantizeResults, here: str) -> str:
+def _loading(results: QuantizeResults) -> str:
     lines = [
-        "from pathlib import Path",
-        "",
-        *import_lines(results),
-        "",
-        f"here = Path({quoted(here)}).resolve()",
-        *load_lines(results, "here", "str(here)"),
-        *_keeping_layout(results, "model"),
+        *here_lines(results),
+        *load_lines(results, "here", here_as_text(results)),
+        *keeping_layout(results, "model"),
         'model = PeftModel.from_pretrained(model, here, subfolder="loftq_init", is_trainable=True)',
-        'model.peft_config["default"].base_model_name_or_path = str(here)',
+        'model.peft_config["default"].base_model_name_or_path = ' + here_as_text(results),
     ]
-    return _python("\n".join(lines))
-
-
-def _is_repacked(results: QuantizeResults) -> bool:
-    return is_quantized(results) and code_bits(results.settings.quant_type) == 4
-
-
-def _keeping_layout(results: QuantizeResults, model: str) -> list[str]:
-    if not _is_repacked(results):
-        return []
-    return [
-        f"for layer in {model}.modules():  # before anything else",
-        "    layer.support_avx512bf16_for_cpu = False",
-    ]
+    return python_block("\n".join(lines))
 
 
 def _backbone(results: QuantizeResults) -> str:
@@ -221,7 +211,7 @@ def _training(results: QuantizeResults) -> str:
     settings = results.settings
     halved = settings.bits <= starts.of_report(settings.init).half_rate_up_to
     rate = _HALF_OF_IT if halved else _RATE
-    code = _python(f"""
+    code = python_block(f"""
         from transformers import Trainer, TrainingArguments
 
         arguments = TrainingArguments("runs", learning_rate={rate}, num_train_epochs=1)
@@ -232,34 +222,7 @@ def _training(results: QuantizeResults) -> str:
     text = f"{_RATE} is where most begin with LoRA"
     if halved:
         text += f", and half of that is for this start: {_HALVED}"
-    return f"{code}\n\n{text}." + (f" {_OWN_RATE}" if _is_causal(results) else "")
-
-
-def _is_causal(results: QuantizeResults) -> bool:
-    return (auto_class(results), results.task_type) == ("AutoModelForCausalLM", "CAUSAL_LM")
-
-
-def _another_head(results: QuantizeResults) -> list[str]:
-    if results.own_code or not _is_causal(results) or why_not_by_transformers(results) is not None:
-        return []
-    call = base_call(results, "here", auto="kind", more=["num_labels=2"])
-    lines = [
-        "from peft import LoraConfig, get_peft_model",
-        "from peft import get_peft_model_state_dict, set_peft_model_state_dict",
-        "from safetensors.torch import load_file",
-        "from transformers import AutoModelForSequenceClassification",
-        "",
-        "kind = AutoModelForSequenceClassification",
-        f"classifier = {call}",
-        *_keeping_layout(results, "classifier"),
-        'config = LoraConfig.from_pretrained(here, subfolder="loftq_init")',
-        'config.task_type, config.base_model_name_or_path = "SEQ_CLS", str(here)',
-        "classifier = get_peft_model(classifier, config)",
-        "state = get_peft_model_state_dict(classifier)",
-        'state |= load_file(here / "loftq_init" / "adapter_model.safetensors")',
-        "set_peft_model_state_dict(classifier, state)",
-    ]
-    return ["## Another head", _ANOTHER_HEAD, _python("\n".join(lines)), _HIDDEN_STATES]
+    return f"{code}\n\n{text}." + (f" {_OWN_RATE}" if is_causal(results) else "")
 
 
 def _introduction(document: Document[QuantizeResults]) -> str:
@@ -326,10 +289,10 @@ def _figures(results: QuantizeResults) -> str:
 def _merging(results: QuantizeResults, here: str) -> str:
     if in_integers(results):
         how = integer_card.merged(results, here)
-        return how if isinstance(how, str) else _python("\n".join(how))
+        return how if isinstance(how, str) else python_block("\n".join(how))
     base = base_call(results, "here")
     if not is_quantized(results):
-        return _python(f"""
+        return python_block(f"""
             base = {base}
             merged = PeftModel.from_pretrained(base, "trained-adapter").merge_and_unload()
             merged.save_pretrained("merged")
@@ -351,7 +314,7 @@ def _merging(results: QuantizeResults, here: str) -> str:
         state = "state_dict=state, "
     # transformers cannot yet reverse the reading of bitsandbytes' format, and need not.
     lines.append(f'merged.save_pretrained("merged", {state}save_original_format=False)')
-    return _python("\n".join(lines))
+    return python_block("\n".join(lines))
 
 
 def _evaluation(results: QuantizeResults, here: str) -> str:
@@ -362,7 +325,7 @@ def _evaluation(results: QuantizeResults, here: str) -> str:
         )
     return (
         "The loss on a text of yours, to be held against the original model's:\n\n"
-        + _python("""
+        + python_block("""
             from transformers import AutoTokenizer
 
             tokenizer = AutoTokenizer.from_pretrained(here)
@@ -387,7 +350,3 @@ def _has_tokenizer(results: QuantizeResults) -> bool:
     """Whether one lies there, as far as the report says."""
     names = [file.name for file in results.files]
     return not names or any(name.startswith(("tokenizer", "vocab", "spiece")) for name in names)
-
-
-def _python(code: str) -> str:
-    return f"```python\n{textwrap.dedent(code).strip()}\n```"

@@ -16,6 +16,7 @@ from loftq_cli.schema import (
     ExportResults,
     GenerateResults,
     LoadResults,
+    PushResults,
     QuantizeResults,
     Remark,
     SweepRanksResults,
@@ -230,6 +231,15 @@ def _export(document: Document[ExportResults]) -> Iterator[str]:
     )
 
 
+def _push(document: Document[PushResults]) -> Iterator[str]:
+    results = document.results
+    who = "only its owners see it" if results.private else "everyone sees it"
+    yield (
+        f"{results.directory} is at {results.url}, {units.size(results.bytes)} in commit "
+        f"{results.commit}; {who}"
+    )
+
+
 def _short(prompt: str) -> str:
     return repr(prompt if len(prompt) <= 30 else f"{prompt[:27]}...")
 
@@ -238,6 +248,7 @@ _FINDINGS: Rules = {
     "check": check_findings,
     "verify": verify_findings,
     "export": _export,
+    "push": _push,
     "load": _load,
     "generate": _generate,
     "quantize": _quantize,

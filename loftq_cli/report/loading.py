@@ -7,11 +7,13 @@ here.
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Sequence
+from pathlib import PurePath
 from typing import Any
 
 from loftq_cli.report.escape import visible
-from loftq_cli.report.formats import all_layers
+from loftq_cli.report.formats import all_layers, code_bits, is_quantized
 from loftq_cli.schema import QuantizeResults
 
 # By PEFT's task type, for reports that do not name the class.
@@ -72,6 +74,20 @@ def import_lines(results: QuantizeResults) -> list[str]:
     return ["from peft import PeftModel", f"from transformers import {', '.join(names)}"]
 
 
+def here_lines(results: QuantizeResults) -> list[str]:
+    """What a README begins with: imports, and `here`, where the output is."""
+    imports = import_lines(results)
+    if results.repository is not None:
+        return [*imports, "", f"here = {quoted(results.repository)}"]
+    place = f"Path({quoted(PurePath(results.output).name)}).resolve()"
+    return ["from pathlib import Path", "", *imports, "", f"here = {place}"]
+
+
+def here_as_text(results: QuantizeResults) -> str:
+    """Code for `here` as a string."""
+    return "str(here)" if results.repository is None else "here"
+
+
 def load_lines(results: QuantizeResults, place: str, text: str | None = None) -> list[str]:
     """The backbone as `model`.
 
@@ -113,3 +129,28 @@ def _literal(value: Any) -> str:
 def quoted(name: str) -> str:
     """A directory's name as a Python string; what is not printable is spelled out in it."""
     return visible(json.dumps(name, ensure_ascii=False))
+
+
+def is_repacked(results: QuantizeResults) -> bool:
+    """Whether bitsandbytes may rearrange the weights in place."""
+    return is_quantized(results) and code_bits(results.settings.quant_type) == 4
+
+
+def keeping_layout(results: QuantizeResults, model: str) -> list[str]:
+    """What keeps 4-bit weights as they lie, on a CPU that would rearrange them."""
+    if not is_repacked(results):
+        return []
+    return [
+        f"for layer in {model}.modules():  # before anything else",
+        "    layer.support_avx512bf16_for_cpu = False",
+    ]
+
+
+def is_causal(results: QuantizeResults) -> bool:
+    """Whether it writes text from left to right, for PEFT too."""
+    return (auto_class(results), results.task_type) == ("AutoModelForCausalLM", "CAUSAL_LM")
+
+
+def python_block(code: str) -> str:
+    """Lines of Python as Markdown has them."""
+    return f"```python\n{textwrap.dedent(code).strip()}\n```"

@@ -44,6 +44,7 @@ from loftq_cli.schema.quantizing import (
     ExportResults,
     NotCopied,
     PlainLayer,
+    PushResults,
     QuantizeResults,
     QuantizeSettings,
     QuantizeTotals,

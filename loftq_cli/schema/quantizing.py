@@ -1,4 +1,4 @@
-"""Results of `quantize`, of `verify`, which takes its output apart, and of `export`."""
+"""Results of `quantize`, of `verify`, which takes its output apart, of `export` and of `push`."""
 
 from __future__ import annotations
 
@@ -140,6 +140,8 @@ class QuantizeTotals(Model):
 
 class QuantizeResults(Model):
     output: str  # empty in a dry run that names no directory
+    # The hub's name for it, in the report of a directory that was pushed there.
+    repository: str | None = None
     dry_run: bool = False
     architecture: str
     # The class of transformers whose `from_pretrained` opens the output; null in a dry run, and in
@@ -201,4 +203,21 @@ class ExportResults(Model):
     output_bytes: int
     source_stored_bits: float
     stored_bits: float
+    seconds: float
+
+
+class PushResults(Model):
+    """What a hub's repository has of a directory now; `bytes` of all its `files` together.
+
+    README, adapter config and report differ from those on the disk: they name the repository.
+    """
+
+    directory: str
+    repository: str
+    url: str
+    private: bool
+    commit: str
+    files: list[WrittenFile]
+    deleted: list[str] = []  # what was there of another output, with --force
+    bytes: int
     seconds: float

@@ -12,7 +12,12 @@ from loftq_cli.errors import LoftqError
 from loftq_cli.schema.comparing import CompareResults
 from loftq_cli.schema.envelope import SCHEMA_VERSION, Document
 from loftq_cli.schema.planning import SweepRanksResults, TargetsResults
-from loftq_cli.schema.quantizing import ExportResults, QuantizeResults, VerifyResults
+from loftq_cli.schema.quantizing import (
+    ExportResults,
+    PushResults,
+    QuantizeResults,
+    VerifyResults,
+)
 from loftq_cli.schema.reporting import ReportResults
 from loftq_cli.schema.running import CheckResults, GenerateResults, LoadResults
 
@@ -27,6 +32,7 @@ RESULTS: Mapping[str, type[BaseModel]] = {
     "quantize": QuantizeResults,
     "verify": VerifyResults,
     "export": ExportResults,
+    "push": PushResults,
     "generate": GenerateResults,
     "report": ReportResults,
 }

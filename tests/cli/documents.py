@@ -527,6 +527,26 @@ def export() -> dict[str, Any]:
     )
 
 
+def push() -> dict[str, Any]:
+    return document(
+        "push",
+        {
+            "directory": "gpt2-loftq",
+            "repository": "org/gpt2-loftq",
+            "url": "https://huggingface.co/org/gpt2-loftq",
+            "private": True,
+            "commit": "0123456789abcdef0123456789abcdef01234567",
+            "files": [
+                {"name": "config.json", "bytes": 1_300, "sha256": "0123456789abcdef"},
+                {"name": f"{EVIL}.json", "bytes": 12, "sha256": "fedcba9876543210"},
+            ],
+            "deleted": [f"old-{EVIL}.safetensors"],
+            "bytes": 131_151_312,
+            "seconds": 42.5,
+        },
+    )
+
+
 def report() -> dict[str, Any]:
     return document(
         "report",
@@ -556,5 +576,6 @@ ALL = {
     "check": check(),
     "verify": verify(),
     "export": export(),
+    "push": push(),
     "report": report(),
 }

@@ -23,7 +23,8 @@ PAGE = "--html"  # of every command but report, whose --output may be a page
 CONTRACT = {
     "quantize": "--model -m --output -o --bits --quant-type --block-size --double-quant --rank "
     "--iterations --init --lora-alpha --target-modules --device --seed --dry-run --resume --force "
-    "--verify --max-memory --calibration-text --target-bits --rank-budget --uniform-rank",
+    "--verify --max-memory --calibration-text --target-bits --rank-budget --uniform-rank "
+    "--push-to-hub --private",
     "load": "--model -m --device --dtype --expect --random-weights",
     "generate": "--model -m --prompt --prompts-file --max-new-tokens --temperature --top-p --seed "
     "--rank --adapter --device --dtype",
@@ -37,6 +38,7 @@ CONTRACT = {
     "check": "--model -m --device --dtype",
     "verify": "--source --sample --device",
     "export": "--container --output -o --resume --force --trust-remote-code",
+    "push": "--private --force",
     "report": "--output -o",
 }
 

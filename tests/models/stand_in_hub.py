@@ -69,6 +69,9 @@ class StandInHub:
             served += len(head)
         return served
 
+    def commit_of(self, repository: str) -> str:
+        return COMMIT
+
     def served(self, suffix: str) -> int:
         return sum(each.body_bytes for each in self.requests if each.path.endswith(suffix))
 
@@ -86,8 +89,10 @@ def header_of(shapes: dict[str, tuple[int, ...]], dtype: str = "BF16") -> dict[s
 
 
 @contextmanager
-def running(hub: StandInHub) -> Iterator[StandInHub]:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(hub))
+def running(
+    hub: StandInHub, handler: type[BaseHTTPRequestHandler] | None = None
+) -> Iterator[StandInHub]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler or handler_of(hub))
     hub.endpoint = f"http://127.0.0.1:{server.server_address[1]}"
     thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
     thread.start()
@@ -99,7 +104,9 @@ def running(hub: StandInHub) -> Iterator[StandInHub]:
         thread.join()
 
 
-def _handler(hub: StandInHub) -> type[BaseHTTPRequestHandler]:
+def handler_of(hub: StandInHub) -> Any:
+    """The class that answers with what is in the hub."""
+
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
@@ -109,26 +116,27 @@ def _handler(hub: StandInHub) -> type[BaseHTTPRequestHandler]:
             asked = re.fullmatch(
                 r"/api/models/(.+?)(/revision/[^/]+|/tree/[^/]+)?", path.split("?")[0]
             )
+            commit = hub.commit_of("" if match is None else match[1])
             if asked is not None:
                 self.listing(asked[1], asked[2] or "")
             elif path.startswith("/where-the-bytes-are/"):
-                self.file(hub.files[path.removeprefix("/where-the-bytes-are/")])
+                self.file(hub.files[path.removeprefix("/where-the-bytes-are/")], COMMIT)
             elif match is None:
                 self.answer(404, {"X-Error-Code": "RepoNotFound"})
             elif match[1] in hub.gated:
                 self.answer(403, {"X-Error-Code": "GatedRepo"})
             elif not any(name.startswith(f"{match[1]}/") for name in hub.files):
                 self.answer(404, {"X-Error-Code": "RepoNotFound"})
-            elif match[2] not in ("main", COMMIT):
+            elif match[2] not in ("main", commit):
                 self.answer(404, {"X-Error-Code": "RevisionNotFound"})
             elif (name := f"{match[1]}/{match[3]}") not in hub.files:
                 self.answer(404, {"X-Error-Code": "EntryNotFound"})
             elif hub.files[name].redirected:
                 self.answer(
-                    302, {"Location": f"/where-the-bytes-are/{name}", "X-Repo-Commit": COMMIT}
+                    302, {"Location": f"/where-the-bytes-are/{name}", "X-Repo-Commit": commit}
                 )
             else:
-                self.file(hub.files[name])
+                self.file(hub.files[name], commit)
 
         def do_HEAD(self) -> None:
             match = re.fullmatch(r"/(.+?)/resolve/[^/]+/(.+)", unquote(self.path))
@@ -137,7 +145,8 @@ def _handler(hub: StandInHub) -> type[BaseHTTPRequestHandler]:
             if file is None:
                 self.send_header("X-Error-Code", "EntryNotFound")
             else:
-                self.send_header("X-Repo-Commit", COMMIT)
+                assert match is not None
+                self.send_header("X-Repo-Commit", hub.commit_of(match[1]))
                 self.send_header("ETag", f'"{hashlib.sha1(file.beginning).hexdigest()}"')
                 self.send_header("Content-Length", str(file.size))
             self.end_headers()
@@ -152,7 +161,7 @@ def _handler(hub: StandInHub) -> type[BaseHTTPRequestHandler]:
             if not files:
                 self.answer(404, {"X-Error-Code": "RepoNotFound"})
                 return
-            found: Any = {"id": repository, "sha": COMMIT, "siblings": []}
+            found: Any = {"id": repository, "sha": hub.commit_of(repository), "siblings": []}
             if what.startswith("/tree/"):
                 found = [
                     {"type": "file", "path": name, "size": file.size, "oid": "0"}
@@ -160,16 +169,16 @@ def _handler(hub: StandInHub) -> type[BaseHTTPRequestHandler]:
                 ]
             self.answer(200, {"Content-Type": "application/json"}, json.dumps(found).encode())
 
-        def file(self, file: RemoteFile) -> None:
+        def file(self, file: RemoteFile, commit: str) -> None:
             asked = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
             if asked is None or hub.ignores_ranges:
-                self.answer(200, {"X-Repo-Commit": COMMIT}, file.beginning, file.size)
+                self.answer(200, {"X-Repo-Commit": commit}, file.beginning, file.size)
                 return
             first, last = int(asked[1]), min(int(asked[2]), file.size - 1)
             assert last < len(file.beginning), "weights were asked for"
             extent = f"bytes {first}-{last}/{file.size}"
             body = file.beginning[first : last + 1]
-            self.answer(206, {"Content-Range": extent, "X-Repo-Commit": COMMIT}, body)
+            self.answer(206, {"Content-Range": extent, "X-Repo-Commit": commit}, body)
 
         def answer(
             self,

@@ -60,7 +60,7 @@ def _require_config(written: Written) -> None:
     claims = written.claims
     found = load_json(written.directory / ADAPTER_DIRECTORY / ADAPTER_CONFIG)
     expected = adapter_config(
-        base_model=PurePath(claims.results.output).name,
+        base_model=claims.results.repository or PurePath(claims.results.output).name,
         task_type=claims.results.task_type,
         rank=claims.config_rank,
         lora_alpha=claims.config_alpha,
