@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from hashlib import sha256
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from loftq_cli import schema
@@ -40,6 +40,7 @@ def texts_for_hub(
     results = report.results.model_copy(update={"repository": repository})
     report = report.model_copy(update={"results": results})
     adapter = load_json(directory / ADAPTER_CONFIG_NAME) | {"base_model_name_or_path": repository}
+    _tell_places(report, record)
     yaml = _yaml(front_matter(report, _license(directory, report, record)))
     changed = {
         README_FILE: f"---\n{yaml}\n---\n\n{card(report)}".encode(),
@@ -50,6 +51,13 @@ def texts_for_hub(
     files = sorted([*kept, *listed], key=lambda file: file.name)
     report = report.model_copy(update={"results": results.model_copy(update={"files": files})})
     return report, changed | {REPORT_FILE: schema.dump_json(report).encode()}
+
+
+def _tell_places(report: Report, record: Record) -> None:
+    """What is published of this machine: the report has the command line, and names in full."""
+    names = [*report.argv, report.results.output, "" if report.model is None else report.model.id]
+    if places := sorted({name for name in names if PurePath(name).is_absolute()}):
+        record.note(f"{REPORT_FILE} there names places of this machine: {', '.join(places)}")
 
 
 def _listed(name: str, content: bytes) -> schema.WrittenFile:

@@ -78,7 +78,9 @@ def push(
 
 
 def _prove(directory: Path, report: Report, record: Record) -> None:
-    """Holds every file that the report lists against it.
+    """Holds every file that is sent as it is against the report.
+
+    The README is not, and people write into it: that is told.
 
     Raises:
         CorruptCheckpoint: one is missing or another, or the list is not whole.
@@ -92,5 +94,12 @@ def _prove(directory: Path, report: Report, record: Record) -> None:
     with record.progress("proving", len(files)) as progress:
         for each in files:
             progress.start(each.name)
-            require_same(directory / each.name, hash_file(directory / each.name), each)
+            path = directory / each.name
+            if each.name != README_FILE:
+                require_same(path, hash_file(path), each)
+            elif not path.is_file() or hash_file(path).sha256 != each.sha256:
+                record.warn(
+                    f"{path} is not the one that was written, and is not sent: the repository gets "
+                    "a card made from the report, to which you can add there"
+                )
             progress.advance(each.name)

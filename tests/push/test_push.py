@@ -41,6 +41,7 @@ def pushed(loftq: Loftq, directory: Path, *options: object) -> dict[str, Any]:
     done = loftq("push", directory, ID, "--json", *options)
     assert done.code == 0, done.err
     assert TOKEN not in done.out + done.err
+    assert f"{REPORT} there names places of this machine: {directory.anchor}" in done.err
     found: dict[str, Any] = json.loads(done.out)
     return found
 
@@ -243,7 +244,7 @@ def test_nothing_is_sent_of_what_is_not_as_it_was_written(
     elif what == "longer":
         weights.write_bytes(content + b"\0")
     elif what == "missing":
-        (written / README).unlink()
+        weights.unlink()
     elif what == "outside":
         edit(written, lambda report: report["results"]["files"].append(
             {"name": "../secret", "bytes": 6, "sha256": sha256(b"secret").hexdigest()}
@@ -258,14 +259,16 @@ def test_nothing_is_sent_of_what_is_not_as_it_was_written(
     assert hub.requests == [], "the hub is not even asked"
 
 
-def test_a_readme_that_people_wrote_into_is_not_thrown_away(
+def test_a_readme_that_people_wrote_into_stays_theirs(
     hub: WritableHub, loftq: Loftq, written: Path
 ) -> None:
-    (written / README).write_text((written / README).read_text() + "\nMine.\n")
-    done = loftq("push", written, ID)
-    assert done.code == 1
-    assert "README.md" in done.err
-    assert hub.requests == []
+    pushed(loftq, written)
+    card = hub.contents(ID)[README]
+    (written / README).write_text("Mine.")
+    (warning,) = pushed(loftq, written)["warnings"]
+    assert "README.md is not the one that was written, and is not sent" in warning
+    assert hub.contents(ID)[README] == card
+    assert (written / README).read_text() == "Mine."
 
 
 def test_a_file_that_changes_while_it_is_sent_is_in_no_commit(
