@@ -197,5 +197,5 @@ def _failed(name: str, error: BaseException) -> PushFailed:
         cause, hint = "the hub does not take the token", _LOG_IN
     elif status in (403, 404):
         cause = "the token may not write there"
-        hint = f"a token with write access, and a namespace of yours: `hf auth whoami`; {_LOG_IN}"
+        hint = f"`hf auth whoami` tells the namespaces that are yours; {_LOG_IN}"
     return PushFailed(f"could not push to '{name}'", cause=cause, hint=hint)

@@ -105,9 +105,8 @@ The adapter corrects the *quantized* weights. Merge it into what they dequantize
 original model: there it would add the quantization error instead of taking it away. Quantizing the
 merged model again loses the correction again."""
 
-
 _A_COPY = """\
-Python below needs no more than the name of this repository. Its command lines are for a copy on the
+Python needs no more than the name of this repository. The command lines below are for a copy on the
 disk, of which `loftq` can tell that nothing has changed on the way:"""
 
 # Of a name in the title: links, tags and code.

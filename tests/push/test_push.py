@@ -290,6 +290,26 @@ def test_a_file_that_changes_while_it_is_sent_is_in_no_commit(
     assert hub.contents(ID).keys() == {".gitattributes"}
 
 
+def test_what_somebody_else_commits_meanwhile_is_not_overwritten(
+    hub: WritableHub, loftq: Loftq, written: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from loftq_cli.engines import hub as engine
+
+    stale = engine.Repository.stale
+
+    def then_write(*arguments: Any, **options: Any) -> list[str]:
+        found = stale(*arguments, **options)
+        hub.write(ID, {"config.json": b"theirs"})
+        return found
+
+    monkeypatch.setattr(engine.Repository, "stale", then_write)
+    done = loftq("push", written, ID)
+    assert done.code == 1
+    assert "run it again" in done.err
+    assert hub.contents(ID).keys() == {".gitattributes", "config.json"}
+    assert hub.contents(ID)["config.json"] == b"theirs"
+
+
 @pytest.mark.parametrize(
     ("repository", "environment", "code", "said"),
     [
@@ -412,13 +432,13 @@ class TestQuantize:
         assert f"pushed to {hub.endpoint}/{ID}, commit {hub.repositories[ID].head}" in done.err
         assert hub.repositories[ID].private
         assert front_matter(hub.contents(ID)[README])["license"] == "apache-2.0"
-        # What failed there is done again by the same line, without quantizing again.
-        hub.delete(ID, REPORT)
-        before = hub.arrived.copy()
+        # The same line does again what failed there, without quantizing again.
+        before, report = hub.arrived.copy(), hub.contents(ID)[REPORT]
+        hub.write(ID, {"config.json": b"{}"})
         done = loftq(*self.OPTIONS, "-o", out, "--resume", *push)
-        assert done.code == 1
-        assert "something else in it" in done.err
-        assert loftq("push", out, ID, "--force").code == 0
+        assert done.code == 0, done.err
+        assert hub.contents(ID)["config.json"] == (out / "config.json").read_bytes()
+        assert hub.contents(ID)[REPORT] == report
         assert hub.arrived == before
 
     def test_does_not_push_what_does_not_verify(
