@@ -35,6 +35,7 @@ COMMANDS = {
     "check": "Test this box and a model on it, kernels first; exit 3 if anything fails.",
     "verify": "Prove a directory that quantize wrote, file by file; exit 3 if anything fails.",
     "export": "Write the same integer codes and scales in another container, nothing rounded.",
+    "merge": "Fold a trained adapter into the dequantized weights: a plain model in 16 bits.",
     "push": "Upload a directory that quantize or export wrote to the Hugging Face hub.",
     "report": "Put result documents together: systems, results, findings, recommendations.",
 }

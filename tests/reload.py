@@ -25,10 +25,15 @@ class Reloaded:
     correction: dict[str, torch.Tensor]  # s·B·A, adapted layers only
 
 
-def reload(directory: Path, model_class: str = "AutoModelForCausalLM") -> Reloaded:
-    """The two lines of the README, then every layer's Q and s·B·A as the libraries hold them."""
+def reload(
+    directory: Path, model_class: str = "AutoModelForCausalLM", adapter: Path | None = None
+) -> Reloaded:
+    """The two lines of the README, then every layer's Q and s·B·A as the libraries hold them.
+
+    The adapter is that in the directory unless another is given.
+    """
     base = getattr(transformers, model_class).from_pretrained(directory)
-    model = PeftModel.from_pretrained(base, directory, subfolder="loftq_init", is_trainable=True)
+    model = PeftModel.from_pretrained(base, adapter or directory / "loftq_init", is_trainable=True)
     dequantized, correction = {}, {}
     for name, module in model.base_model.model.named_modules():
         inner = getattr(module, "base_layer", module)

@@ -65,14 +65,19 @@ class Checkpoint:
         """
         if dtype is None:
             return self
-        name = next(short for short, long in DTYPE_NAMES.items() if long == dtype)
         tensors = {
-            tensor: (header, replace(info, dtype=name, stored=info.dtype))
-            if info.dtype in FLOATS and info.dtype != name
-            else (header, info)
+            tensor: (header, cast_info(info, dtype))
             for tensor, (header, info) in self.tensors.items()
         }
         return replace(self, tensors=tensors)
+
+
+def cast_info(info: TensorInfo, dtype: str) -> TensorInfo:
+    """The tensor read as ``dtype`` (torch's name of it), if it is one of floating-point numbers."""
+    name = next(short for short, long in DTYPE_NAMES.items() if long == dtype)
+    if info.dtype not in FLOATS or info.dtype == name:
+        return info
+    return replace(info, dtype=name, stored=info.dtype)
 
 
 def open_checkpoint(directory: Path) -> Checkpoint:

@@ -50,17 +50,27 @@ def _cast(header: Header, info: TensorInfo) -> Iterator[torch.Tensor]:
 
     assert info.stored is not None
     for raw in read_pieces(header, info):
-        piece = torch.frombuffer(raw, dtype=torch_dtype(info.stored))
-        cast = piece.to(torch_dtype(info.dtype))
-        if not torch.equal(cast.isfinite(), piece.isfinite()):
-            largest = piece[piece.isfinite()].abs().max()
-            name, most = DTYPE_NAMES[info.dtype], torch.finfo(cast.dtype).max
-            raise InvalidSetting(
-                f"{shown(info.name)} does not fit into {name}",
-                cause=f"it has values as large as {largest:.3g}, and {name} ends at {most:.5g}",
-                hint="--dtype bfloat16 or --dtype float32",
-            )
-        yield cast
+        yield rounded(torch.frombuffer(raw, dtype=torch_dtype(info.stored)), info.dtype, info.name)
+
+
+def rounded(tensor: torch.Tensor, dtype: str, name: str) -> torch.Tensor:
+    """The tensor in another dtype, by safetensors' name of that.
+
+    Raises:
+        InvalidSetting: a value is beyond its range.
+    """
+    import torch
+
+    cast = tensor.to(torch_dtype(dtype))
+    if not torch.equal(cast.isfinite(), tensor.isfinite()):
+        largest = tensor[tensor.isfinite()].abs().max()
+        kind, most = DTYPE_NAMES[dtype], torch.finfo(cast.dtype).max
+        raise InvalidSetting(
+            f"{shown(name)} does not fit into {kind}",
+            cause=f"it has values as large as {largest:.3g}, and {kind} ends at {most:.5g}",
+            hint="--dtype bfloat16 or --dtype float32",
+        )
+    return cast
 
 
 def tensor_memory(tensor: torch.Tensor) -> memoryview:

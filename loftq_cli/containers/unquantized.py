@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from loftq_cli.checkpoint.writer import PlannedTensor
-from loftq_cli.containers.base import Container, Weight
+from loftq_cli.containers.base import Container, StoredWeight, Weight
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Unquantized(Container):
@@ -15,6 +20,9 @@ class Unquantized(Container):
     def planned(self, weight: Weight) -> list[PlannedTensor]:
         shape = weight.shape[::-1] if weight.transposed else weight.shape
         return [PlannedTensor(weight.name, weight.dtype, shape)]
+
+    def runtime(self, stored: StoredWeight) -> Tensor:
+        return stored.codes.t() if stored.weight.transposed else stored.codes
 
 
 CONTAINER = Unquantized

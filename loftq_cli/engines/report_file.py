@@ -15,7 +15,7 @@ from loftq_cli.checkpoint.staging import Staging, refuse_existing, refuse_unusab
 from loftq_cli.engines.fingerprint import digest
 from loftq_cli.engines.output import write_text
 from loftq_cli.errors import LoftqError, ModelNotFound, OutputExists, UsageError
-from loftq_cli.models.source import README_FILE, REPORT_FILE
+from loftq_cli.models.source import MERGE_FILE, README_FILE, REPORT_FILE
 from loftq_cli.models.spec import hub_id
 from loftq_cli.report.card import card
 
@@ -124,7 +124,8 @@ def refuse_to_replace_foreign(output: Path) -> None:
     Raises:
         OutputExists: there is something else in the directory.
     """
-    if output.is_dir() and any(output.iterdir()) and not (output / REPORT_FILE).is_file():
+    ours = any((output / name).is_file() for name in (REPORT_FILE, MERGE_FILE))
+    if output.is_dir() and any(output.iterdir()) and not ours:
         raise OutputExists(
             f"{output} was not written by loftq, and --force would delete it",
             cause=f"it has no {REPORT_FILE}",

@@ -35,7 +35,7 @@ def attach_adapter(model: Any, directory: Path) -> Any:
         UnsafeCheckpoint: its weights are a pickle.
         CorruptCheckpoint: it is damaged, or belongs to another model.
     """
-    header = read_header(_weights(directory))
+    header = read_header(adapter_weights(directory))
     from peft import PeftModel, get_peft_model_state_dict
 
     try:
@@ -105,8 +105,14 @@ def _silent() -> Iterator[None]:
         yield
 
 
-def _weights(directory: Path) -> Path:
-    """The adapter's weight file, once its config has been seen to be one."""
+def adapter_weights(directory: Path) -> Path:
+    """The adapter's weight file, once its config has been seen to be one.
+
+    Raises:
+        ModelNotFound: there is no adapter.
+        UnsafeCheckpoint: its weights are a pickle.
+        CorruptCheckpoint: it has no weights.
+    """
     weights = directory / ADAPTER_WEIGHTS
     if not (directory / ADAPTER_CONFIG).is_file():
         raise ModelNotFound(

@@ -150,6 +150,10 @@ class Architecture:
         found = self.parameters_of(tensors)
         return {tensor: name for tensor, name in found.items() if name in parameters}
 
+    def is_tied(self, parameter: str) -> bool:
+        """Whether it shares its memory with another one."""
+        return parameter in self._tied
+
     def linear_shape(self, module: str) -> tuple[tuple[int, int] | None, bool]:
         """(out, in) of a linear module and whether it holds them as (in, out); None: it is none."""
         found = self._linear.get(module)

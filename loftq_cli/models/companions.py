@@ -22,7 +22,13 @@ from loftq_cli.checkpoint.adapter import ADAPTER_CONFIG, ADAPTER_DIRECTORY
 from loftq_cli.checkpoint.index import INDEX_FILE, MAX_CONFIG_BYTES, SINGLE_FILE
 from loftq_cli.checkpoint.safetensors import read_file, strict_json
 from loftq_cli.errors import CorruptCheckpoint
-from loftq_cli.models.source import CONFIG_FILE, PICKLE_SUFFIXES, README_FILE, REPORT_FILE
+from loftq_cli.models.source import (
+    CONFIG_FILE,
+    MERGE_FILE,
+    PICKLE_SUFFIXES,
+    README_FILE,
+    REPORT_FILE,
+)
 
 MODULES_FILE = "modules.json"  # of sentence embedding models
 
@@ -62,7 +68,15 @@ _OTHER_MODELS = re.compile(
 )
 _OURS = {
     name.casefold()
-    for name in (CONFIG_FILE, INDEX_FILE, SINGLE_FILE, README_FILE, REPORT_FILE, ADAPTER_DIRECTORY)
+    for name in (
+        CONFIG_FILE,
+        INDEX_FILE,
+        SINGLE_FILE,
+        README_FILE,
+        REPORT_FILE,
+        MERGE_FILE,
+        ADAPTER_DIRECTORY,
+    )
 }
 
 HIDDEN = "hidden, or a cache"

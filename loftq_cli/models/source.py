@@ -13,6 +13,7 @@ from loftq_cli.formats import DTYPE_NAMES
 CONFIG_FILE = "config.json"
 REPORT_FILE = "loftq_report.json"
 README_FILE = "README.md"
+MERGE_FILE = "loftq_merge.json"  # of a merged model: what it was made from
 
 # Weights in these formats execute code when they are opened.
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")

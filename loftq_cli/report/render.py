@@ -15,6 +15,7 @@ from loftq_cli.report.compare import compare_view
 from loftq_cli.report.export import export_view
 from loftq_cli.report.generate import generate_view
 from loftq_cli.report.load import load_view
+from loftq_cli.report.merge import merge_view
 from loftq_cli.report.push import push_view
 from loftq_cli.report.quantize import quantize_view
 from loftq_cli.report.report import report_view
@@ -61,6 +62,7 @@ VIEWS: Mapping[str, Callable[[Document[Any]], View]] = {
     "check": check_view,
     "verify": verify_view,
     "export": export_view,
+    "merge": merge_view,
     "push": push_view,
     "report": lambda document: report_view(document, view_of),
 }

@@ -42,6 +42,7 @@ from loftq_cli.schema.quantizing import (
     AdaptedLayer,
     CalibratedOn,
     ExportResults,
+    MergeResults,
     NotCopied,
     PlainLayer,
     PushResults,

@@ -1,4 +1,4 @@
-"""Results of `quantize`, of `verify`, which takes its output apart, of `export` and of `push`."""
+"""Results of `quantize` and `verify`, and of `export`, `merge` and `push`, which use its output."""
 
 from __future__ import annotations
 
@@ -203,6 +203,30 @@ class ExportResults(Model):
     output_bytes: int
     source_stored_bits: float
     stored_bits: float
+    seconds: float
+
+
+class MergeResults(Model):
+    """A trained adapter in the dequantized weights. `dtype` is that of most of them; bytes are of
+    the model's tensors.
+
+    `output_deviation` is the largest ‖W·x − (Q·x + s·B·(A·x))‖ / ‖Q·x + s·B·(A·x)‖ of the layers
+    that were read back, at one random x: the rounding to `dtype`.
+    """
+
+    source: str
+    adapter: str
+    output: str
+    source_container: str
+    dtype: str
+    quantized_layers: int
+    merged_layers: int
+    replaced: list[str] = []  # tensors of heads that were trained beside the adapter
+    files: list[WrittenFile]
+    input_bytes: int
+    output_bytes: int
+    checked_layers: int
+    output_deviation: float
     seconds: float
 
 

@@ -14,6 +14,7 @@ from loftq_cli.schema.envelope import SCHEMA_VERSION, Document
 from loftq_cli.schema.planning import SweepRanksResults, TargetsResults
 from loftq_cli.schema.quantizing import (
     ExportResults,
+    MergeResults,
     PushResults,
     QuantizeResults,
     VerifyResults,
@@ -32,6 +33,7 @@ RESULTS: Mapping[str, type[BaseModel]] = {
     "quantize": QuantizeResults,
     "verify": VerifyResults,
     "export": ExportResults,
+    "merge": MergeResults,
     "push": PushResults,
     "generate": GenerateResults,
     "report": ReportResults,

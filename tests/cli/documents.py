@@ -527,6 +527,31 @@ def export() -> dict[str, Any]:
     )
 
 
+def merge() -> dict[str, Any]:
+    return document(
+        "merge",
+        {
+            "source": "gpt2-loftq",
+            "adapter": f"trained/{EVIL}",
+            "output": "gpt2-merged",
+            "source_container": "bitsandbytes",
+            "dtype": "bfloat16",
+            "quantized_layers": 48,
+            "merged_layers": 48,
+            "replaced": ["score.weight"],
+            "files": [
+                {"name": "config.json", "bytes": 900, "sha256": "0123456789abcdef"},
+                {"name": f"{EVIL}.json", "bytes": 12, "sha256": "fedcba9876543210"},
+            ],
+            "input_bytes": 131_150_000,
+            "output_bytes": 248_880_000,
+            "checked_layers": 8,
+            "output_deviation": 0.00188,
+            "seconds": 4.2,
+        },
+    )
+
+
 def push() -> dict[str, Any]:
     return document(
         "push",
@@ -576,6 +601,7 @@ ALL = {
     "check": check(),
     "verify": verify(),
     "export": export(),
+    "merge": merge(),
     "push": push(),
     "report": report(),
 }

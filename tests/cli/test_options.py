@@ -38,6 +38,7 @@ CONTRACT = {
     "check": "--model -m --device --dtype",
     "verify": "--source --sample --device",
     "export": "--container --output -o --resume --force --trust-remote-code",
+    "merge": "--adapter --output -o --dtype --resume --force --trust-remote-code",
     "push": "--private --force",
     "report": "--output -o",
 }

@@ -1,0 +1,237 @@
+"""What a `merge` run will write: pure data, made from report, headers, config and adapter.
+
+**Which base an adapter was trained on.** Of what `quantize` writes beside an adapter PEFT (0.18 to
+0.21) keeps the name of the base through training and saving, and nothing else that could tell one
+base from another: keys that it does not know are dropped, and so is the metadata of the tensors. So
+an adapter is refused whose base has another name than the directory has or had when it was written,
+or whose modules or shapes are not those of its layers. Two directories of the same model and the
+same name, such as one that was written again with other bits, are not told apart by that. But an
+adapter that was trained from the start of a directory still resembles it; of one that does not, it
+is said that it was begun anew on this base, or belongs to another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePath
+from typing import TYPE_CHECKING, Any
+
+from loftq_cli import __version__
+from loftq_cli.checkpoint.adapter import ADAPTER_CONFIG, ADAPTER_DIRECTORY, ADAPTER_NAME
+from loftq_cli.checkpoint.index import INDEX_FILE, cast_info, load_json
+from loftq_cli.checkpoint.safetensors import Header, TensorInfo, shown
+from loftq_cli.checkpoint.writer import PlannedTensor, hash_file
+from loftq_cli.containers.base import Weight
+from loftq_cli.containers.unquantized import Unquantized
+from loftq_cli.engines.report_file import read_report
+from loftq_cli.engines.written import (
+    ADAPTER_CONFIG_NAME,
+    WeightFile,
+    Written,
+    open_written,
+    reported_container,
+    require_same,
+)
+from loftq_cli.formats import DTYPE_NAMES, FLOATS
+from loftq_cli.models.source import CONFIG_FILE, README_FILE, REPORT_FILE
+from loftq_cli.models.trained_adapter import (
+    TrainedAdapter,
+    cannot_merge,
+    missing_modules,
+    read_trained,
+)
+
+if TYPE_CHECKING:
+    from loftq_cli.models.architecture import Architecture
+
+_PLAIN = Unquantized(Unquantized.number_types[0])
+_SHORT = {long: short for short, long in DTYPE_NAMES.items()}
+_MADE_ANEW = {REPORT_FILE, README_FILE, CONFIG_FILE, INDEX_FILE}
+
+
+@dataclass(frozen=True)
+class MergePlan:
+    """A directory, and the adapter to fold into it.
+
+    ``heads`` are the tensors of the adapter that take the place of some of the model. ``dtype`` is
+    torch's name of that to write; None: of each tensor its own.
+    """
+
+    written: Written
+    adapter: TrainedAdapter
+    heads: Mapping[str, tuple[Header, TensorInfo]]
+    dtype: str | None
+
+    @property
+    def copied(self) -> list[str]:
+        """The files that stay as they are."""
+        written = self.written
+        others = [name for name in written.listed if name not in {*_MADE_ANEW, *written.files}]
+        return [name for name in others if not name.startswith(f"{ADAPTER_DIRECTORY}/")]
+
+    @property
+    def merged(self) -> list[str]:
+        """The modules whose weights the adapter changes."""
+        weights = self.written.weights
+        return [each.module for each in weights if each.module in self.adapter.pairs]
+
+    @property
+    def main_dtype(self) -> str:
+        """That of most merged weights, torch's name of it."""
+        dtypes = [self.plain(weight)[0].dtype for weight in self.written.weights]
+        return DTYPE_NAMES[max(sorted(set(dtypes)), key=dtypes.count)]
+
+    def plain(self, weight: Weight) -> list[PlannedTensor]:
+        """The one tensor that a weight becomes: `X.weight`, in the source's orientation."""
+        dtype = weight.dtype if self.dtype is None else _SHORT[self.dtype]
+        return _PLAIN.planned(replace(weight, dtype=dtype))
+
+    def made_from(self) -> dict[str, Any]:
+        """What decides the bytes of the result."""
+        directory = self.adapter.directory
+        return {
+            "loftq": __version__,
+            "files": {name: each.sha256 for name, each in self.written.listed.items()},
+            "adapter": {
+                name: hash_file(path).sha256
+                for name, path in (
+                    (ADAPTER_CONFIG, directory / ADAPTER_CONFIG),
+                    (self.adapter.header.path.name, self.adapter.header.path),
+                )
+            },
+            "dtype": self.dtype,
+        }
+
+
+def plan_merge(
+    source: Path,
+    adapter: Path | None,
+    dtype: str | None = None,
+    *,
+    trust_remote_code: bool = False,
+) -> MergePlan:
+    """Decides for every tensor and file what becomes of it; no weight of the model is read.
+
+    Args:
+        adapter: where PEFT saved one; None: the start that lies in the directory itself.
+
+    Raises:
+        ModelNotFound: the directory is nothing that loftq wrote, or there is no adapter.
+        UnsupportedModel: the adapter cannot be folded in, or was trained on another base.
+        CorruptCheckpoint: report and files contradict each other.
+    """
+    report = read_report(source)
+    container = reported_container(source, report)
+    own = source / ADAPTER_DIRECTORY
+    trained = read_trained(own if adapter is None else adapter)
+    written, architecture = open_written(
+        source, report, container, trust_remote_code=trust_remote_code
+    )
+    if trained.directory.samefile(own):
+        require_same(
+            source / ADAPTER_NAME, hash_file(source / ADAPTER_NAME), written.listed[ADAPTER_NAME]
+        )
+    _require_base(written, trained)
+    _require_layers(written, trained)
+    if dtype is not None:
+        written = _cast(written, dtype)
+    return MergePlan(written, trained, _heads(written, trained, architecture), dtype)
+
+
+def start_of(plan: MergePlan) -> TrainedAdapter | None:
+    """The adapter that the directory came with, to be compared with; None where it is the same."""
+    own = plan.written.source / ADAPTER_DIRECTORY
+    return None if plan.adapter.directory.samefile(own) else read_trained(own)
+
+
+def _require_base(written: Written, adapter: TrainedAdapter) -> None:
+    """The adapter names the directory as its base, by the name it has or had at first."""
+    first = load_json(written.source / ADAPTER_CONFIG_NAME).get("base_model_name_or_path")
+    names = {str(first), written.source.resolve().name}
+    named = adapter.config.get("base_model_name_or_path")
+    if not isinstance(named, str) or PurePath(named).name not in names:
+        said = f"{shown(named)}" if isinstance(named, str) else "none"
+        raise cannot_merge(
+            adapter.directory,
+            f"it was trained on another base: base_model_name_or_path in its {ADAPTER_CONFIG} is "
+            f"{said}, and this one is called {' or '.join(sorted(map(repr, names)))}",
+            hint="give the directory that it was trained on; if that is this one by another name, "
+            f"write its name into {ADAPTER_CONFIG}",
+        )
+
+
+def _require_layers(written: Written, adapter: TrainedAdapter) -> None:
+    """Every pair of A and B belongs to a layer of the report, in its shape, and none is missing."""
+    shapes = {weight.module: weight.shape for weight in written.weights}
+    for module, pair in adapter.pairs.items():
+        if module not in shapes:
+            raise cannot_merge(
+                adapter.directory,
+                f"it adapts {shown(module)}, which is none of the {len(shapes)} layers in "
+                f"{REPORT_FILE}: they are what merging is proven for",
+                hint="train it on layers that `loftq quantize` quantized (an output head that is "
+                "tied to the embedding would change both)",
+            )
+        if pair.shape != shapes[module]:
+            raise cannot_merge(
+                adapter.directory,
+                f"it was trained on another base: {shown(module)} is {list(shapes[module])} here, "
+                f"and A and B are for {list(pair.shape)}",
+            )
+    if missing := missing_modules(adapter, shapes):
+        raise cannot_merge(
+            adapter.directory,
+            f"its config also targets {shown(missing[0])} ({len(missing)} such layers), for which "
+            "it has no A and B",
+        )
+
+
+def _heads(
+    written: Written, adapter: TrainedAdapter, architecture: Architecture
+) -> dict[str, tuple[Header, TensorInfo]]:
+    """The trained heads by the tensors whose place they take, to be read in their dtype."""
+    plain = {
+        entry.name: entry
+        for file in written.files.values()
+        for entry in file.entries
+        if isinstance(entry, TensorInfo)
+    }
+    tensors = {name: tensor for tensor, name in architecture.parameters_of(plain).items()}
+    found = {}
+    for parameter, info in adapter.heads.items():
+        place = plain.get(tensors.get(parameter, ""))
+        if place is None or place.shape != info.shape:
+            has = "has none" if place is None else f"has it as {list(place.shape)}"
+            raise cannot_merge(
+                adapter.directory,
+                f"it brings {shown(parameter)} of shape {list(info.shape)}, and the model in "
+                f"{written.source} {has} among the weights that are not quantized",
+                hint="quantize the model with this head on it, and train that",
+            )
+        if architecture.is_tied(parameter):
+            raise cannot_merge(
+                adapter.directory,
+                f"it brings {shown(parameter)}, which this model ties to another weight: merged, "
+                "both would change",
+                hint="leave it out of modules_to_save",
+            )
+        if not {info.dtype, place.dtype} <= set(FLOATS):
+            raise cannot_merge(
+                adapter.directory, f"{shown(parameter)} in it is no matrix of numbers"
+            )
+        stored = None if info.dtype == place.dtype else info.dtype
+        found[place.name] = (adapter.header, replace(info, dtype=place.dtype, stored=stored))
+    return found
+
+
+def _cast(written: Written, dtype: str) -> Written:
+    """The same with all that is not quantized read in this dtype."""
+    files = {}
+    for name, file in written.files.items():
+        tensors = {
+            info.name: cast_info(info, dtype) if info.name not in file.parts else info
+            for info in file.header.tensors.values()
+        }
+        files[name] = WeightFile(replace(file.header, tensors=tensors), file.parts)
+    return replace(written, files=files)
