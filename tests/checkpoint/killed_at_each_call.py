@@ -1,9 +1,9 @@
 """Kills a run at each of its system calls in turn; started as a program by tests.
 
 A process without threads, unlike pytest with torch in it, may fork: hundreds of deaths a second.
-The run is that of `staged_run`, or an export, whose pickled plan is PLAN.
+The run is that of `staged_run`, or an export or a merge, whose pickled plan is PLAN.
 
-    python killed_at_each_call.py DIRECTORY [--force] [--export PLAN]
+    python killed_at_each_call.py DIRECTORY [--force] [--export PLAN | --merge PLAN]
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import shutil
 import signal
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from patched_os import TIDYING, WRITES, FaultyOs, death
 from staged_run import contents, staged_run
@@ -25,6 +25,7 @@ from loftq_cli.errors import OutputExists
 
 if TYPE_CHECKING:
     from loftq_cli.engines.export_plan import ExportPlan
+    from loftq_cli.engines.merge_plan import MergePlan
 
 
 class Subject(ABC):
@@ -46,12 +47,21 @@ class StagedRun(Subject):
         staged_run(output, seed=1)
 
 
-class Export(Subject):
-    def __init__(self, plan: Path) -> None:
+class Rewriting(Subject):
+    """A directory is written anew from another."""
+
+    def __init__(self, plan: str) -> None:
         import torch
 
         torch.set_num_threads(1)  # a child that is forked has none of the others
-        self.plan: ExportPlan = pickle.loads(plan.read_bytes())
+        self.plan: Any = pickle.loads(Path(plan).read_bytes())
+
+    def write_former(self, output: Path) -> None:
+        shutil.copytree(self.plan.written.source, output)
+
+
+class Export(Rewriting):
+    plan: ExportPlan
 
     def write(self, output: Path, *, force: bool) -> None:
         from loftq_cli.engines.export import write_export
@@ -60,8 +70,15 @@ class Export(Subject):
         os.chdir(output.parent)  # the report names its place
         write_export(self.plan, Path(output.name), Record("export", [], Listener()), force=force)
 
-    def write_former(self, output: Path) -> None:
-        shutil.copytree(self.plan.written.source, output)
+
+class Merge(Rewriting):
+    plan: MergePlan
+
+    def write(self, output: Path, *, force: bool) -> None:
+        from loftq_cli.engines.merge import write_merged
+        from loftq_cli.record import Listener, Record
+
+        write_merged(self.plan, output, Record("merge", [], Listener()), force=force)
 
 
 def run(subject: Subject, output: Path, faulty: FaultyOs, *, force: bool = False) -> None:
@@ -119,7 +136,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("directory", type=Path)
     parser.add_argument("--force", action="store_true")
-    parser.add_argument("--export", type=Path, metavar="PLAN")
+    parser.add_argument("--export", type=Export, metavar="PLAN")
+    parser.add_argument("--merge", type=Merge, metavar="PLAN")
     asked = parser.parse_args()
-    chosen = StagedRun() if asked.export is None else Export(asked.export)
-    main(chosen, asked.directory, asked.force)
+    main(asked.export or asked.merge or StagedRun(), asked.directory, asked.force)

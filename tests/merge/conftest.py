@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from loftq_cli.engines import shards
 from loftq_cli.models.loading import load_model
 from tests.battery import BATTERY
 from tests.conftest import Outcome
@@ -65,15 +66,25 @@ def save(model: Any, base: Path, out: Path) -> None:
 
 
 def make(
-    loftq: Loftq, place: Path, model: str, *options: object, dtype: torch.dtype = torch.float32
+    loftq: Loftq,
+    place: Path,
+    model: str,
+    *options: object,
+    dtype: torch.dtype = torch.float32,
+    file_bytes: int = 16 << 20,
 ) -> Trained:
-    """Quantizes a model of the battery into `OUT`, and trains the adapter."""
+    """Quantizes a model of the battery into `OUT`, and trains the adapter.
+
+    It is one file unless ``file_bytes`` are fewer than it has.
+    """
     source, base = place / "source", place / "OUT"
     BATTERY[model].build(dtype=dtype).save_pretrained(source)
     (source / "notes.txt").write_text("of mine")
     if "--init" not in options:
         options = (*options, "--iterations", 1)
-    done = loftq("quantize", "-m", source, "-o", base, "--rank", 4, *options)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shards, "SHARD_BYTES", file_bytes)
+        done = loftq("quantize", "-m", source, "-o", base, "--rank", 4, *options)
     assert done.code == 0, done.err
     return Trained(model, source, base, train(base, place / "trained"))
 
