@@ -148,7 +148,7 @@ def start_of(plan: MergePlan) -> TrainedAdapter | None:
 def _require_base(written: Written, adapter: TrainedAdapter) -> None:
     """The adapter names the directory as its base, by the name it has or had at first."""
     first = load_json(written.source / ADAPTER_CONFIG_NAME).get("base_model_name_or_path")
-    names = {str(first), written.source.resolve().name}
+    names = {PurePath(str(first)).name, written.source.resolve().name}
     named = adapter.config.get("base_model_name_or_path")
     if not isinstance(named, str) or PurePath(named).name not in names:
         said = f"{shown(named)}" if isinstance(named, str) else "none"
