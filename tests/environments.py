@@ -37,7 +37,7 @@ LOADING = (
     "5.24.0+0.21.2",
 )
 # Where we lean on transformers and PEFT: the class on the meta device, every kind of model from
-# its files to a forward pass, training, generating, and the check of what was written.
+# its files to a forward pass, training, generating, merging, and the check of what was written.
 SUITE = (
     "tests/models/test_architecture.py",
     "tests/models/test_kinds.py",
@@ -46,6 +46,7 @@ SUITE = (
     "tests/verify/test_quantize_verify.py",
     "tests/commands/test_generate.py",
     "tests/commands/test_load.py",
+    "tests/merge/test_merge.py",
 )
 # transformers may compile DeBERTa's functions with what torch 2.13 calls deprecated.
 QUIETLY = ("-p", "no:cacheprovider", "-W", "ignore:`torch.jit:DeprecationWarning")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import warnings
 import weakref
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from loftq_cli.checkpoint.index import open_checkpoint
@@ -20,6 +22,7 @@ from loftq_cli.models.trained_adapter import read_trained
 from tests.battery import BATTERY
 from tests.merge.conftest import Loftq, Trained, deviation, logits, make, save
 from tests.reload import relative_error, reload
+from tests.verify.conftest import edit_json
 
 CT = ("--container", "compressed-tensors")
 CASES = {
@@ -125,6 +128,26 @@ def test_as_plain_libraries_train_and_load_it(loftq: Loftq, tmp_path: Path) -> N
     assert "resembles" not in done.err
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert deviation(logits(merged, inputs), expected) < 1e-5
+
+
+def test_of_a_base_peft_keeps_the_name_alone(whole: Trained, tmp_path: Path) -> None:
+    """Which is why an adapter of another base is known by that, and by shapes."""
+    start = Path(shutil.copytree(whole.base / "loftq_init", tmp_path / "start"))
+    told = {"loftq_base": "sha256", "loftq_config": {"base": "sha256"}}
+    edit_json(start / "adapter_config.json", lambda config: config.update(told))
+    path = start / "adapter_model.safetensors"
+    save_file(load_file(path), path, metadata={"loftq_base": "sha256"})
+    base = AutoModelForCausalLM.from_pretrained(whole.base)
+    with pytest.warns(UserWarning, match="loftq_base|loftq_config"):
+        model = PeftModel.from_pretrained(base, start, is_trainable=True)
+    model(**whole.inputs(), labels=whole.inputs()["input_ids"]).loss.backward()
+    # With embeddings it would ask the hub for a model of that name.
+    model.save_pretrained(tmp_path / "saved", save_embedding_layers=False)
+    saved = json.loads((tmp_path / "saved" / "adapter_config.json").read_text())
+    assert saved["base_model_name_or_path"] == "OUT"
+    assert "loftq_base" not in saved
+    assert saved["loftq_config"] == {}
+    assert "loftq_base" not in read_trained(tmp_path / "saved").header.metadata
 
 
 @pytest.mark.parametrize(
