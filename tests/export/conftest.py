@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,8 +68,9 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-@pytest.fixture(scope="session")
+@contextmanager
 def small_files() -> Iterator[None]:
+    """Several weight files, for what is quantized inside; nothing of it outlives that."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shards, "SHARD_BYTES", 20_000)
         yield
@@ -79,26 +81,25 @@ def directories(
     request: pytest.FixtureRequest,
     loftq: Loftq,
     source: Path,
-    small_files: None,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Directories:
     place = tmp_path_factory.mktemp("written")
     written = {container: place / container / "OUT" for container in CONTAINERS}
     for container, out in written.items():
-        done = loftq("quantize", "-m", source, "-o", out, "--container", container, "--rank", 4,
-                     "--iterations", 1, *CASES[request.param])  # fmt: skip
+        with small_files():
+            done = loftq("quantize", "-m", source, "-o", out, "--container", container, "--rank", 4,
+                         "--iterations", 1, *CASES[request.param])  # fmt: skip
         assert done.code == 0, done.err
     return Directories(source, written)
 
 
 @pytest.fixture(scope="session")
-def original(
-    loftq: Loftq, source: Path, small_files: None, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
+def original(loftq: Loftq, source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One of them, for those who only look."""
     out = tmp_path_factory.mktemp("original") / "OUT"
-    done = loftq("quantize", "-m", source, "-o", out, "--container", "gptq", "--rank", 4,
-                 "--iterations", 1)  # fmt: skip
+    with small_files():
+        done = loftq("quantize", "-m", source, "-o", out, "--container", "gptq", "--rank", 4,
+                     "--iterations", 1)  # fmt: skip
     assert done.code == 0, done.err
     return out
 

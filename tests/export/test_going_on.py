@@ -18,7 +18,7 @@ import loftq_cli
 from loftq_cli.engines import rewriting
 from loftq_cli.engines.export_plan import plan_export
 from tests.battery import LLAMA_LIKE
-from tests.export.conftest import Loftq, contents, report_of
+from tests.export.conftest import Loftq, contents, report_of, small_files
 
 PROGRAM = Path(__file__).parents[1] / "checkpoint" / "killed_at_each_call.py"
 TO = ("--container", "compressed-tensors")
@@ -33,13 +33,14 @@ def memory_path() -> Iterator[Path]:
 
 
 @pytest.fixture
-def one_block(loftq: Loftq, small_files: None, tmp_path: Path) -> Path:
+def one_block(loftq: Loftq, tmp_path: Path) -> Path:
     """A directory of two weight files, as small as can be."""
     settings = LlamaConfig(**{**LLAMA_LIKE, "num_hidden_layers": 1})
     LlamaForCausalLM(settings).save_pretrained(tmp_path / "source")
     out = tmp_path / "OUT"
-    done = loftq("quantize", "-m", tmp_path / "source", "-o", out, "--container", "gptq",
-                 "--rank", 1, "--init", "qlora", "--target-modules", "q_proj")  # fmt: skip
+    with small_files():
+        done = loftq("quantize", "-m", tmp_path / "source", "-o", out, "--container", "gptq",
+                     "--rank", 1, "--init", "qlora", "--target-modules", "q_proj")  # fmt: skip
     assert done.code == 0, done.err
     assert len(list(out.glob("model-*"))) == 2
     return out
