@@ -104,7 +104,6 @@ def test_every_check_passes_and_says_what_it_verified(checked: Path) -> None:
     summary = data["results"]["summary"]
     assert (summary["total"], summary["passed"]) == (len(NAMES), len(NAMES))
     assert (summary["failed"], summary["skipped"]) == (0, 0)
-    assert summary["seconds"] < 120
 
 
 def test_the_figures_are_plausible(checked: Path) -> None:
