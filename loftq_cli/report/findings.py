@@ -16,6 +16,7 @@ from loftq_cli.schema import (
     ExportResults,
     GenerateResults,
     LoadResults,
+    MergeResults,
     PushResults,
     QuantizeResults,
     Remark,
@@ -231,6 +232,15 @@ def _export(document: Document[ExportResults]) -> Iterator[str]:
     )
 
 
+def _merge(document: Document[MergeResults]) -> Iterator[str]:
+    results = document.results
+    times = units.significant(results.output_bytes / max(results.input_bytes, 1))
+    yield (
+        f"{units.plural(results.merged_layers, 'layer')} of {results.output} have the adapter in "
+        f"their weights, in {results.dtype}: it takes {times} times the bytes of {results.source}"
+    )
+
+
 def _push(document: Document[PushResults]) -> Iterator[str]:
     results = document.results
     who = "only its owners see it" if results.private else "everyone sees it"
@@ -248,6 +258,7 @@ _FINDINGS: Rules = {
     "check": check_findings,
     "verify": verify_findings,
     "export": _export,
+    "merge": _merge,
     "push": _push,
     "load": _load,
     "generate": _generate,

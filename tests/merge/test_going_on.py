@@ -45,9 +45,8 @@ def merge(loftq: Loftq, trained: Trained, out: Path, *options: object) -> Any:
     return loftq("merge", trained.base, "--adapter", trained.adapter, "-o", out, *options)
 
 
-@pytest.mark.parametrize(
-    "options", [(), pytest.param(("--force",), marks=pytest.mark.slow)], ids=["new", "replaces"]
-)
+@pytest.mark.slow  # the way of writing is that of exports, which are killed so in every run
+@pytest.mark.parametrize("options", [(), ("--force",)], ids=["new", "replaces"])
 def test_killed_at_each_call(
     loftq: Loftq,
     monkeypatch: pytest.MonkeyPatch,
