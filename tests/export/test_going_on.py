@@ -2,34 +2,19 @@
 
 from __future__ import annotations
 
-import os
-import pickle
-import subprocess
-import sys
-from collections.abc import Iterator
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 
-import loftq_cli
 from loftq_cli.engines import rewriting
 from loftq_cli.engines.export_plan import plan_export
 from tests.battery import LLAMA_LIKE
 from tests.export.conftest import Loftq, contents, report_of, small_files
+from tests.rewriting import calls_survived, never_again, stopped_at_the_second_file
 
-PROGRAM = Path(__file__).parents[1] / "checkpoint" / "killed_at_each_call.py"
 TO = ("--container", "compressed-tensors")
-
-
-@pytest.fixture
-def memory_path() -> Iterator[Path]:
-    """For hundreds of runs, of which each would wait for a disk."""
-    memory = Path("/dev/shm")
-    with TemporaryDirectory(dir=memory if os.access(memory, os.W_OK) else None) as name:
-        yield Path(name)
 
 
 @pytest.fixture
@@ -49,51 +34,20 @@ def one_block(loftq: Loftq, tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     "options", [(), pytest.param(("--force",), marks=pytest.mark.slow)], ids=["new", "replaces"]
 )
-def test_killed_at_each_call(one_block: Path, options: tuple[str, ...], memory_path: Path) -> None:
-    """Every system call of an export is the last one once; run again, it ends in the same bytes."""
-    plan = memory_path / "plan"
-    plan.write_bytes(pickle.dumps(plan_export(one_block, TO[1])))
-    result = subprocess.run(
-        [sys.executable, PROGRAM, memory_path, *options, "--export", plan],
-        capture_output=True,
-        text=True,
-        env={
-            **os.environ,
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": str(Path(loftq_cli.__file__).parents[1]),
-        },
-        timeout=600,
-    )
-    assert result.returncode == 0, result.stderr
-    assert int(result.stdout.split()[0]) > 150
+def test_killed_at_each_call(one_block: Path, options: tuple[str, ...]) -> None:
+    assert calls_survived("export", plan_export(one_block, TO[1]), *options) > 150
 
 
-def test_an_interrupted_run_goes_on(
-    loftq: Loftq, original: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_an_interrupted_run_goes_on(loftq: Loftq, original: Path, tmp_path: Path) -> None:
     whole, out = tmp_path / "whole" / "OUT", tmp_path / "OUT"
     assert loftq("export", original, *TO, "-o", whole).code == 0
-    write, made = rewriting.write_safetensors, []
-
-    def stopped_at_the_second(path: Path, *rest: Any) -> Any:
-        if made:
-            raise KeyboardInterrupt
-        made.append(path.name)
-        return write(path, *rest)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(rewriting, "write_safetensors", stopped_at_the_second)
+    with stopped_at_the_second_file() as made:
         stopped = loftq("export", original, *TO, "-o", out)
     assert stopped.code == 130
     assert "1 of 3 weight files are kept in" in stopped.err
     assert not out.exists()
-
-    def not_again(path: Path, *rest: Any) -> Any:
-        assert path.name not in made
-        return write(path, *rest)
-
-    monkeypatch.setattr(rewriting, "write_safetensors", not_again)
-    done = loftq("export", original, *TO, "-o", out)
+    with never_again(made):
+        done = loftq("export", original, *TO, "-o", out)
     assert done.code == 0, done.err
     assert "going on with" in done.err
     assert contents(out) == contents(whole)

@@ -2,34 +2,18 @@
 
 from __future__ import annotations
 
-import os
-import pickle
-import subprocess
-import sys
-from collections.abc import Iterator
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-import loftq_cli
 from loftq_cli.engines import rewriting, shards
 from loftq_cli.engines.merge_plan import plan_merge
 from tests.battery import LLAMA_LIKE
 from tests.checkpoint.staged_run import contents
 from tests.merge.conftest import Loftq, Trained, make
-
-PROGRAM = Path(__file__).parents[1] / "checkpoint" / "killed_at_each_call.py"
-
-
-@pytest.fixture
-def memory_path() -> Iterator[Path]:
-    """For hundreds of runs, of which each would wait for a disk."""
-    memory = Path("/dev/shm")
-    with TemporaryDirectory(dir=memory if os.access(memory, os.W_OK) else None) as name:
-        yield Path(name)
+from tests.rewriting import calls_survived, never_again, stopped_at_the_second_file
 
 
 @pytest.fixture(scope="module")
@@ -51,10 +35,8 @@ def test_killed_at_each_call(
     loftq: Loftq,
     monkeypatch: pytest.MonkeyPatch,
     options: tuple[str, ...],
-    memory_path: Path,
     tmp_path: Path,
 ) -> None:
-    """Every system call of a merge is the last one once; run again, it ends in the same bytes."""
     monkeypatch.setattr(shards, "SHARD_BYTES", 20_000)
     settings = LlamaConfig(**{**LLAMA_LIKE, "num_hidden_layers": 1})
     LlamaForCausalLM(settings).save_pretrained(tmp_path / "source")
@@ -63,38 +45,13 @@ def test_killed_at_each_call(
                  "--rank", 1, "--iterations", 1, "--target-modules", "q_proj")  # fmt: skip
     assert done.code == 0, done.err
     assert len(list(base.glob("model-*"))) == 2
-    plan = memory_path / "plan"
-    plan.write_bytes(pickle.dumps(plan_merge(base, None)))
-    result = subprocess.run(
-        [sys.executable, PROGRAM, memory_path, *options, "--merge", plan],
-        capture_output=True,
-        text=True,
-        env={
-            **os.environ,
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": str(Path(loftq_cli.__file__).parents[1]),
-        },
-        timeout=600,
-    )
-    assert result.returncode == 0, result.stderr
-    assert int(result.stdout.split()[0]) > 100
+    assert calls_survived("merge", plan_merge(base, None), *options) > 100
 
 
-def test_an_interrupted_run_goes_on(
-    loftq: Loftq, sharded: Trained, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_an_interrupted_run_goes_on(loftq: Loftq, sharded: Trained, tmp_path: Path) -> None:
     whole, out = tmp_path / "whole" / "MERGED", tmp_path / "MERGED"
     assert merge(loftq, sharded, whole).code == 0
-    write, made = rewriting.write_safetensors, []
-
-    def stopped_at_the_second(path: Path, *rest: Any) -> Any:
-        if made:
-            raise KeyboardInterrupt
-        made.append(path.name)
-        return write(path, *rest)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(rewriting, "write_safetensors", stopped_at_the_second)
+    with stopped_at_the_second_file() as made:
         stopped = merge(loftq, sharded, out)
     assert stopped.code == 130
     assert "1 of 3 weight files are kept in" in stopped.err
@@ -106,13 +63,8 @@ def test_an_interrupted_run_goes_on(
     unlike = loftq("merge", sharded.base, "-o", out)
     assert unlike.code == 1
     assert "adapter.adapter_model.safetensors was" in unlike.err
-
-    def not_again(path: Path, *rest: Any) -> Any:
-        assert path.name not in made
-        return write(path, *rest)
-
-    monkeypatch.setattr(rewriting, "write_safetensors", not_again)
-    done = merge(loftq, sharded, out)
+    with never_again(made):
+        done = merge(loftq, sharded, out)
     assert done.code == 0, done.err
     assert "going on with" in done.err
     assert contents(out) == contents(whole)
