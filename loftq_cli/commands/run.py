@@ -24,6 +24,7 @@ from typing import (
     TYPE_CHECKING,
     Any,
     Concatenate,
+    Literal,
     NamedTuple,
     ParamSpec,
 )
@@ -88,16 +89,20 @@ class Run(Record):
             if self._save is not None:
                 self._write_files(self._save, document)
             if self._html is not None:
-                self.write_page(self._html, document)
+                self._write(self._html, "html", document)
         finally:
             self._print(document)
 
-    def write_page(self, file: Path, document: Document[Any]) -> None:
-        """The document as a page for a browser."""
+    def _write(self, file: Path, form: spellings.FormatName, document: Document[Any]) -> None:
+        """The document in a file, in the form that its ending says where none was asked for."""
+        from loftq_cli import schema
         from loftq_cli.report.render import render
 
+        if form == "auto":
+            form = _BY_ENDING.get(file.suffix, "tsv")
+        text = schema.dump_json(document) if form == "json" else render(document, form)
         with disk_errors(file):
-            write_bytes_atomically(file, render(document, "html").encode())
+            write_bytes_atomically(file, text.encode())
         self.note(f"wrote {file}")
 
     def _print(self, document: Document[Any]) -> None:
@@ -105,34 +110,27 @@ class Run(Record):
         from loftq_cli.report.render import render
 
         chosen = self._format
-        if chosen == "auto" and self.output is not None:
-            chosen = _BY_ENDING.get(self.output.suffix, "tsv")
+        if self.output is not None:
+            self._write(self.output, chosen, document)
+            return
         if chosen == "auto":
             chosen = "table" if self.console.stdout_is_terminal else "tsv"
         if chosen == "json":
-            self._write_result(schema.dump_json(document))
+            self.console.write_result(schema.dump_json(document))
             return
         if chosen == "table":
             # Whoever reads a table here has had the warnings already, on stderr.
             document = document.model_copy(update={"warnings": []})
         out = self.console.result_descriptor
-        self._write_result(
+        self.console.write_result(
             render(
                 document,
                 chosen,
                 width=width_of(out),
-                colour=wants_colour(self.console.stdout_is_terminal and self.output is None),
+                colour=wants_colour(self.console.stdout_is_terminal),
                 unicode=self.console.stdout_speaks_unicode,
             )
         )
-
-    def _write_result(self, text: str) -> None:
-        if self.output is None:
-            self.console.write_result(text)
-            return
-        with disk_errors(self.output):
-            write_bytes_atomically(self.output, text.encode())
-        self.note(f"wrote {self.output}")
 
     def _write_files(self, directory: Path, document: Document[Any]) -> None:
         from loftq_cli import schema
@@ -168,7 +166,7 @@ class Run(Record):
 
 
 # What `auto` is for a file.
-_BY_ENDING: dict[str, spellings.FormatName] = {
+_BY_ENDING: dict[str, Literal["html", "json", "md", "table", "tsv"]] = {
     ".html": "html",
     ".json": "json",
     ".md": "md",

@@ -86,7 +86,8 @@ OPTIONS = {
         float | None,
         "--target-bits",
         metavar="X",
-        help="The average of 2, 3 and 4 bits: each layer gets what it needs, as measured first.",
+        help="The average of the container's bits (2, 3, 4; of integers 8 too): each layer gets "
+        "what it needs, as measured first.",
     ),
     "rank_budget": option(
         bool,

@@ -168,6 +168,8 @@ def test_the_ending_of_the_file_says_the_form(loftq: Loftq, tmp_path: Path) -> N
     for name, begins in (("a.html", "<!doctype html>"), ("a.md", "## "), ("a.json", "{\n")):
         assert loftq("report", source, "-o", tmp_path / name).code == 0
         assert (tmp_path / name).read_text().startswith(begins)
+    assert loftq("report", source, "-o", tmp_path / "a.txt").code == 0
+    assert (tmp_path / "a.txt").read_text().startswith("Report on 1 result document\n")
 
 
 def test_any_command_writes_its_page(loftq: Loftq, tmp_path: Path) -> None:
