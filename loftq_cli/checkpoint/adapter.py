@@ -6,6 +6,8 @@ an adapter name; PEFT adds that when it loads them (peft.utils.save_and_load).
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from typing import Any
 
 from loftq_cli.checkpoint.writer import PlannedTensor
@@ -14,6 +16,13 @@ ADAPTER_DIRECTORY = "loftq_init"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_NAME = f"{ADAPTER_DIRECTORY}/{ADAPTER_WEIGHTS}"
+
+# Where the adapter's config says which base it is for. Of what PEFT (0.18 to 0.21) does not know
+# itself nothing else comes through a training: it drops keys of the config and metadata of the
+# tensors. In this dictionary it looks for two entries, and only where there is no task type; there
+# it also writes them anew when it saves, and the base is lost.
+AUTO_MAPPING = "auto_mapping"
+_BASE = "loftq_base"
 
 # PEFT's model stands around the original, whose paths begin with this there.
 PREFIX = "base_model.model."
@@ -42,6 +51,8 @@ def plan_lora(module: str, shape: tuple[int, int], rank: int) -> list[PlannedTen
 def adapter_config(
     *,
     base_model: str,
+    base: str,
+    auto_class: str | None,
     task_type: str | None,
     rank: int,
     lora_alpha: float,
@@ -53,7 +64,9 @@ def adapter_config(
 ) -> dict[str, Any]:
     """What `LoraConfig` needs to put the adapter back exactly as it was computed.
 
-    The patterns hold, by whole module path, what differs from ``rank`` and ``lora_alpha``.
+    ``base`` tells the base from others (`fingerprint.base_identity`), ``auto_class`` is the class
+    of transformers that opens it. The patterns hold, by whole module path, what differs from
+    ``rank`` and ``lora_alpha``.
 
     `init_lora_weights` is true, not "loftq": PEFT would run its own LoftQ over the 4-bit weights
     again. Dropout is 0 because any dropout also drops part of the correction. `fan_in_fan_out`
@@ -64,6 +77,11 @@ def adapter_config(
         "peft_type": "LORA",
         "task_type": task_type,
         "base_model_name_or_path": base_model,
+        AUTO_MAPPING: {
+            "base_model_class": auto_class,
+            "parent_library": "transformers",
+            _BASE: base,
+        },
         "r": rank,
         "lora_alpha": _plain(lora_alpha),
         "rank_pattern": rank_pattern,
@@ -76,6 +94,17 @@ def adapter_config(
         "init_lora_weights": True,
         "inference_mode": False,
     }
+
+
+def base_of(config: Mapping[str, Any]) -> str | None:
+    """Which base an adapter's config says that it is for; None if it does not say.
+
+    One that was begun anew does not, nor one that was trained without a task type.
+    """
+    mapping = config.get(AUTO_MAPPING)
+    base = mapping.get(_BASE) if isinstance(mapping, Mapping) else None
+    is_digest = isinstance(base, str) and re.fullmatch("[0-9a-f]{64}", base, re.ASCII)
+    return base if is_digest else None
 
 
 def _plain(alpha: float) -> float:

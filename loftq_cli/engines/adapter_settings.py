@@ -13,8 +13,13 @@ if TYPE_CHECKING:
     from loftq_cli.models.architecture import Architecture
 
 
-def adapter_settings(plan: Plan, architecture: Architecture, base_model: str) -> dict[str, Any]:
-    """The arguments of `LoraConfig` that put the adapter back on the plan's layers."""
+def adapter_settings(
+    plan: Plan, architecture: Architecture, base_model: str, base: str
+) -> dict[str, Any]:
+    """The arguments of `LoraConfig` that put the adapter back on the plan's layers.
+
+    ``base_model`` is the name of the directory, ``base`` what is in it (`base_identity`).
+    """
     settings = plan.settings
     adapted = [planned for planned in plan.layers if planned.adapted]
     # Ranks that are all the same, though another than was asked for, need no pattern.
@@ -27,6 +32,8 @@ def adapter_settings(plan: Plan, architecture: Architecture, base_model: str) ->
     }
     return adapter_config(
         base_model=base_model,
+        base=base,
+        auto_class=architecture.auto_class,
         task_type=architecture.task_type,
         rank=rank,
         lora_alpha=settings.alpha_of(rank),

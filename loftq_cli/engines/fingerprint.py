@@ -52,6 +52,14 @@ def fingerprint(
     }
 
 
+def base_identity(fingerprint: Mapping[str, Any], settings: Settings) -> str:
+    """What tells a quantized model, and the start beside it, from all others.
+
+    It is the same in every container that holds the same codes and scales.
+    """
+    return digest({**fingerprint, "settings": settings.of_base()})
+
+
 def digest(value: Mapping[str, Any]) -> str:
     """A fingerprint, or a config, as one word to be compared with that of another run."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

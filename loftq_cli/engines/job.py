@@ -16,7 +16,13 @@ from loftq_cli.checkpoint.staging import Staging
 from loftq_cli.checkpoint.writer import require_free_space
 from loftq_cli.engines import estimates, output
 from loftq_cli.engines.allocation import allocate
-from loftq_cli.engines.fingerprint import digest, fingerprint, require_unchanged, state
+from loftq_cli.engines.fingerprint import (
+    base_identity,
+    digest,
+    fingerprint,
+    require_unchanged,
+    state,
+)
 from loftq_cli.engines.local import run_tasks
 from loftq_cli.engines.plan import NOT_A_TARGET, Plan, make_plan
 from loftq_cli.engines.preflight import Asked, ask, ask_found
@@ -118,8 +124,9 @@ def make_directory(job: Job, record: Record) -> Made:
             ready = replace(ready, plan=_measured(ready, record))
         plan, done, calibration = _run_tasks(ready, staging, record)
         with record.timing("commit"):
+            base = base_identity(identity, job.settings)
             output.join_adapter(
-                plan, ready.checkpoint, staging, ready.architecture, job.output.name
+                plan, ready.checkpoint, staging, ready.architecture, job.output.name, base
             )
             output.write_model_files(plan, staging, ready.architecture, ready.config, ready.beside)
             require_unchanged(found.directory, ready.checkpoint, identity)

@@ -1,13 +1,14 @@
 """What a `merge` run will write: pure data, made from report, headers, config and adapter.
 
-**Which base an adapter was trained on.** Of what `quantize` writes beside an adapter PEFT (0.18 to
-0.21) keeps the name of the base through training and saving, and nothing else that could tell one
-base from another: keys that it does not know are dropped, and so is the metadata of the tensors. So
-an adapter is refused whose base has another name than the directory has or had when it was written,
-or whose modules or shapes are not those of its layers. Two directories of the same model and the
-same name, such as one that was written again with other bits, are not told apart by that. But an
-adapter that was trained from the start of a directory still resembles it; of one that does not, it
-is said that it was begun anew on this base, or belongs to another.
+**Which base an adapter was trained on.** The config of the start beside a backbone has a digest of
+what the backbone was made from (`fingerprint.base_identity`), in a place that PEFT (0.18 to 0.21)
+keeps through training and saving (`checkpoint/adapter.py`). Where the adapter has it too, that
+decides, whatever the directories are called, and in whichever container the codes lie. An adapter
+that was begun anew on the base, or trained without a task type, has none. Then it is refused if its
+base has another name than the directory has or had when it was written. Two directories of the same
+name, such as one that was written again with other bits, are not told apart by that. But an adapter
+that was trained from the start of a directory still resembles it; of one that does not, it is said
+that it was begun anew on this base, or belongs to another.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
 from loftq_cli import __version__
-from loftq_cli.checkpoint.adapter import ADAPTER_CONFIG, ADAPTER_DIRECTORY, ADAPTER_NAME
+from loftq_cli.checkpoint.adapter import ADAPTER_CONFIG, ADAPTER_DIRECTORY, ADAPTER_NAME, base_of
 from loftq_cli.checkpoint.index import INDEX_FILE, cast_info, load_json
 from loftq_cli.checkpoint.safetensors import Header, TensorInfo, shown
 from loftq_cli.checkpoint.writer import PlannedTensor, hash_file
@@ -140,13 +141,38 @@ def plan_merge(
 
 
 def start_of(plan: MergePlan) -> TrainedAdapter | None:
-    """The adapter that the directory came with, to be compared with; None where it is the same."""
+    """The adapter that the directory came with, to be compared with.
+
+    None where it is the same, or where the adapter is known to be for this base.
+    """
     own = plan.written.source / ADAPTER_DIRECTORY
-    return None if plan.adapter.directory.samefile(own) else read_trained(own)
+    if plan.adapter.directory.samefile(own) or None not in _bases(plan.written, plan.adapter):
+        return None
+    return read_trained(own)
+
+
+def _bases(written: Written, adapter: TrainedAdapter) -> tuple[str | None, str | None]:
+    """Which base the adapter says that it is for, and which the directory says that it is."""
+    return base_of(adapter.config), base_of(load_json(written.source / ADAPTER_CONFIG_NAME))
 
 
 def _require_base(written: Written, adapter: TrainedAdapter) -> None:
-    """The adapter names the directory as its base, by the name it has or had at first."""
+    """The adapter is for what lies here; where it does not say, it names the directory.
+
+    Names are those that the directory has, or had at first.
+    """
+    base, here = _bases(written, adapter)
+    if base is not None and here is not None:
+        if base == here:
+            return
+        raise cannot_merge(
+            adapter.directory,
+            f"it was trained on another base: one of {base[:12]}…, by auto_mapping in its "
+            f"{ADAPTER_CONFIG}, and {written.source} is {here[:12]}…: quantized from other "
+            "weights, with other settings, or by another version",
+            hint="give the directory that it was trained on; quantized again in the same way, it "
+            "is known again",
+        )
     first = load_json(written.source / ADAPTER_CONFIG_NAME).get("base_model_name_or_path")
     names = {PurePath(str(first)).name, written.source.resolve().name}
     named = adapter.config.get("base_model_name_or_path")

@@ -48,7 +48,7 @@ def objections(
 ) -> tuple[Refused, tuple[str, ...]]:
     """What the libraries refuse of the plan, and the heads that PEFT trains beside the adapter."""
     model = build().model
-    settings = adapter_settings(plan, original, "")
+    settings = adapter_settings(plan, original, "", "")
     container = plan.settings.container
     # Where weights are dequantized, the model stays as it is.
     asked = container.quantizes and container.stays_packed

@@ -42,6 +42,7 @@ def join_adapter(
     staging: Staging,
     architecture: Architecture,
     base_model: str,
+    base: str,
 ) -> None:
     """Joins the tasks' shares to one `adapter_model.safetensors`, tensor by tensor.
 
@@ -75,7 +76,7 @@ def join_adapter(
         )
     for task in plan.tasks:
         staging.path(adapter_part(task.file_name)).unlink(missing_ok=True)
-    config = adapter_settings(plan, architecture, base_model)
+    config = adapter_settings(plan, architecture, base_model, base)
     write_json(staging, f"{ADAPTER_DIRECTORY}/{ADAPTER_CONFIG}", config)
 
 

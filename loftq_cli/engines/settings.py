@@ -119,6 +119,12 @@ class Settings:
             del fields["container_name"]
         return fields
 
+    def of_base(self) -> dict[str, Any]:
+        """What decides Q and the start, whatever container they lie in."""
+        fields = {**self.as_dict(), **asdict(self.container)}
+        fields.pop("container_name", None)
+        return fields
+
 
 def settings_of(asked: QuantizeOptions) -> Settings:
     """The settings that these options ask for.

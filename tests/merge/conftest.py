@@ -15,6 +15,7 @@ from loftq_cli.engines import shards
 from loftq_cli.models.loading import load_model
 from tests.battery import BATTERY
 from tests.conftest import Outcome
+from tests.verify.conftest import edit_json
 
 Loftq = Callable[..., Outcome]
 
@@ -63,6 +64,11 @@ def save(model: Any, base: Path, out: Path) -> None:
     """As the README in ``base`` has it: PEFT looks for the base when it saves."""
     model.peft_config["default"].base_model_name_or_path = str(base)
     model.save_pretrained(out)
+
+
+def forget_base(adapter: Path) -> None:
+    """As an adapter that was begun anew, which does not say what it is for."""
+    edit_json(adapter / "adapter_config.json", lambda config: config.update(auto_mapping=None))
 
 
 def make(

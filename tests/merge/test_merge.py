@@ -6,6 +6,7 @@ import json
 import shutil
 import warnings
 import weakref
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from loftq_cli.checkpoint.index import open_checkpoint
+from loftq_cli.checkpoint.adapter import base_of
+from loftq_cli.checkpoint.index import load_json, open_checkpoint
 from loftq_cli.containers.bitsandbytes4 import Bitsandbytes4
 from loftq_cli.models.trained_adapter import read_trained
 from tests.battery import BATTERY
@@ -122,6 +124,8 @@ def test_as_plain_libraries_train_and_load_it(loftq: Loftq, tmp_path: Path) -> N
         optimizer.zero_grad()
     save(model, made.base, tmp_path / "by hand")
     expected = logits(model, inputs)
+    # It is known by what it was made from, whatever it is called now.
+    made = replace(made, base=made.base.rename(tmp_path / "another name"))
     trained = Trained("llama", made.source, made.base, tmp_path / "by hand")
     done = loftq("merge", made.base, "--adapter", trained.adapter, "-o", tmp_path / "merged")
     assert done.code == 0
@@ -130,8 +134,19 @@ def test_as_plain_libraries_train_and_load_it(loftq: Loftq, tmp_path: Path) -> N
     assert deviation(logits(merged, inputs), expected) < 1e-5
 
 
-def test_of_a_base_peft_keeps_the_name_alone(whole: Trained, tmp_path: Path) -> None:
-    """Which is why an adapter of another base is known by that, and by shapes."""
+def test_a_base_that_was_exported_is_the_same_one(loftq: Loftq, tmp_path: Path) -> None:
+    """Trained in one container, and merged in the other: the codes are the same."""
+    made = make(loftq, tmp_path, "llama", "--container", "gptq", "--init", "pissa")
+    exported = replace(made, base=tmp_path / "SERVED")
+    assert loftq("export", made.base, *CT, "-o", exported.base).code == 0
+    merge(loftq, made, tmp_path / "one", "--dtype", "float32")
+    merge(loftq, exported, tmp_path / "other", "--dtype", "float32")
+    one, other = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "other"))
+    assert one == other
+
+
+def test_what_peft_keeps_of_a_base(whole: Trained, tmp_path: Path) -> None:
+    """Its name, and one dictionary: which is why an adapter of another base is known by them."""
     start = Path(shutil.copytree(whole.base / "loftq_init", tmp_path / "start"))
     told = {"loftq_base": "sha256", "loftq_config": {"base": "sha256"}}
     edit_json(start / "adapter_config.json", lambda config: config.update(told))
@@ -145,6 +160,8 @@ def test_of_a_base_peft_keeps_the_name_alone(whole: Trained, tmp_path: Path) -> 
     model.save_pretrained(tmp_path / "saved", save_embedding_layers=False)
     saved = json.loads((tmp_path / "saved" / "adapter_config.json").read_text())
     assert saved["base_model_name_or_path"] == "OUT"
+    assert base_of(saved) == base_of(load_json(whole.base / "loftq_init" / "adapter_config.json"))
+    assert base_of(saved) is not None
     assert "loftq_base" not in saved
     assert saved["loftq_config"] == {}
     assert "loftq_base" not in read_trained(tmp_path / "saved").header.metadata

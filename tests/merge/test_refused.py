@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from loftq_cli.checkpoint import safetensors
-from tests.merge.conftest import Loftq, Trained, make
+from tests.merge.conftest import Loftq, Trained, forget_base, make
 from tests.verify.conftest import edit_json, edit_report
 
 LAYER = "model.layers.0.self_attn.q_proj"
@@ -78,6 +78,7 @@ def edit_tensors(trained: Trained, change: Callable[[dict[str, torch.Tensor]], N
 def test_configs(
     loftq: Loftq, trained: Trained, changes: dict[str, Any], said: str, tmp_path: Path
 ) -> None:
+    forget_base(trained.adapter)
     edit_config(trained, **changes)
     assert said in refused(loftq, trained, tmp_path / "merged")
 
@@ -150,16 +151,23 @@ def test_tensors(
 def test_an_adapter_of_another_base(
     loftq: Loftq, whole: Trained, trained: Trained, tmp_path: Path
 ) -> None:
-    """By its name, which PEFT keeps; whatever path led there, and whatever it is called now."""
+    """By what it was made from; one that does not say that, by its name."""
     other = make(loftq, tmp_path / "other", "llama", "--bits", 2)
     other.base.rename(tmp_path / "other" / "TWO")
     mixed = Trained("llama", other.source, tmp_path / "other" / "TWO", trained.adapter)
     assert json.loads((trained.adapter / "adapter_config.json").read_text())[
         "base_model_name_or_path"
     ] == str(whole.base)
-    # Renamed, it is still known by the name that it had at first.
+    for name in ("elsewhere/OUT", "TWO"):
+        edit_config(trained, base_model_name_or_path=name)
+        message = refused(loftq, mixed, tmp_path / "merged")
+        assert "it was trained on another base: one of " in message
+        assert f"by auto_mapping in its adapter_config.json, and {mixed.base} is " in message
+    # Whatever path led there, and whatever it is called now.
+    forget_base(other.adapter)
     done = loftq("merge", mixed.base, "--adapter", other.adapter, "-o", tmp_path / "known")
     assert done.code == 0, done.err
+    forget_base(trained.adapter)
     edit_config(trained, base_model_name_or_path="elsewhere/FOUR")
     message = refused(loftq, mixed, tmp_path / "merged")
     assert "it was trained on another base" in message

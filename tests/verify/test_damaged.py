@@ -752,6 +752,9 @@ def drop_the_tokenizer(out: Path) -> None:
         # What would have another model, or any library, loaded with the adapter.
         (with_setting(ADAPTER_CONFIG, "base_model_name_or_path", "/other"), "base_model_name"),
         (with_setting(ADAPTER_CONFIG, "auto_mapping", {"parent_library": "os"}), "auto_mapping"),
+        (with_setting(ADAPTER_CONFIG, "parent_library", "os", "auto_mapping"), "auto_mapping"),
+        (with_setting(ADAPTER_CONFIG, "loftq_base", "f" * 63, "auto_mapping"), "auto_mapping"),
+        (with_setting(ADAPTER_CONFIG, "loftq_base", None, "auto_mapping"), "auto_mapping"),
         (with_setting(ADAPTER_CONFIG, "loftq_config", {"loftq_bits": 2}), "loftq_config"),
         (with_setting(ADAPTER_CONFIG, "unheard_of", 1), "unheard_of"),
         (

@@ -261,6 +261,9 @@ def test_inputs_that_the_config_does_not_describe_are_unknown(
 
 def test_a_class_that_is_no_model_is_not_called(written: Path, loftq: Loftq) -> None:
     edit_report(written, lambda report: report.update(auto_class="Trainer"))
+    config = written / "loftq_init" / "adapter_config.json"
+    edit_json(config, lambda adapter: adapter["auto_mapping"].update(base_model_class="Trainer"))
+    reseal(written)
     outcome, results = run_verify(loftq, written)
     assert (outcome.code, statuses(results)["forward"]) == (3, "failed")
     assert "no model class Trainer" in outcome.err

@@ -15,7 +15,7 @@ from loftq_cli.checks.written.claims import ClaimedLayer
 from loftq_cli.checks.written.residuals import spread
 from loftq_cli.engines import shards
 from tests.battery import BATTERY
-from tests.verify.conftest import Loftq, edit_json, run_verify, statuses
+from tests.verify.conftest import Loftq, edit_json, reseal, run_verify, statuses
 
 CHECKS = ["files", "container", "adapter", "totals", "residuals", "copies", "forward"]
 NO_SOURCE = {"residuals": "skipped", "copies": "skipped"}
@@ -112,6 +112,15 @@ def test_a_report_from_before_the_readme_was_listed(written: Path, loftq: Loftq)
 
     edit_json(written / "loftq_report.json", older)
     (written / "README.md").write_text("Notes of mine.")
+    outcome, results = run_verify(loftq, written)
+    assert outcome.code == 0, outcome.err
+    assert statuses(results) == dict.fromkeys(CHECKS, "passed")
+
+
+def test_an_adapter_from_before_it_said_its_base(written: Path, loftq: Loftq) -> None:
+    config = written / "loftq_init" / "adapter_config.json"
+    edit_json(config, lambda adapter: adapter.pop("auto_mapping"))
+    reseal(written)
     outcome, results = run_verify(loftq, written)
     assert outcome.code == 0, outcome.err
     assert statuses(results) == dict.fromkeys(CHECKS, "passed")

@@ -16,8 +16,10 @@ from loftq_cli.checkpoint.adapter import (
     ADAPTER_CONFIG,
     ADAPTER_DIRECTORY,
     ADAPTER_NAME,
+    AUTO_MAPPING,
     PREFIX,
     adapter_config,
+    base_of,
     lora_names,
 )
 from loftq_cli.checkpoint.index import load_json
@@ -61,6 +63,8 @@ def _require_config(written: Written) -> None:
     found = load_json(written.directory / ADAPTER_DIRECTORY / ADAPTER_CONFIG)
     expected = adapter_config(
         base_model=claims.results.repository or PurePath(claims.results.output).name,
+        base=base_of(found) or "",
+        auto_class=claims.results.auto_class,
         task_type=claims.results.task_type,
         rank=claims.config_rank,
         lora_alpha=claims.config_alpha,
@@ -70,6 +74,8 @@ def _require_config(written: Written) -> None:
         alpha_pattern={},
         fan_in_fan_out=_transposed(written),
     )
+    if AUTO_MAPPING not in found:  # as earlier versions wrote it
+        del expected[AUTO_MAPPING]
     for key in sorted(expected.keys() - _FOR_PEFT_TO_SAY):
         if found.get(key) != expected[key]:
             refused = "; vLLM refuses any but true and false" if key == "init_lora_weights" else ""
