@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from loftq_cli.checkpoint.adapter import base_of
+from loftq_cli.checkpoint.index import load_json
 from loftq_cli.models.spec import DEMO_DIRECTORY
 from tests.conftest import Outcome
 
@@ -63,7 +65,23 @@ def test_trainer(quantized: Path, texts: Sequence[Path], tmp_path: Path) -> None
                beside=tmp_path)  # fmt: skip
     before, after = change(said)
     assert after < before - 0.03, said
-    assert (tmp_path / "adapter_model.safetensors").is_file()
+    # What it was trained on is still told by what was saved.
+    saved, start = (
+        load_json(each / "adapter_config.json") for each in (tmp_path, quantized / "loftq_init")
+    )
+    assert base_of(saved) == base_of(start) is not None
+
+
+def test_merging_and_reloading(quantized: Path, texts: Sequence[Path], tmp_path: Path) -> None:
+    train, heldout = texts
+    said = run("merge_and_reload.py", quantized, "--text", train, "--held-out", heldout,
+               "-o", "out", "--steps", 15, "--batch", 4, "--learning-rate", 1e-3,
+               beside=tmp_path)  # fmt: skip
+    before, after, merged = map(float, re.findall(r"\d\.\d+", said))
+    assert after < before - 0.03, said
+    assert abs(merged - after) < 2e-4, said  # of what is printed with four digits
+    kept = json.loads((tmp_path / "out" / "merged" / "config.json").read_text())
+    assert "quantization_config" not in kept
 
 
 def test_sft_trainer_from_the_directorys_name(
