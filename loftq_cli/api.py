@@ -14,7 +14,7 @@ from loftq_cli.options import QuantizeOptions, refuse_both, require_text, size
 if TYPE_CHECKING:
     from loftq_cli.engines.job import Job, Made
     from loftq_cli.engines.report_file import Report
-    from loftq_cli.formats import QuantType, SvdMethod
+    from loftq_cli.formats import AdapterDtype, QuantStorage, QuantType, SvdMethod
     from loftq_cli.record import Listener, Record
     from loftq_cli.schema import Document, QuantizeResults, VerifyResults
 
@@ -29,6 +29,7 @@ def quantize(
     quant_type: QuantType = "nf4",
     block_size: int = 64,
     double_quant: bool = False,
+    quant_storage: QuantStorage = "uint8",
     init: str = "loftq",
     calibration_text: str | Path | None = None,
     rank: int = 16,
@@ -39,6 +40,7 @@ def quantize(
     lora_alpha: float | None = None,
     rslora: bool = False,
     target_modules: str | Sequence[str] = "all-linear",
+    adapter_dtype: AdapterDtype = "float32",
     device: str = "auto",
     dtype: str = "auto",
     max_memory: int | str | None = None,

@@ -13,6 +13,7 @@ DTYPE_BITS = {
 }  # fmt: skip
 # The dtypes of weights that can be quantized: safetensors' names and torch's.
 DTYPE_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+SHORT_NAMES = {name: short for short, name in DTYPE_NAMES.items()}
 # The dtypes of plain numbers. (Those of 8 bits and fewer have scales beside them.)
 FLOATS = (*DTYPE_NAMES, "F64")
 
@@ -21,6 +22,9 @@ QuantType: TypeAlias = Literal["nf4", "fp4"]
 # bitsandbytes has kernels for these.
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 DEFAULT_BLOCK_SIZE = 64
+# What the tensors of packed 4-bit codes may be called, the same bytes in each.
+QuantStorage: TypeAlias = Literal["uint8", "bfloat16", "float16", "float32"]
+DEFAULT_STORAGE: QuantStorage = "uint8"
 # Levels that a code of nf4 may choose from, all of them in four bits of the file.
 NF_BITS = (2, 3, 4)
 # With double quantization so many absmax share a scale.
@@ -32,6 +36,7 @@ INTEGER_BITS = (2, 3, 4, 8)
 WHOLE_ROW = -1
 INTEGER_BLOCK_SIZES = (32, 64, 128, WHOLE_ROW)
 
+AdapterDtype: TypeAlias = Literal["float32", "bfloat16", "float16"]
 SvdMethod: TypeAlias = Literal["auto", "exact", "randomized"]
 # Beyond these, float32 adapters lose the correction; nobody trains there.
 SCALINGS = (1e-6, 1e6)

@@ -19,7 +19,10 @@ from loftq_cli.formats import (
     ALL_LINEAR,
     DEFAULT_BLOCK_SIZE,
     DEFAULT_CONTAINER,
+    DEFAULT_STORAGE,
     DTYPE_NAMES,
+    AdapterDtype,
+    QuantStorage,
     QuantType,
     SvdMethod,
 )
@@ -75,6 +78,7 @@ class QuantizeOptions(Options):
     quant_type: QuantType = "nf4"
     block_size: int = DEFAULT_BLOCK_SIZE
     double_quant: bool = False
+    quant_storage: QuantStorage = DEFAULT_STORAGE
     init: str = "loftq"
     calibration_text: Path | None = None
     rank: int = 16
@@ -85,6 +89,7 @@ class QuantizeOptions(Options):
     lora_alpha: float | None = None  # the rank
     rslora: bool = False
     target_modules: str | Sequence[str] = ALL_LINEAR
+    adapter_dtype: AdapterDtype = "float32"
     device: str = "auto"
     dtype: str = "auto"
     max_memory: str | int | None = None

@@ -2,7 +2,8 @@
 
 To add one, write its function in ``core`` and a row here. The function is called as
 
-    function(W=…, quantizer=…, rank=…, scaling=…, seed=…, **what the row's traits say)
+    function(W=…, quantizer=…, rank=…, scaling=…, adapter_dtype=…, seed=…,
+             **what the row's traits say)
 
 on the weight ``W`` (out × in) and returns a ``core.loftq.LoftqResult``. The option ``--init``, its
 help, the settings, estimates, reports and the starts that `compare` tries follow from the row.

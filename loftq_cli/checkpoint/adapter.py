@@ -38,13 +38,13 @@ def lora_names(module: str) -> tuple[str, str]:
     return f"{PREFIX}{module}.lora_A.weight", f"{PREFIX}{module}.lora_B.weight"
 
 
-def plan_lora(module: str, shape: tuple[int, int], rank: int) -> list[PlannedTensor]:
-    """A and B of a module of shape (out, in), in float32: PEFT trains adapters in it anyway."""
+def plan_lora(module: str, shape: tuple[int, int], rank: int, dtype: str) -> list[PlannedTensor]:
+    """A and B of a module of shape (out, in); ``dtype`` is safetensors' name of theirs."""
     name_a, name_b = lora_names(module)
     out_features, in_features = shape
     return [
-        PlannedTensor(name_a, "F32", (rank, in_features)),
-        PlannedTensor(name_b, "F32", (out_features, rank)),
+        PlannedTensor(name_a, dtype, (rank, in_features)),
+        PlannedTensor(name_b, dtype, (out_features, rank)),
     ]
 
 

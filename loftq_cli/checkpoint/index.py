@@ -26,7 +26,7 @@ from loftq_cli.checkpoint.safetensors import (
     strict_json,
 )
 from loftq_cli.errors import CorruptCheckpoint, ModelNotFound, UnsafeCheckpoint
-from loftq_cli.formats import DTYPE_NAMES, FLOATS
+from loftq_cli.formats import FLOATS, SHORT_NAMES
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -74,7 +74,7 @@ class Checkpoint:
 
 def cast_info(info: TensorInfo, dtype: str) -> TensorInfo:
     """The tensor read as ``dtype`` (torch's name of it), if it is one of floating-point numbers."""
-    name = next(short for short, long in DTYPE_NAMES.items() if long == dtype)
+    name = SHORT_NAMES[dtype]
     if info.dtype not in FLOATS or info.dtype == name:
         return info
     return replace(info, dtype=name, stored=info.dtype)

@@ -15,7 +15,14 @@ import typer
 
 from loftq_cli import starts
 from loftq_cli.containers import container_names, widths
-from loftq_cli.formats import ALL_LINEAR, BLOCK_SIZES, QuantType, SvdMethod
+from loftq_cli.formats import (
+    ALL_LINEAR,
+    BLOCK_SIZES,
+    AdapterDtype,
+    QuantStorage,
+    QuantType,
+    SvdMethod,
+)
 from loftq_cli.options import LARGEST_RANK, LARGEST_SEED
 
 _MOST = 10**9  # sequences, tokens: beyond it a number is no longer one of this world
@@ -164,6 +171,19 @@ OPTIONS = {
         bool,
         "--double-quant/--no-double-quant",
         help="Quantize the scales too: 0.4 bits less a weight.",
+    ),
+    "quant_storage": option(
+        QuantStorage,
+        "--quant-storage",
+        metavar="uint8|bfloat16|float16|float32",
+        help="What the tensors of packed 4-bit codes are called, the bytes being the same: FSDP "
+        "shards only the dtype that it trains in.",
+    ),
+    "adapter_dtype": option(
+        AdapterDtype,
+        "--adapter-dtype",
+        metavar="float32|bfloat16|float16",
+        help="What the adapter is written in; errors are those of the rounded one.",
     ),
     "max_memory": option(
         str | None,

@@ -36,6 +36,8 @@ class Form(Protocol):
     def block_size(self) -> int | None: ...
     @property
     def double_quant(self) -> bool: ...
+    @property
+    def quant_storage(self) -> str | None: ...
 
 
 @dataclass(frozen=True)
@@ -76,12 +78,14 @@ class Damaged(ValueError):
 class Container(ABC):
     """One container. A module of this package has its class as ``CONTAINER``.
 
-    ``quant_type``, ``block_size`` and ``double_quant`` are what the report says of the format.
+    ``quant_type``, ``block_size`` and ``double_quant`` are what the report says of the format, and
+    ``quant_storage`` is what the tensors of packed codes are called, where that can be chosen.
     """
 
     quant_type: str
     block_size: int | None = None
     double_quant: bool = False
+    quant_storage: str | None = None
 
     # As `quantization_config` and the people who load it call it.
     name: ClassVar[str]
@@ -91,7 +95,7 @@ class Container(ABC):
     block_sizes: ClassVar[tuple[int, ...]] = ()
     # The container that takes what this one does not.
     instead: ClassVar[str] = DEFAULT_CONTAINER
-    # Which options of a number format it has: of `quant_type`, `block_size` and `double_quant`.
+    # Which of the options of a number format above it has.
     options: ClassVar[tuple[str, ...]] = ()
     quantizes: ClassVar[bool] = True
     # Whether scales are searched for where a start wants that.

@@ -1,13 +1,16 @@
 """bitsandbytes' 4 bits: for a module X of shape (out, in) with n = out·in elements
 (bitsandbytes.functional.QuantState.as_dict; transformers' Bnb4bitDeserialize reads it)
 
-    X.weight                               uint8 (ceil(n/2), 1), first value in the high nibble
+    X.weight                               uint8 (ceil(n/2), 1), first value in the high nibble;
+                                           or the same bytes as another dtype (bytes/size, 1)
     X.weight.absmax                        float32 (blocks,); uint8 with double quantization
     X.weight.quant_map                     float32 (16,), the code's levels
     X.weight.quant_state.bitsandbytes__nf4 uint8, JSON: quant_type, blocksize, dtype, shape
     X.weight.nested_absmax, .nested_quant_map    only with double quantization
 
-Codes of 2 and 3 bits are stored as fewer of the 16. All sizes are known before any weight is read,
+The dtype of the codes says nothing about the weights: it is there for FSDP, which shards tensors of
+one floating dtype only, and is that of the rest then (`bnb_4bit_quant_storage`). Codes of 2 and 3
+bits are stored as fewer of the 16. All sizes are known before any weight is read,
 so a file's header can be written first. The one value that is not, the mean absmax of double
 quantization, gets a fixed width in the JSON.
 """
@@ -25,7 +28,17 @@ from loftq_cli.checkpoint.tensors import load_tensor, tensor_memory
 from loftq_cli.checkpoint.writer import PlannedTensor
 from loftq_cli.containers.base import Container, Damaged, Form, StoredWeight, Tensors, Weight
 from loftq_cli.errors import UsageError
-from loftq_cli.formats import BLOCK_SIZES, DTYPE_NAMES, NESTED_BLOCK_SIZE, NF_BITS, QuantType
+from loftq_cli.formats import (
+    BLOCK_SIZES,
+    DEFAULT_STORAGE,
+    DTYPE_BITS,
+    DTYPE_NAMES,
+    NESTED_BLOCK_SIZE,
+    NF_BITS,
+    SHORT_NAMES,
+    QuantStorage,
+    QuantType,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,14 +53,14 @@ _FLOAT_WIDTH = 24
 # A quantizer of 4-bit weights may put more into its JSON than is compared below, up to here.
 _MAX_STATE_BYTES = 4096
 
-_SHORT = {name: short for short, name in DTYPE_NAMES.items()}
+_STORAGES = {name: SHORT_NAMES.get(name, "U8") for name in get_args(QuantStorage)}
 
 
 class Bitsandbytes4(Container):
     name = "bitsandbytes"
     all_widths = NF_BITS
     number_types = get_args(QuantType)
-    options = ("quant_type", "block_size", "double_quant")
+    options = ("quant_type", "block_size", "double_quant", "quant_storage")
     block_sizes = BLOCK_SIZES
     searches = True
     why_uncalibrated = None
@@ -65,7 +78,12 @@ class Bitsandbytes4(Container):
             )
         if form.quant_type not in cls.number_types:
             raise UsageError(f"no number type {form.quant_type!r:.40}", hint="--quant-type nf4")
-        return cls(form.quant_type, form.block_size, form.double_quant)
+        storage = form.quant_storage or DEFAULT_STORAGE
+        if storage not in _STORAGES:
+            raise UsageError(
+                f"no storage dtype {storage!r:.40}", hint=f"--quant-storage {DEFAULT_STORAGE}"
+            )
+        return cls(form.quant_type, form.block_size, form.double_quant, storage)
 
     @classmethod
     def weights_in(cls, names: Iterable[str]) -> set[str]:
@@ -92,8 +110,11 @@ class Bitsandbytes4(Container):
     def planned(self, weight: Weight) -> list[PlannedTensor]:
         name, (out_features, in_features) = weight.name, weight.shape
         blocks = self._blocks(weight.shape)
+        storage = _STORAGES[self._storage]
+        # Rows are whole blocks of 32 or more, so the words of any dtype come out even.
+        words = -(-out_features * in_features // 2) * 8 // DTYPE_BITS[storage]
         planned = [
-            PlannedTensor(name, "U8", (-(-out_features * in_features // 2), 1)),
+            PlannedTensor(name, storage, (words, 1)),
             PlannedTensor(f"{name}.absmax", "U8" if self.double_quant else "F32", (blocks,)),
             PlannedTensor(f"{name}.quant_map", "F32", (LEVELS,)),
         ]
@@ -118,7 +139,7 @@ class Bitsandbytes4(Container):
             "bnb_4bit_quant_type": self.quant_type,
             "bnb_4bit_use_double_quant": self.double_quant,
             **compute,
-            "bnb_4bit_quant_storage": "uint8",
+            "bnb_4bit_quant_storage": self._storage,
         }
 
     def quantizer(self, bits: int, *, search: bool = True) -> Quantizer:
@@ -140,7 +161,7 @@ class Bitsandbytes4(Container):
     def read(self, tensors: Tensors, weight: Weight, device: str) -> StoredWeight:
         name = self._state_name(weight.name)
         state = self._read_state(tensors, name, weight.shape)
-        *planned, _ = self.planned(replace(weight, dtype=_SHORT[state["dtype"]]))
+        *planned, _ = self.planned(replace(weight, dtype=SHORT_NAMES[state["dtype"]]))
         # Of any length: what is in it has been compared.
         length = tensors[name][1].shape
         return self._read(
@@ -160,7 +181,8 @@ class Bitsandbytes4(Container):
         if bits == self.code_bits(bits):
             return
         allowed = codebook(self.quant_type, bits).order
-        pairs = stored.codes.flatten().int().bincount(minlength=256).view(LEVELS, LEVELS)
+        packed = _packed(stored)
+        pairs = packed.flatten().int().bincount(minlength=256).view(LEVELS, LEVELS)
         counts = (pairs.sum(dim=1) + pairs.sum(dim=0)).tolist()
         strays = [code for code in range(LEVELS) if counts[code] and code not in allowed]
         if strays:
@@ -178,7 +200,7 @@ class Bitsandbytes4(Container):
 
         name = stored.weight.name
         return QuantizedBlockwise(
-            stored.codes,
+            _packed(stored),
             stored.parts[f"{name}.absmax"],
             stored.parts.get(f"{name}.nested_absmax"),
             stored.description.get("nested_offset"),
@@ -208,6 +230,11 @@ class Bitsandbytes4(Container):
     def _size(self) -> int:
         assert self.block_size is not None
         return self.block_size
+
+    @property
+    def _storage(self) -> str:
+        assert self.quant_storage is not None
+        return self.quant_storage
 
     def _format(self, bits: int) -> BlockwiseFormat:
         from loftq_cli.core.blockwise import BlockwiseFormat
@@ -265,7 +292,7 @@ class Bitsandbytes4(Container):
                 raise Damaged(
                     f"its quant_state says {key} {state.get(key)!r:.80}, the report {value!r}"
                 )
-        if dtype not in _SHORT:
+        if dtype not in SHORT_NAMES:
             raise Damaged(f"its quant_state says dtype {dtype!r:.80}")
         if not isinstance(offset, float) or not math.isfinite(offset):
             raise Damaged(f"its quant_state says nested_offset {offset!r:.80}")
@@ -273,6 +300,13 @@ class Bitsandbytes4(Container):
         if extra or ("nested_offset" in state) != self.double_quant:
             raise Damaged(f"its quant_state has other keys than the format: {sorted(state)}")
         return state
+
+
+def _packed(stored: StoredWeight) -> Tensor:
+    """The codes as bytes (ceil(n/2), 1), whatever their tensor is called."""
+    import torch
+
+    return stored.codes.view(torch.uint8).reshape(-1, 1)
 
 
 CONTAINER = Bitsandbytes4

@@ -35,7 +35,7 @@ from loftq_cli.core.input_moments import (
     weighted_low_rank,
 )
 from loftq_cli.core.loftq import LoftqResult, checked, randomize_unused
-from loftq_cli.core.lowrank import LowRank, check_rank, split
+from loftq_cli.core.lowrank import LowRank, check_rank, rounded_to, split
 from loftq_cli.core.parallel import one_thread_each
 from loftq_cli.core.quantizers import BlocksQuantizer, Blockwise
 from loftq_cli.core.residual import sum_of_squares
@@ -59,13 +59,15 @@ def initialize_calibrated(
     method: Method = "calibrated",
     scaling: float = 1.0,
     iterations: int | None = None,
+    adapter_dtype: torch.dtype = torch.float32,
     seed: int = 0,
 ) -> LoftqResult:
     """The best start of the weight ``W`` (out × in) for inputs with these moments (in × in).
 
     ``input_moments`` are E[x·xᵀ], symmetric; where all are zero, errors of weights are what counts.
     Without a ``rank`` only codes and absmax are chosen, and the adapter is empty. ``scaling`` is
-    the factor that PEFT will multiply B·A with. ``iterations`` are those of ``calibrated``, until
+    the factor that PEFT will multiply B·A with, and the adapter is rounded to ``adapter_dtype``
+    before its errors are measured. ``iterations`` are those of ``calibrated``, until
     they stop paying unless given; the other methods have one. ``errors`` of the result are the
     relative output errors of every iteration. Everything happens on ``W``'s device,
     and the same arguments give the same bits on the same machine with as many threads.
@@ -91,7 +93,7 @@ def initialize_calibrated(
         else:
             found = _low_rank_only(problem, diagonal=method == "qera-diagonal")
             errors = [found.error]
-        return _result(problem, found, errors, scaling)
+        return _result(problem, found, errors, scaling, adapter_dtype)
 
 
 class _Problem:
@@ -204,12 +206,19 @@ def _first_rounding(
     return gptq(T, U, grid, restore_absmax(kept) * problem.unit), kept
 
 
-def _result(problem: _Problem, found: _Found, errors: list[float], scaling: float) -> LoftqResult:
+def _result(
+    problem: _Problem,
+    found: _Found,
+    errors: list[float],
+    scaling: float,
+    adapter_dtype: torch.dtype,
+) -> LoftqResult:
     """Measured on what will be loaded."""
     low_rank = replace(found.low_rank, S=found.low_rank.S / problem.unit)
     A, B = split(low_rank, scaling)
     if problem.rank:
         randomize_unused(A, B, low_rank.S, problem.generator)
+        A, B = rounded_to(adapter_dtype, A, B)
     norm = math.sqrt(sum_of_squares(problem.W)) or 1.0
     plain, _ = problem.quantizer.plain().steps(problem.source).quantize()
     R = problem.residual(plain)

@@ -47,7 +47,7 @@ import torch
 from torch import Tensor
 
 from loftq_cli.core.blockwise import check_finite, check_weight
-from loftq_cli.core.lowrank import LowRank, check_rank, split, truncated_svd
+from loftq_cli.core.lowrank import LowRank, check_rank, rounded_to, split, truncated_svd
 from loftq_cli.core.parallel import one_thread_each
 from loftq_cli.core.residual import Residual, rows_times, sum_of_squares, transposed_times
 from loftq_cli.core.sketches import takes_exact
@@ -75,7 +75,7 @@ class LoftqResult:
     """One layer's start. Errors are relative: ‖W − Q − s·B·A‖ / ‖W‖, Frobenius."""
 
     quantized: Any  # the stored form, as its quantizer makes it
-    lora_A: Tensor  # float32 (r, in)
+    lora_A: Tensor  # float32 (r, in), of values that the dtype of the file has
     lora_B: Tensor  # float32 (out, r)
     error: float  # of the three above, measured on them
     quantized_only_error: float  # ‖W − q(W)‖ / ‖W‖: what plain quantization leaves
@@ -101,6 +101,7 @@ def initialize(
     start: str = "zero",
     svd: str = "auto",
     momentum: float | None = None,
+    adapter_dtype: torch.dtype = torch.float32,
     seed: int = 0,
 ) -> LoftqResult:
     """Run the alternation on the weight ``W`` (out × in) and return its best iterate.
@@ -108,7 +109,8 @@ def initialize(
     ``scaling`` is the factor that PEFT will multiply B·A with. Unless there are to be so many
     ``iterations``, they go on while they are worth their time. With none the weight is quantized
     and the adapter starts as PEFT's LoRA does: B = 0, A random. ``start`` is the L that is there
-    before the first: "zero" or, with "weight", W's own SVD.
+    before the first: "zero" or, with "weight", W's own SVD. The adapter is rounded to
+    ``adapter_dtype`` at the end, before its error is measured.
 
     Everything happens on ``W``'s device.
 
@@ -126,7 +128,8 @@ def initialize(
         usual = MONOTONE_MOMENTUM if quantizer.searches else MOMENTUM
         momentum = 0.0 if svd == "exact" or 2 * rank > min(W.shape) else usual
     with nullcontext() if svd == "exact" else one_thread_each():
-        return _Alternation(W, quantizer, rank, svd, seed).run(scaling, iterations, start, momentum)
+        alternation = _Alternation(W, quantizer, rank, svd, seed)
+        return alternation.run(scaling, iterations, start, momentum, adapter_dtype)
 
 
 def checked(W: Tensor, scaling: float) -> Tensor:
@@ -161,7 +164,12 @@ class _Alternation:
         self.norm = math.sqrt(sum_of_squares(W)) or 1.0  # an all-zero weight has errors of zero
 
     def run(
-        self, scaling: float, iterations: int | None, start: str, momentum: float
+        self,
+        scaling: float,
+        iterations: int | None,
+        start: str,
+        momentum: float,
+        adapter_dtype: torch.dtype,
     ) -> LoftqResult:
         quantized, residual = self._plainly()
         if not math.isfinite(residual.energy):
@@ -178,11 +186,12 @@ class _Alternation:
             best = _Iterate(quantized, carried)
         else:
             A, B = plain_adapter((self.W.shape[0], self.W.shape[1]), self.rank, self.generator)
-            A, B = A.to(self.W.device), B.to(self.W.device)
+            A, B = rounded_to(adapter_dtype, A.to(self.W.device), B.to(self.W.device))
             error = self._relative(residual.energy)
             return LoftqResult(quantized, A, B, error, plain_error, error, 0)
         A, B = split(best.low_rank, scaling)
         randomize_unused(A, B, best.low_rank.S, self.generator)
+        A, B = rounded_to(adapter_dtype, A, B)
         error = self._relative(self.steps.remainder(best.quantized, Factors(scaling * B, A)))
         best_iteration = 1 + errors.index(min(errors)) if errors else 0
         if errors:

@@ -93,6 +93,25 @@ def split(low_rank: LowRank, scaling: float) -> tuple[Tensor, Tensor]:
     return root[:, None] * low_rank.Vh, low_rank.U * root
 
 
+def rounded_to(dtype: torch.dtype, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+    """(A, B) as a file in this dtype holds them, in float32 again.
+
+    Raises:
+        InvalidSetting: a value is beyond its range.
+    """
+    if dtype == torch.float32:
+        return A, B
+    found = A.to(dtype).float(), B.to(dtype).float()
+    if not all(bool(factor.isfinite().all()) for factor in found):
+        largest = max(float(A.abs().max()), float(B.abs().max()))
+        raise InvalidSetting(
+            f"the adapter does not fit into {str(dtype).removeprefix('torch.')}",
+            cause=f"it has values as large as {largest:.3g}",
+            hint="--adapter-dtype bfloat16, or a larger --lora-alpha",
+        )
+    return found
+
+
 def _converged_svd(R: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The thin SVD; if LAPACK's divide and conquer gives up, a slower way that does not."""
     attempts: list[tuple[torch.dtype, str | None]] = [(torch.float32, None), (torch.float64, None)]

@@ -8,6 +8,7 @@ process or many, and again after a crash.
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -17,7 +18,7 @@ from loftq_cli.containers.base import Weight
 from loftq_cli.engines.settings import Settings
 from loftq_cli.engines.shards import shards
 from loftq_cli.errors import InvalidSetting, UnknownTargetModule, UnsupportedModel
-from loftq_cli.formats import ALL_LINEAR
+from loftq_cli.formats import ALL_LINEAR, SHORT_NAMES
 from loftq_cli.models.layers import Inventory, LeftTensor, LinearLayer, block_of, last_part
 
 NOT_A_TARGET = "not among --target-modules"
@@ -115,12 +116,13 @@ class Plan:
 
     def adapter_tensors(self, layers: Iterable[PlannedLayer]) -> list[PlannedTensor]:
         """The A and B of these layers."""
+        dtype = SHORT_NAMES[self.settings.adapter_dtype]
         return [
             tensor
             for planned in layers
             if planned.adapted
             for tensor in adapter.plan_lora(
-                planned.layer.module, planned.shape, planned.stored_rank
+                planned.layer.module, planned.shape, planned.stored_rank, dtype
             )
         ]
 
@@ -134,7 +136,7 @@ class Plan:
 
     @property
     def trainable_parameters(self) -> int:
-        return self.adapter_bytes // 4
+        return sum(math.prod(tensor.shape) for tensor in self.adapter_tensors(self.layers))
 
 
 def make_plan(inventory: Inventory, settings: Settings) -> Plan:

@@ -12,7 +12,15 @@ from loftq_cli import hardware, options
 from loftq_cli.containers import container_names, container_of, containers, widths
 from loftq_cli.containers.base import Container
 from loftq_cli.errors import UsageError
-from loftq_cli.formats import ALL_LINEAR, DEFAULT_CONTAINER, SCALINGS, QuantType, SvdMethod
+from loftq_cli.formats import (
+    ALL_LINEAR,
+    DEFAULT_CONTAINER,
+    DEFAULT_STORAGE,
+    SCALINGS,
+    AdapterDtype,
+    QuantType,
+    SvdMethod,
+)
 from loftq_cli.options import QuantizeOptions
 from loftq_cli.report.units import listed
 from loftq_cli.starts import STARTS, Start, find
@@ -22,6 +30,7 @@ if TYPE_CHECKING:
 
 
 FORMAT = ("quant_type", "block_size", "double_quant")  # the options of a number format
+_FORMAT = (*FORMAT, "quant_storage")  # and of how it lies in files
 
 
 @dataclass(frozen=True)
@@ -42,7 +51,8 @@ class Settings:
     of the container's widths by what it loses. A ``block_size`` of -1 is a whole row. With
     ``rank_budget`` the ranks differ too, with as many parameters in all as ``rank`` everywhere
     would have; ``uniform_rank`` then pads them to the largest. ``dtype`` is that of all that is not
-    quantized, and of the products with what is.
+    quantized, and of the products with what is; ``quant_storage`` is what the tensors of 4-bit
+    codes are called, and ``adapter_dtype`` what A and B are rounded to.
     """
 
     bits: int = 4
@@ -64,10 +74,13 @@ class Settings:
     calibration: CalibrationText | None = None
     seed: int = 0
     dtype: str | None = None  # None: each tensor's own
+    quant_storage: str = DEFAULT_STORAGE
+    adapter_dtype: str = "float32"
 
     def __post_init__(self) -> None:
         if self.svd not in get_args(SvdMethod):
             raise UsageError(f"there is no --svd {self.svd!r:.80}", hint="--svd auto")
+        options.choice(self.adapter_dtype, "--adapter-dtype", get_args(AdapterDtype))
         for name, value in (("rank", self.rank), ("iterations", self.iterations)):
             if value is not None and value < 1:
                 raise UsageError(f"{name} {value} is too small", hint=f"--{name} 1")
@@ -117,6 +130,9 @@ class Settings:
             del fields["dtype"]
         if self.container_name == DEFAULT_CONTAINER:
             del fields["container_name"]
+        for name in ("quant_storage", "adapter_dtype"):
+            if fields[name] == getattr(Settings, name):
+                del fields[name]
         return fields
 
     def of_base(self) -> dict[str, Any]:
@@ -163,6 +179,8 @@ def settings_of(asked: QuantizeOptions) -> Settings:
         calibration=_calibration(start, asked.calibration_text),
         seed=asked.seed,
         dtype=options.dtype(asked.dtype),
+        quant_storage=asked.quant_storage,
+        adapter_dtype=asked.adapter_dtype,
     )
 
 
@@ -184,9 +202,9 @@ def _require_format(
             f"{asked.quant_type} has {max(container.widths)} bits only",
             hint=f"--quant-type {container.number_types[0]}",
         )
-    given = {name for name in FORMAT if getattr(asked, name) != getattr(QuantizeOptions, name)}
+    given = {name for name in _FORMAT if getattr(asked, name) != getattr(QuantizeOptions, name)}
     if given - set(container.options):
-        none = [f"--{each.replace('_', '-')}" for each in FORMAT if each not in container.options]
+        none = [f"--{each.replace('_', '-')}" for each in _FORMAT if each not in container.options]
         which = (
             f"{bits} bits have" if not container.options else f"--container {container.name} has"
         )

@@ -213,18 +213,19 @@ class _RunningTask:
             self._keep_adapter(planned, *plain_adapter(planned.shape, planned.rank, seed))
 
     def _keep_adapter(self, planned: PlannedLayer, A: torch.Tensor, B: torch.Tensor) -> None:
+        import torch
+
         from loftq_cli.core.loftq import plain_adapter
 
         module = planned.layer.module
         if planned.padding:
-            import torch
-
             # B is zero there, and A is not, so that the padding learns as any LoRA does.
             seed = layer_seed(self.settings.seed, f"{module} padding")
             more_A, more_B = plain_adapter(planned.shape, planned.padding, seed)
             A, B = torch.cat((A.cpu(), more_A)), torch.cat((B.cpu(), more_B), dim=1)
         for name, factor in zip(adapter.lora_names(module), (A, B), strict=True):
-            self.adapters.append((name, tensor_memory(factor.contiguous())))
+            stored = factor.to(getattr(torch, self.settings.adapter_dtype))
+            self.adapters.append((name, tensor_memory(stored.contiguous())))
 
 
 def initialize(
@@ -234,6 +235,8 @@ def initialize(
     input_moments: torch.Tensor | None = None,
 ) -> LoftqResult:
     """The start of one layer; ``input_moments`` (in × in) where it needs them."""
+    import torch
+
     start, rank = settings.start, planned.rank
     if not (planned.adapted or start.needs_moments):
         start, rank = QLORA, 1  # quantized and no more
@@ -249,6 +252,7 @@ def initialize(
         quantizer=settings.quantizer(planned.bits),
         rank=rank,
         scaling=settings.scaling,
+        adapter_dtype=getattr(torch, settings.adapter_dtype),
         seed=layer_seed(settings.seed, planned.layer.module),
         **start.arguments,
         **given,

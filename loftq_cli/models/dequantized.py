@@ -16,7 +16,7 @@ from loftq_cli.checkpoint.index import Checkpoint
 from loftq_cli.containers import containers
 from loftq_cli.containers.base import Weight
 from loftq_cli.containers.integers import Integers
-from loftq_cli.formats import DTYPE_NAMES, INTEGER_BLOCK_SIZES
+from loftq_cli.formats import INTEGER_BLOCK_SIZES, SHORT_NAMES
 from loftq_cli.models.dtypes import stored_dtype
 from loftq_cli.models.source import quantization_method
 
@@ -86,8 +86,7 @@ def _weights(
 
     The model class tells their shapes, and how many words there are tells their bits.
     """
-    short = {name: spelled for spelled, name in DTYPE_NAMES.items()}
-    dtype = short.get(stored_dtype(config) or "", "F32")
+    dtype = SHORT_NAMES.get(stored_dtype(config) or "", "F32")
     parameters = architecture.parameters_of(sorted(kind.weights_in(checkpoint.tensors)))
     found = []
     for tensor, parameter in parameters.items():

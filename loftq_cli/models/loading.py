@@ -195,7 +195,8 @@ def _unify(model: Any, dtype: Any) -> None:
     """
     kept = {*(model._keep_in_fp32_modules or ())}
     for name, parameter in model.named_parameters():
-        if parameter.is_floating_point() and not kept.intersection(name.split(".")):
+        packed = hasattr(parameter, "quant_state")  # and numbers only in name, if at all
+        if parameter.is_floating_point() and not packed and not kept.intersection(name.split(".")):
             parameter.data = parameter.data.to(dtype)
 
 

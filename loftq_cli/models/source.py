@@ -8,7 +8,7 @@ from typing import Any
 
 from loftq_cli.checkpoint.index import load_json
 from loftq_cli.errors import AlreadyQuantized, CorruptCheckpoint, LoftqError, ModelNotFound
-from loftq_cli.formats import DTYPE_NAMES
+from loftq_cli.formats import SHORT_NAMES
 
 CONFIG_FILE = "config.json"
 REPORT_FILE = "loftq_report.json"
@@ -43,8 +43,7 @@ def main_dtype(config: dict[str, Any]) -> str:
 
     float32 without one: a loader takes that of the first tensor then, and loftq names one.
     """
-    names = {long: short for short, long in DTYPE_NAMES.items()}
-    return names.get(str(config.get("dtype", config.get("torch_dtype"))), "F32")
+    return SHORT_NAMES.get(str(config.get("dtype", config.get("torch_dtype"))), "F32")
 
 
 # The sizes a model class is built from, by their names in config.json, and the largest in sight of

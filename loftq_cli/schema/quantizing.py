@@ -26,6 +26,9 @@ class QuantizeSettings(Model):
     quant_type: str
     block_size: int | None
     double_quant: bool
+    # Of the tensors of packed 4-bit codes; null where none is to be chosen, and in older reports,
+    # where it is uint8.
+    quant_storage: str | None = None
     rank: int
     rank_budget: bool = False
     uniform_rank: bool = False
@@ -38,6 +41,7 @@ class QuantizeSettings(Model):
     target_modules: list[str] | str
     seed: int
     dtype: str | None = None  # of all that is not quantized, where it is not the source's
+    adapter_dtype: str = "float32"
 
 
 class AdaptedLayer(Model):

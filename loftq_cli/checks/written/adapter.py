@@ -28,6 +28,7 @@ from loftq_cli.checkpoint.tensors import load_tensor
 from loftq_cli.checks.battery import Finding
 from loftq_cli.checks.written.directory import WRITE_AGAIN, Written
 from loftq_cli.errors import CheckFailed, first_line
+from loftq_cli.formats import SHORT_NAMES
 from loftq_cli.report.serving import cautions
 
 _CONFIG_NAME = f"{ADAPTER_DIRECTORY}/{ADAPTER_CONFIG}"
@@ -114,6 +115,7 @@ def _transposed(written: Written) -> bool:
 
 def _require_tensors(written: Written, header: Header) -> None:
     """A and B of each adapted layer, in the shapes that rank and layer give them."""
+    dtype = SHORT_NAMES[written.claims.settings.adapter_dtype]
     for layer in written.claims.adapted:
         rank, (out_features, in_features) = layer.stored_rank, layer.shape
         shapes = ((rank, in_features), (out_features, rank))
@@ -121,11 +123,11 @@ def _require_tensors(written: Written, header: Header) -> None:
             if name not in header.tensors:
                 raise _damaged(layer.name, f"{ADAPTER_NAME} has no {shown(name)}")
             info = header.tensors[name]
-            if (info.dtype, info.shape) != ("F32", shape):
+            if (info.dtype, info.shape) != (dtype, shape):
                 raise _damaged(
                     layer.name,
                     f"{shown(name)} is {info.dtype} {list(info.shape)}, and should be "
-                    f"F32 {list(shape)}",
+                    f"{dtype} {list(shape)}",
                 )
 
 

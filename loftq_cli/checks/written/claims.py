@@ -102,6 +102,8 @@ def claims_of(report: Report) -> Claims:
         )
     if settings.dtype not in (None, *DTYPE_NAMES.values()):
         raise _unusable(f"dtype {settings.dtype!r:.40}")
+    if settings.adapter_dtype not in DTYPE_NAMES.values():
+        raise _unusable(f"adapter_dtype {settings.adapter_dtype!r:.40}")
     source = "a model that the report does not name"
     if model is not None:
         source = model.id if model.revision is None else f"{model.id}@{model.revision}"

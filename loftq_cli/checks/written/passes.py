@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from loftq_cli.checks.written.inputs import Inputs, Unknown, inputs_of
+from loftq_cli.containers import holds_codes
 from loftq_cli.errors import CheckFailed, first_line
 
 if TYPE_CHECKING:
@@ -188,7 +189,7 @@ def _require_no_raw_reading(model: Any, inputs: Inputs, device: str, idle: dict[
     weights = {
         name: module.base_layer.weight
         for name, module in idle.items()
-        if module.base_layer.weight.is_floating_point()
+        if not holds_codes(module.base_layer) and module.base_layer.weight.is_floating_point()
     }
     if not weights:
         return
