@@ -71,6 +71,8 @@ EXTRAS = {
         ],
         ["tests/containers/test_gptqmodel.py", "tests/quantize/test_integer_cards.py", BOTH],
     ),
+    # What CUDA builds of torch bring: interpreted, the kernels of CUDA run here too.
+    "triton": ([["triton==3.9.0"]], ["tests/core/test_triton.py"]),
 }  # fmt: skip
 # What is written for `load`: options of `quantize`.
 WRITTEN = ("--bits 4", "--bits 4 --quant-type fp4 --double-quant", "--bits 3", "--bits 8")

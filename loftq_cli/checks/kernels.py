@@ -104,7 +104,7 @@ def dequantization(device: str) -> Finding:
 
 
 def compiled(device: str) -> Finding:
-    """loftq's own compiled loops, made for this processor, against the reference."""
+    """loftq's own compiled loops, made for this processor or GPU, against the reference."""
     from loftq_cli.core.quantizers import Blockwise, Integers
 
     values = count = 0
@@ -135,14 +135,18 @@ def _compiled(quantizer: BlocksQuantizer, W: Tensor, parts: Mapping[str, str], n
     """The values of a weight whose stored ``parts`` and residual are those of the reference."""
     import torch
 
-    from loftq_cli.core.residual import worth_compiling
+    from loftq_cli.core.steps import ReferenceSteps
 
     # A small weight is left to the reference itself.
     repeats: int = -(-_COMPILED_VALUES // W.numel())
     W = W.repeat(repeats, 1)
-    if not worth_compiling(W):
-        raise NothingToCheck("the compiled loops are for CPUs")
-    stored, residual = quantizer.steps(W).quantize()
+    if W.is_cuda:
+        # The sums of a search are added up in another order there.
+        quantizer = quantizer.plain()
+    steps = quantizer.steps(W)
+    if isinstance(steps, ReferenceSteps):
+        raise NothingToCheck(_no_loops(W))
+    stored, residual = steps.quantize()
     expected, rest = replace(quantizer, readable=True).steps(W).quantize()
     compared = [
         (what, getattr(stored, name), getattr(expected, name)) for what, name in parts.items()
@@ -158,6 +162,15 @@ def _compiled(quantizer: BlocksQuantizer, W: Tensor, parts: Mapping[str, str], n
             )
     count: int = W.numel()
     return count
+
+
+def _no_loops(W: Tensor) -> str:
+    """Why nothing is compiled for this device."""
+    from loftq_cli.core.cuda_step import obstacle
+
+    if W.is_cuda:
+        return f"Triton cannot compile for this GPU, so quantizing is slow: {obstacle(W.device)}"
+    return "the compiled loops are for CPUs and CUDA"
 
 
 def _compare_codes(

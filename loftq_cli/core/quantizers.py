@@ -34,8 +34,8 @@ class BlocksQuantizer(Quantizer):
     """Codes for levels, in blocks that share a scale; dequantized to ``dtype`` by the runtime.
 
     ``dtype`` is the source's own unless given. Every block's scale (absmax) is searched for, or
-    what the format's own library would take without ``search``. On the CPU compiled kernels do the
-    work; ``readable`` keeps to the reference.
+    what the format's own library would take without ``search``. Compiled kernels do the work on
+    CPUs and on CUDA; ``readable`` keeps to the reference.
     """
 
     format: Any
@@ -76,6 +76,13 @@ class BlocksQuantizer(Quantizer):
         """
 
     def steps(self, W: Tensor, *, rounded: bool = False) -> Steps:
+        if W.is_cuda and not self.readable:
+            from loftq_cli.core import cuda_step
+
+            if cuda_step.takes(W, self.block_size(W.shape[1])):
+                return cuda_step.TritonSteps(
+                    W, self.format, self.dtype or W.dtype, search=self.search
+                )
         if self.readable or not worth_compiling(W):
             return ReferenceSteps(W, self)
         from loftq_cli.core import compiled_step

@@ -1,0 +1,88 @@
+"""Compiles the CUDA kernels as they are launched, for GPUs that need not be there.
+
+    python -m tests.core.compile_kernels          # one or two of each kernel, for one architecture
+    python -m tests.core.compile_kernels --all    # every format, for two: minutes
+
+Triton brings the assembler, and asks a driver only what to compile for. In a process of its own,
+since where it interprets it does not compile. What is computed here is nothing: no kernel runs.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import JITFunction, driver
+
+from loftq_cli.core.blockwise import BLOCK_SIZES, SOURCE_DTYPES, BlockwiseFormat
+from loftq_cli.core.cuda_step import TritonSteps
+from loftq_cli.core.integers import IntegerFormat
+from loftq_cli.core.steps import Factors
+
+SOME = [
+    (BlockwiseFormat("nf4", 64), 4096, torch.bfloat16),
+    (IntegerFormat(4, 64), 4096, torch.float16),
+]
+ALL = [
+    *(
+        (BlockwiseFormat(kind, size, double_quant, bits), 8192, dtype)
+        for kind, bits in (("nf4", 4), ("fp4", 4), ("nf4", 3), ("nf4", 2))
+        for size in BLOCK_SIZES
+        for double_quant in (False, True)
+        for dtype in SOURCE_DTYPES
+    ),
+    *(
+        (IntegerFormat(bits, size), columns, dtype)
+        for bits in (2, 3, 4, 8)
+        for size, columns in ((32, 4096), (64, 4096), (128, 4096), (None, 4096), (None, 28672))
+        for dtype in SOURCE_DTYPES
+    ),
+]
+compiled: dict[str, Any] = {}
+
+
+def compile_only(kernel: JITFunction, grid: Any) -> Any:
+    """Stands in for ``kernel[grid]``."""
+
+    def launch(*arguments: Any, **options: Any) -> None:
+        made = kernel.warmup(*arguments, grid=grid, **options)
+        compiled[made.hash] = made
+
+    return launch
+
+
+def main(everything: bool) -> None:
+    JITFunction.__getitem__ = compile_only
+    for architecture in (80, 90) if everything else (90,):
+        fake = SimpleNamespace(
+            get_current_device=lambda: 0,
+            get_current_stream=lambda device: 0,
+            get_current_target=partial(GPUTarget, "cuda", architecture, 32),
+        )
+        driver.set_active(fake)
+        for fmt, columns, dtype in ALL if everything else SOME:
+            W = torch.ones(16, columns, dtype=dtype)
+            carried = Factors(torch.ones(16, 4), torch.ones(4, columns))
+            for search in (True, False) if everything else (True,):
+                steps = TritonSteps(W, fmt, dtype, search=search)
+                stored, _ = steps.quantize()
+                steps.quantize(carried, stored)
+                steps.remainder(stored, carried)
+    for made in compiled.values():
+        ptx = made.asm["ptx"]
+        assert "cubin" in made.asm
+        assert "fma.rn.f32" not in ptx, "contracted"
+        assert "div.full" not in ptx, "an approximate division"
+        assert "div.approx" not in ptx
+    print(f"{len(compiled)} kernels")
+
+
+if __name__ == "__main__":
+    began = time.monotonic()
+    main("--all" in sys.argv[1:])
+    print(f"{time.monotonic() - began:.0f} s", file=sys.stderr)
