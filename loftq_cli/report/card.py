@@ -22,6 +22,7 @@ from loftq_cli.report.formats import (
     stored_ranks,
 )
 from loftq_cli.report.loading import (
+    adapter_lines,
     base_call,
     can_take_adapter,
     here_as_text,
@@ -34,6 +35,7 @@ from loftq_cli.report.loading import (
     why_not_by_transformers,
 )
 from loftq_cli.report.serving import serving
+from loftq_cli.report.sharded import sharded
 from loftq_cli.schema import Document, QuantizeResults
 
 _INT8 = """\
@@ -168,6 +170,7 @@ def _used(results: QuantizeResults, here: str) -> list[str]:
         _training(results),
         _DROPOUT if corrects else _UNCORRECTED,
         *([integer_card.trained(results, here)] if integers else []),
+        *sharded(results),
         *(["## The backbone alone", _backbone(results)] if quantized and corrects else []),
         "## Merge",
         _WHERE_TO_MERGE if quantized else _MERGE_PLAIN,
@@ -188,7 +191,7 @@ def _loading(results: QuantizeResults) -> str:
         *here_lines(results),
         *load_lines(results, "here", here_as_text(results)),
         *keeping_layout(results, "model"),
-        'model = PeftModel.from_pretrained(model, here, subfolder="loftq_init", is_trainable=True)',
+        *adapter_lines(results, "here"),
         'model.peft_config["default"].base_model_name_or_path = ' + here_as_text(results),
     ]
     return python_block("\n".join(lines))

@@ -131,6 +131,27 @@ def quoted(name: str) -> str:
     return visible(json.dumps(name, ensure_ascii=False))
 
 
+def keeps_adapter_dtype(results: QuantizeResults) -> bool:
+    """Whether the adapter is to stay in the dtype that it and the packed codes have.
+
+    FSDP wants one dtype; PEFT makes adapters in 16 bits float32 unless it is told.
+    """
+    settings = results.settings
+    return settings.quant_storage == settings.adapter_dtype != "float32"
+
+
+def adapter_lines(results: QuantizeResults, place: str) -> list[str]:
+    """The adapter on `model`, as in :func:`load_lines`."""
+    given = f'model, {place}, subfolder="loftq_init", is_trainable=True'
+    if not keeps_adapter_dtype(results):
+        return [f"model = PeftModel.from_pretrained({given})"]
+    return [
+        "model = PeftModel.from_pretrained(",
+        f"    {given}, autocast_adapter_dtype=False",
+        ")",
+    ]
+
+
 def is_repacked(results: QuantizeResults) -> bool:
     """Whether bitsandbytes may rearrange the weights in place."""
     return is_quantized(results) and code_bits(results.settings.quant_type) == 4

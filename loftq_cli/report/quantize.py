@@ -16,7 +16,13 @@ from loftq_cli.report.formats import (
     number_type,
 )
 from loftq_cli.report.integer_card import GPTQ, export_line, install_lines
-from loftq_cli.report.loading import can_take_adapter, import_lines, load_lines, quoted
+from loftq_cli.report.loading import (
+    adapter_lines,
+    can_take_adapter,
+    import_lines,
+    load_lines,
+    quoted,
+)
 from loftq_cli.report.parts import TOLD_BY
 from loftq_cli.report.sparks import bar, curve
 from loftq_cli.report.tables import Code, Column, Facts, Records, Section, Table, View
@@ -203,14 +209,13 @@ def _snippet(results: QuantizeResults) -> Code:
     if not can_take_adapter(results):
         return Code("To train it (its README says why)", [export_line(results.output, GPTQ)])
     place = quoted(results.output)
-    adapter = f'model, {place}, subfolder="loftq_init", is_trainable=True'
     return Code(
         "Load it",
         [
             *(f"# {line}" for line in install_lines(results)),
             *import_lines(results),
             *load_lines(results, place),
-            f"model = PeftModel.from_pretrained({adapter})",
+            *adapter_lines(results, place),
         ],
     )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import textwrap
 
-from loftq_cli.formats import WHOLE_ROW
+from loftq_cli.formats import DEFAULT_STORAGE, WHOLE_ROW
 from loftq_cli.report.escape import shell_word
 from loftq_cli.report.formats import all_layers, in_integers, is_quantized, stored_ranks
 from loftq_cli.report.loading import auto_class, can_take_adapter, why_not_by_transformers
@@ -16,6 +16,12 @@ _VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 # The widths that every server has kernels for.
 _COMMON_BITS = {4, 8}
 _SERVED = ("AutoModelForCausalLM", "AutoModelForImageTextToText")
+# Read in the sources of both.
+_OTHER_STORAGE = (
+    "- vLLM and SGLang refuse any `bnb_4bit_quant_storage` but uint8. Made again without "
+    "`--quant-storage`, the directory has the same bytes in such tensors, and takes the adapter "
+    "that you trained on this one."
+)
 
 
 def serving(results: QuantizeResults, here: str) -> str:
@@ -29,8 +35,10 @@ def serving(results: QuantizeResults, here: str) -> str:
             line = vllm_line(results, here)
             command = "" if line is None else f"```sh\n{line}\n```\n\n"
             lines += [_vllm_integers(results), *_sglang(results)]
-        else:
+        elif results.settings.quant_storage in (None, DEFAULT_STORAGE):
             lines.append(_vllm(results))
+        else:
+            lines.append(_OTHER_STORAGE)
         lines += [f"- {each}" for each in _mis_scaled(results)]
     lines.append(_llama_cpp(results))
     return command + "\n".join(

@@ -15,7 +15,12 @@ from loftq_cli.containers import holds_codes
 from loftq_cli.errors import CheckFailed, told_as
 from loftq_cli.models.auto_classes import class_named
 from loftq_cli.models.loading import keep_layout
-from loftq_cli.report.loading import auto_class, quantization, why_not_by_transformers
+from loftq_cli.report.loading import (
+    auto_class,
+    keeps_adapter_dtype,
+    quantization,
+    why_not_by_transformers,
+)
 
 # Beside the weights: the libraries, what is read while it is unpacked, the activations.
 _ROOM = 1.25
@@ -92,7 +97,11 @@ def _load(written: Written) -> Any:
         keep_layout(model)
         with told_as(CheckFailed, "PEFT cannot put the adapter on it", hint=written.remedy):
             model = PeftModel.from_pretrained(
-                model, written.directory, subfolder=ADAPTER_DIRECTORY, is_trainable=True
+                model,
+                written.directory,
+                subfolder=ADAPTER_DIRECTORY,
+                is_trainable=True,
+                autocast_adapter_dtype=not keeps_adapter_dtype(written.claims.results),
             )
     _require_layers(written, "adapted", set(adapters_of(model.get_base_model())))
     return model.eval()
