@@ -22,14 +22,16 @@ from loftq_cli.core.steps import Factors
 
 # Values that one program works on, if its blocks are no longer; and the most that a block may hold
 # so that one program can.
-_TILE, _LONGEST = 2048, 1 << 15
+TILE, LONGEST = 2048, 1 << 15
 # Values for each thread, of a longer block.
 _A_THREAD = 16
+# No fused multiply-adds, which round less often than the reference.
+NO_CONTRACTION = {"enable_fp_fusion": False}
 
 
 def takes(W: Tensor, block_size: int) -> bool:
     """Whether the kernels work on blocks of this size of ``W``."""
-    return W.is_cuda and block_size <= _LONGEST and obstacle(W.device) is None
+    return W.is_cuda and block_size <= LONGEST and obstacle(W.device) is None
 
 
 @cache
@@ -106,15 +108,13 @@ class Launches:
         self.W = W
         self.layout = form
         self.blocks = -(-W.numel() // form.block_size)
-        width = 1 << (form.block_size - 1).bit_length()
-        count = max(_TILE // width, 1)
+        across = width(form.block_size)
+        count = max(TILE // across, 1)
         self.programs = -(-self.blocks // count)
         self.sizes = (self.blocks, W.numel())
-        warps = min(max(width // (32 * _A_THREAD), 4), 32)
-        # Without fused multiply-adds, which round less often than the reference.
-        self.options: dict[str, Any] = {"num_warps": warps, "enable_fp_fusion": False}
+        self.options: dict[str, Any] = {"num_warps": warps(across), **NO_CONTRACTION}
         self.constants: dict[str, Any] = {
-            "ROUNDING": form.rounding, "BLOCKS": count, "SIZE": form.block_size, "WIDTH": width,
+            "ROUNDING": form.rounding, "BLOCKS": count, "SIZE": form.block_size, "WIDTH": across,
         }  # fmt: skip
 
     def step(
@@ -159,7 +159,7 @@ class Launches:
                 WARM=previous is not None,
                 CARRIED=product is not None,
                 ENCODE=codes is not None,
-                **_tables(form.levels),
+                **tables(form.levels),
                 **self.constants,
                 **self.options,
             )
@@ -204,6 +204,16 @@ class Launches:
         return torch.cuda.device_of(self.W)
 
 
+def width(size: int) -> int:
+    """The next power of two: tiles have no other sizes."""
+    return 1 << (size - 1).bit_length()
+
+
+def warps(across: int) -> int:
+    """For a program that works on ``TILE`` values, or so many ``across`` if these are more."""
+    return min(max(across // (32 * _A_THREAD), 4), 32)
+
+
 def _bits(W: Tensor) -> Tensor:
     """As the kernels read it: bfloat16 as its bits."""
     return W.view(torch.uint16) if W.dtype == torch.bfloat16 else W
@@ -215,7 +225,7 @@ def _factors(starts: Starts, device: torch.device) -> Tensor:
 
 
 @lru_cache(maxsize=8)
-def _tables(levels: Levels) -> dict[str, Any]:
+def tables(levels: Levels) -> dict[str, Any]:
     """What is compiled into the kernels."""
     if isinstance(levels, Codebook):
         borders, ascending = levels.midpoints().tolist(), levels.ascending().tolist()

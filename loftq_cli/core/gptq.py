@@ -26,6 +26,7 @@ make good what the rounding did.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,7 +43,7 @@ _PAYS = 256
 # Where the search for an absmax starts, as a share of the largest value and of either sign, and how
 # often it then takes the best absmax for the codes and the codes for that. More of either ends no
 # better, since :func:`descend` follows.
-_SHARES = (1.0, 0.9, 0.8, 0.65, 0.45)
+_SHARES = (1.0, 0.9, 0.8, 0.65, 0.45, -1.0, -0.9, -0.8, -0.65, -0.45)
 _ROUNDS = 1
 _SMALLEST = 1e-30
 
@@ -143,6 +144,8 @@ def gptq(T: Tensor, U: Tensor, grid: Grid, absmax: Tensor | None = None) -> Roun
 
 def _pass_on(target: Tensor, scales: Tensor, U: Tensor, grid: Grid, chosen: Tensor) -> Tensor:
     """Round some columns, passing errors on among them; returns the errors for all the others."""
+    if kernels := _kernels(target, grid):
+        return kernels.pass_on(target, scales, U, grid, chosen)
     errors = torch.empty_like(target)
     diagonal = U.diagonal().tolist()
     # Rows are taken apart at once: a view for each would cost more than most of what is done.
@@ -157,11 +160,14 @@ def _pass_on(target: Tensor, scales: Tensor, U: Tensor, grid: Grid, chosen: Tens
 
 def _search(block: Tensor, weights: Tensor, grid: Grid) -> Tensor:
     """The absmax (rows,) that rounds ``block`` (columns × rows) best in the weighted square."""
+    shares = tuple(share / grid.book.outermost for share in _SHARES)
+    if kernels := _kernels(block, grid):
+        return kernels.search(block, weights, grid, shares, _ROUNDS, _SMALLEST)
     peak = block.abs().amax(dim=0).clamp_(_SMALLEST, grid.largest)
     weights = weights[:, None]
     best, least = peak, torch.full_like(peak, torch.inf)
-    for share in (*_SHARES, *(-share for share in _SHARES)):
-        absmax = grid.possible(peak * (share / grid.book.outermost))
+    for share in shares:
+        absmax = grid.possible(peak * share)
         for last in [False] * _ROUNDS + [True]:
             level = grid.levels[grid.nearest(block / absmax)]
             weighted = weights * level
@@ -222,16 +228,9 @@ def _descend_columns(
     before = slope.clone() if free else slope
     old = grid.levels[chosen.int()] * scales
     moved = torch.empty_like(slope)
-    diagonal = G.diagonal().tolist()
-    rows = list(zip(slope, old, moved, scales, chosen, strict=True))
-    for columns in _chunks(len(rows)):
-        for j in range(columns.start, columns.stop):
-            gradient, value, move, scale, code = rows[j]
-            ideal = torch.add(value, gradient, alpha=1 / diagonal[j])
-            index = grid.nearest(ideal.div_(scale))
-            code.copy_(index)
-            torch.mul(grid.levels[index], scale, out=move).sub_(value)
-            slope[j + 1 : columns.stop].addr_(G[j, j + 1 : columns.stop], move, alpha=-1)
+    for columns in _chunks(slope.shape[0]):
+        part = slope[columns], old[columns], scales[columns], G[columns, columns]
+        _improve(*part, grid, chosen[columns], moved[columns])
         after = slice(columns.stop, None)
         slope[after].addmm_(G[after, columns], moved[columns], alpha=-1)
     rest -= moved
@@ -247,6 +246,40 @@ def _descend_columns(
     fits = (square > 0) & grid.usable(absmax)
     rest -= level * torch.where(fits, step, 0.0)
     return torch.where(fits, absmax, scales[0])
+
+
+def _improve(
+    slope: Tensor,
+    old: Tensor,
+    scales: Tensor,
+    G: Tensor,
+    grid: Grid,
+    chosen: Tensor,
+    moved: Tensor,
+) -> None:
+    """Take column after column to its best code; ``moved`` becomes how far the values went.
+
+    The ``slope`` is followed no further than these columns.
+    """
+    if kernels := _kernels(slope, grid):
+        return kernels.improve(slope, old, scales, G, grid, chosen, moved)
+    diagonal = G.diagonal().tolist()
+    columns = zip(slope, old, moved, scales, chosen, strict=True)
+    for j, (gradient, value, move, scale, code) in enumerate(columns):
+        ideal = torch.add(value, gradient, alpha=1 / diagonal[j])
+        index = grid.nearest(ideal.div_(scale))
+        code.copy_(index)
+        torch.mul(grid.levels[index], scale, out=move).sub_(value)
+        slope[j + 1 :].addr_(G[j, j + 1 :], move, alpha=-1)
+
+
+def _kernels(X: Tensor, grid: Grid) -> Any:
+    """What does these loops on ``X``'s device as kernels, if anything does."""
+    if not X.is_cuda:
+        return None
+    from loftq_cli.core import cuda_columns
+
+    return cuda_columns if cuda_columns.takes(X, grid) else None
 
 
 def _for_rows(work: Callable[[slice], None], T: Tensor) -> None:

@@ -19,9 +19,12 @@ import torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime import JITFunction, driver
 
-from loftq_cli.core.blockwise import BLOCK_SIZES, SOURCE_DTYPES, BlockwiseFormat
+from loftq_cli.core import cuda_columns
+from loftq_cli.core.blockwise import BlockwiseFormat
 from loftq_cli.core.cuda_step import TritonSteps
+from loftq_cli.core.gptq import Grid
 from loftq_cli.core.integers import IntegerFormat
+from loftq_cli.core.layouts import Layout, layout
 from loftq_cli.core.steps import Factors
 
 SOME = [
@@ -30,17 +33,14 @@ SOME = [
 ]
 ALL = [
     *(
-        (BlockwiseFormat(kind, size, double_quant, bits), 8192, dtype)
+        (BlockwiseFormat(kind, size, bits == 4, bits), 8192, dtype)
         for kind, bits in (("nf4", 4), ("fp4", 4), ("nf4", 3), ("nf4", 2))
-        for size in BLOCK_SIZES
-        for double_quant in (False, True)
-        for dtype in SOURCE_DTYPES
+        for size, dtype in ((32, torch.bfloat16), (256, torch.float16), (4096, torch.float32))
     ),
     *(
-        (IntegerFormat(bits, size), columns, dtype)
+        (IntegerFormat(bits, size), columns, torch.bfloat16)
         for bits in (2, 3, 4, 8)
-        for size, columns in ((32, 4096), (64, 4096), (128, 4096), (None, 4096), (None, 28672))
-        for dtype in SOURCE_DTYPES
+        for size, columns in ((32, 4096), (128, 4096), (None, 11008), (None, 28672))
     ),
 ]
 compiled: dict[str, Any] = {}
@@ -56,11 +56,22 @@ def compile_only(kernel: JITFunction, grid: Any) -> Any:
     return launch
 
 
+def columns_of(form: Layout) -> None:
+    """The column loops of calibrated starts."""
+    block = torch.ones(form.block_size, 40)
+    grid = Grid.of(form.levels, form.block_size, block, form.largest)
+    G, part = torch.ones(64, 64), torch.ones(64, 40)
+    chosen = torch.zeros(64, 40, dtype=torch.uint8)
+    cuda_columns.pass_on(part, part, G, grid, chosen)
+    cuda_columns.improve(part, part, part, G, grid, chosen, part)
+    cuda_columns.search(block, torch.ones(form.block_size), grid, (1.0, 0.5), 1, 1e-30)
+
+
 def main(everything: bool) -> None:
     JITFunction.__getitem__ = compile_only
     for architecture in (80, 90) if everything else (90,):
         fake = SimpleNamespace(
-            get_current_device=lambda: 0,
+            get_current_device=partial(int, architecture),  # compiled for each once
             get_current_stream=lambda device: 0,
             get_current_target=partial(GPUTarget, "cuda", architecture, 32),
         )
@@ -73,6 +84,7 @@ def main(everything: bool) -> None:
                 stored, _ = steps.quantize()
                 steps.quantize(carried, stored)
                 steps.remainder(stored, carried)
+            columns_of(layout(fmt, (16, columns), dtype))
     for made in compiled.values():
         ptx = made.asm["ptx"]
         assert "cubin" in made.asm

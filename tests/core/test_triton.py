@@ -23,11 +23,13 @@ if "triton" not in sys.modules and not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
 triton = pytest.importorskip("triton", reason="triton is not installed: pip install triton")
 
-from loftq_cli.core import triton_kernels
+from loftq_cli.core import cuda_columns, gptq, triton_kernels
 from loftq_cli.core.absmax import COLD, search_absmax
 from loftq_cli.core.blockwise import SOURCE_DTYPES, BlockwiseFormat
 from loftq_cli.core.codebooks import codebook
 from loftq_cli.core.cuda_step import Launches, TritonSteps
+from loftq_cli.core.gptq import Grid, Rounding
+from loftq_cli.core.input_moments import DampedMoments, output_energy
 from loftq_cli.core.integers import IntegerFormat
 from loftq_cli.core.layouts import layout
 from loftq_cli.core.loftq import initialize
@@ -222,3 +224,49 @@ def test_the_kernels_compile_for_a_gpu_that_is_not_here(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.endswith(" kernels\n")
+
+
+CALIBRATED = [
+    Blockwise(BlockwiseFormat("nf4", 32, bits=3)),
+    Blockwise(BlockwiseFormat("nf4", 256, bits=2)),  # blocks reach over the ends of rows
+    Integers(IntegerFormat(3, 32)),
+    Integers(IntegerFormat(8)),
+]
+
+
+@pytest.mark.parametrize("quantizer", CALIBRATED, ids=named)
+def test_error_feedback_and_descent_end_where_the_reference_does(
+    quantizer: BlocksQuantizer, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = torch.Generator().manual_seed(3)
+    inputs = torch.randn(512, 96, generator=generator)
+    inputs[:, 1:] += 0.7 * inputs[:, :-1]
+    T = 0.02 * torch.randn(21, 96, generator=generator)
+    T[3, :32], T[4] = 0.0, 1e-35
+    T = T.to(device)
+    moments = DampedMoments.of((inputs.t() @ inputs / 512).to(device))
+    size, largest = quantizer.block_size(96), quantizer.largest(torch.bfloat16)
+    grid = Grid.of(quantizer.levels, size, T, largest, 2.0**-3)
+    given = None if grid.aligned else torch.full((-(-T.numel() // size),), 0.05, device=device)
+
+    def run() -> list[tuple[Rounding, float]]:
+        passed_on = gptq.gptq(T, moments.inverse_root(), grid, given)
+        descended = gptq.descend(T, moments.moments, passed_on, grid, sweeps=1, free=True)
+        return [(rounding, error(rounding)) for rounding in (passed_on, descended)]
+
+    def error(rounding: Rounding) -> float:
+        scales = grid.scales(rounding.absmax, slice(0, 21), slice(0, 96)).t()
+        R = T - grid.levels[rounding.indices.int()] * scales
+        return output_energy(R, moments.moments)
+
+    monkeypatch.setattr(gptq, "_kernels", lambda *_: None)
+    reference = run()
+    monkeypatch.setattr(gptq, "_kernels", lambda *_: cuda_columns)
+    for (ours, left), (theirs, least) in zip(run(), reference, strict=True):
+        # A code that rounding took elsewhere takes its row with it, to an end as good as the other.
+        same = (ours.indices == theirs.indices).all(dim=1)
+        assert same.float().mean() > 0.8
+        assert left == pytest.approx(least, rel=2e-3)
+        if grid.aligned:
+            near = torch.isclose(ours.absmax, theirs.absmax, rtol=1e-5, atol=1e-9)
+            assert near.view(21, -1)[same].float().mean() > 0.95
