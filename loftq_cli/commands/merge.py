@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
 from loftq_cli.commands.run import Run, command
 from loftq_cli.commands.spellings import option
+from loftq_cli.containers import container_names, widths
+from loftq_cli.errors import UsageError
 from loftq_cli.options import refuse_both
 
 
@@ -30,6 +32,33 @@ from loftq_cli.options import refuse_both
         metavar="auto|float32|bfloat16|float16",
         help="What to write; auto is the model's own.",
     ),
+    requantize=option(
+        bool,
+        "--requantize",
+        help="Quantize the merged weights again, and measure what that costs. The result has no "
+        "adapter.",
+    ),
+    container=option(
+        Literal[container_names()] | None,
+        "--container",
+        metavar="|".join(container_names()),
+        help="With --requantize: the container to write.",
+        show_default="that of DIR",
+    ),
+    bits=option(
+        int | None,
+        "--bits",
+        metavar="|".join(map(str, widths())),
+        help="With --requantize: bits of every layer.",
+        show_default="those of DIR",
+    ),
+    block_size=option(
+        int | None,
+        "--block-size",
+        metavar="N",
+        help="With --requantize: weights that share a scale.",
+        show_default="that of DIR",
+    ),
 )
 def merge(
     run: Run,
@@ -37,6 +66,10 @@ def merge(
     output: Path,
     adapter: Path | None = None,
     dtype: str = "auto",
+    requantize: bool = False,
+    container: str | None = None,
+    bits: int | None = None,
+    block_size: int | None = None,
     resume: bool = False,
     force: bool = False,
     trust_remote_code: bool = False,
@@ -44,6 +77,7 @@ def merge(
     """
     \b
     loftq merge OUT --adapter TRAINED --output MERGED
+    loftq merge OUT --adapter TRAINED --requantize --output SMALL
 
     Folds an adapter that was trained on OUT into the weights of OUT, dequantized: an ordinary model
     in 16 bits, which any tool loads without an adapter. (Folded into the original weights, as most
@@ -51,17 +85,24 @@ def merge(
     one that cannot be folded in exactly, is refused.
     """
     refuse_both(force=force, resume=resume)
-    from loftq_cli.engines.merge import merge_directory
+    more: dict[str, Any] = {
+        "dtype": None if dtype == "auto" else dtype,
+        "resume": resume,
+        "force": force,
+        "trust_remote_code": trust_remote_code,
+    }
+    if not requantize:
+        if (container, bits, block_size) != (None, None, None):
+            raise UsageError(
+                "--container, --bits and --block-size say how to quantize again",
+                hint="add --requantize",
+            )
+        from loftq_cli.engines.merge import merge_directory
 
-    run.emit(
-        merge_directory(
-            run,
-            directory,
-            adapter,
-            output,
-            dtype=None if dtype == "auto" else dtype,
-            resume=resume,
-            force=force,
-            trust_remote_code=trust_remote_code,
-        )
-    )
+        run.emit(merge_directory(run, directory, adapter, output, **more))
+        return
+    from loftq_cli.engines.requantize import requantize_directory
+    from loftq_cli.engines.requantize_plan import Asked
+
+    asked = Asked(container, bits, block_size)
+    run.emit(requantize_directory(run, directory, adapter, output, asked, **more))

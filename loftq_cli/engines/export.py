@@ -132,12 +132,13 @@ def _converted(
 
 
 def _write_descriptions(plan: ExportPlan, out: Path, staging: Staging) -> None:
-    """Config, and the adapter's config, in the bytes that `quantize` gives them."""
+    """Config, and the adapter's config if there is one, in the bytes that `quantize` gives them."""
     written = plan.written
     main = main_dtype(written.config)
     quantization = plan.after.quantization_config(written.weights, plan.skipped, main)
     config = {**written.config, "quantization_config": quantization}
     output.write_json(staging, CONFIG_FILE, config)
-    adapter = load_json(written.source / ADAPTER_CONFIG_NAME)
-    adapter["base_model_name_or_path"] = out.name
-    output.write_json(staging, ADAPTER_CONFIG_NAME, adapter)
+    if written.report.results.layers:
+        adapter = load_json(written.source / ADAPTER_CONFIG_NAME)
+        adapter["base_model_name_or_path"] = out.name
+        output.write_json(staging, ADAPTER_CONFIG_NAME, adapter)

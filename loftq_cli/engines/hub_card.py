@@ -39,13 +39,15 @@ def texts_for_hub(
     """
     results = report.results.model_copy(update={"repository": repository})
     report = report.model_copy(update={"results": results})
-    adapter = load_json(directory / ADAPTER_CONFIG_NAME) | {"base_model_name_or_path": repository}
     _tell_places(report, record)
     yaml = _yaml(front_matter(report, _license(directory, report, record)))
-    changed = {
-        README_FILE: f"---\n{yaml}\n---\n\n{card(report)}".encode(),
-        ADAPTER_CONFIG_NAME: (json.dumps(adapter, indent=2, ensure_ascii=False) + "\n").encode(),
-    }
+    changed = {README_FILE: f"---\n{yaml}\n---\n\n{card(report)}".encode()}
+    if results.layers:
+        adapter = load_json(directory / ADAPTER_CONFIG_NAME)
+        text = json.dumps(
+            {**adapter, "base_model_name_or_path": repository}, indent=2, ensure_ascii=False
+        )
+        changed[ADAPTER_CONFIG_NAME] = f"{text}\n".encode()
     listed = [_listed(name, content) for name, content in changed.items()]
     kept = [each for each in results.files if each.name not in changed]
     files = sorted([*kept, *listed], key=lambda file: file.name)

@@ -22,7 +22,7 @@ from loftq_cli.containers.base import Weight
 from loftq_cli.engines import output
 from loftq_cli.engines.merge_plan import MergePlan, plan_merge, start_of
 from loftq_cli.engines.report_file import refuse_output
-from loftq_cli.engines.rewriting import write_files
+from loftq_cli.engines.rewriting import Form, write_files
 from loftq_cli.engines.written import WeightFile
 from loftq_cli.errors import CheckFailed, LoftqError
 from loftq_cli.models.source import CONFIG_FILE, MERGE_FILE, README_FILE
@@ -65,6 +65,24 @@ def merge_directory(
     refuse_output(out, force=force, resume=resume)
     with record.timing("plan"):
         plan = plan_merge(source, adapter, dtype, trust_remote_code=trust_remote_code)
+    tell_likeness(plan, record)
+    made = _complete(plan, out) if resume else None
+    if made is not None:
+        record.note(f"{out} is already complete")
+    else:
+        made = write_merged(plan, out, record, force=force)
+    results = merge_results(
+        plan,
+        out,
+        form=plan.plain,
+        seconds=time.perf_counter() - began,
+        **{key: made[key] for key in ("files", "checked_layers", "output_deviation")},
+    )
+    return record.document(results, model=plan.written.report.model)
+
+
+def tell_likeness(plan: MergePlan, record: Record) -> None:
+    """A warning where the adapter does not say its base, and looks like that of another."""
     start = start_of(plan)
     if start is not None and likeness(plan.adapter, start) < _LIKE:
         record.warn(
@@ -72,14 +90,13 @@ def merge_directory(
             "begun anew on this base, trained far, or on another base of the same name, which "
             "nothing in it would tell"
         )
-    made = _complete(plan, out) if resume else None
-    if made is not None:
-        record.note(f"{out} is already complete")
-    else:
-        made = write_merged(plan, out, record, force=force)
+
+
+def merge_results(plan: MergePlan, out: Path, *, form: Form, **more: Any) -> MergeResults:
+    """What a merge gave: ``form`` is what became of a weight, and ``more`` what was measured."""
     written = plan.written
-    results = schema.MergeResults(
-        source=str(source),
+    return schema.MergeResults(
+        source=str(written.source),
         adapter=str(plan.adapter.directory),
         output=str(out),
         source_container=written.container.name,
@@ -88,11 +105,9 @@ def merge_directory(
         merged_layers=len(plan.merged),
         replaced=sorted(plan.heads),
         input_bytes=written.bytes(written.container.planned),
-        output_bytes=written.bytes(plan.plain),
-        seconds=time.perf_counter() - began,
-        **{key: made[key] for key in ("files", "checked_layers", "output_deviation")},
+        output_bytes=written.bytes(form),
+        **more,
     )
-    return record.document(results, model=written.report.model)
 
 
 def write_merged(plan: MergePlan, out: Path, record: Record, *, force: bool) -> dict[str, Any]:
@@ -151,10 +166,15 @@ def _converted(
     plan: MergePlan, file: WeightFile, weight: Weight
 ) -> Iterator[tuple[str, memoryview]]:
     """The name and the bytes of a weight with the adapter in it."""
+    merged = merged_weight(plan, file, weight)
+    yield weight.name, tensor_memory(merged.t() if weight.transposed else merged)
+
+
+def merged_weight(plan: MergePlan, file: WeightFile, weight: Weight) -> Tensor:
+    """A weight (out, in) with the adapter in it, in the dtype that it has in a plain model."""
     Q = plan.written.container.runtime(plan.written.stored(file, weight))
     (planned,) = plan.plain(weight)
-    merged = rounded(plan.adapter.folded_into(Q, weight.module), planned.dtype, weight.name)
-    yield weight.name, tensor_memory(merged.t() if weight.transposed else merged)
+    return rounded(plan.adapter.folded_into(Q, weight.module), planned.dtype, weight.name)
 
 
 def _check(plan: MergePlan, staging: Staging) -> tuple[int, float]:
@@ -168,20 +188,13 @@ def _check(plan: MergePlan, staging: Staging) -> tuple[int, float]:
     """
     import torch
 
-    merged = [
-        (name, file, weight)
-        for name, file in plan.written.files.items()
-        for weight in file.weights
-        if weight.module in plan.adapter.pairs
-    ]
-    chosen = merged[:: -(-len(merged) // _CHECKED_LAYERS)]
+    chosen = layers_to_check(plan)
     largest = 0.0
     for name, file, weight in chosen:
         header = read_header(staging.path(name))
         W = load_tensor(header, header.tensors[weight.name])
         rounding = torch.finfo(W.dtype).eps
-        expected, found = _outputs(plan, file, weight, W.t() if weight.transposed else W)
-        deviation = float((found - expected).norm() / expected.norm().clamp_min(1e-30))
+        deviation = output_deviation(plan, file, weight, W.t() if weight.transposed else W)
         # Half of eps is the most that a value loses; float32 also loses in the sums.
         if not deviation <= 2 * rounding + 1e-5:
             raise CheckFailed(
@@ -193,11 +206,23 @@ def _check(plan: MergePlan, staging: Staging) -> tuple[int, float]:
     return len(chosen), largest
 
 
-def _outputs(plan: MergePlan, file: WeightFile, weight: Weight, W: Tensor) -> tuple[Tensor, Tensor]:
-    """Of the adapted layer and of the merged one, at one random input."""
+def layers_to_check(plan: MergePlan) -> list[tuple[str, WeightFile, Weight]]:
+    """Some merged layers, evenly spread, with the name of the file that each is in."""
+    merged = [
+        (name, file, weight)
+        for name, file in plan.written.files.items()
+        for weight in file.weights
+        if weight.module in plan.adapter.pairs
+    ]
+    return merged[:: -(-len(merged) // _CHECKED_LAYERS)]
+
+
+def output_deviation(plan: MergePlan, file: WeightFile, weight: Weight, W: Tensor) -> float:
+    """How far the outputs of ``W`` (out, in) are from the adapted layer's, at one random input."""
     import torch
 
     x = torch.randn(weight.shape[1], generator=torch.Generator().manual_seed(0))
     A, B, scaling = plan.adapter.factors(weight.module)
     Q = plan.written.container.runtime(plan.written.stored(file, weight))
-    return Q.float() @ x + scaling * (B @ (A @ x)), W.float() @ x
+    expected = Q.float() @ x + scaling * (B @ (A @ x))
+    return float((W.float() @ x - expected).norm() / expected.norm().clamp_min(1e-30))

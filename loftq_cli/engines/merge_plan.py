@@ -53,13 +53,14 @@ _MADE_ANEW = {REPORT_FILE, README_FILE, CONFIG_FILE, INDEX_FILE}
 
 @dataclass(frozen=True)
 class MergePlan:
-    """A directory, and the adapter to fold into it.
+    """A directory, the model class of it, and the adapter to fold into it.
 
     ``heads`` are the tensors of the adapter that take the place of some of the model. ``dtype`` is
     torch's name of that to write; None: of each tensor its own.
     """
 
     written: Written
+    architecture: Architecture
     adapter: TrainedAdapter
     heads: Mapping[str, tuple[Header, TensorInfo]]
     dtype: str | None
@@ -129,7 +130,7 @@ def plan_merge(
     written, architecture = open_written(
         source, report, container, trust_remote_code=trust_remote_code
     )
-    if trained.directory.samefile(own):
+    if _is_own(written, trained):
         require_same(
             source / ADAPTER_NAME, hash_file(source / ADAPTER_NAME), written.listed[ADAPTER_NAME]
         )
@@ -137,7 +138,8 @@ def plan_merge(
     _require_layers(written, trained)
     if dtype is not None:
         written = _cast(written, dtype)
-    return MergePlan(written, trained, _heads(written, trained, architecture), dtype)
+    heads = _heads(written, trained, architecture)
+    return MergePlan(written, architecture, trained, heads, dtype)
 
 
 def start_of(plan: MergePlan) -> TrainedAdapter | None:
@@ -145,15 +147,28 @@ def start_of(plan: MergePlan) -> TrainedAdapter | None:
 
     None where it is the same, or where the adapter is known to be for this base.
     """
-    own = plan.written.source / ADAPTER_DIRECTORY
-    if plan.adapter.directory.samefile(own) or None not in _bases(plan.written, plan.adapter):
+    written, adapter = plan.written, plan.adapter
+    known = None not in _bases(written, adapter)
+    if known or not written.report.results.layers or _is_own(written, adapter):
         return None
-    return read_trained(own)
+    return read_trained(written.source / ADAPTER_DIRECTORY)
+
+
+def _is_own(written: Written, adapter: TrainedAdapter) -> bool:
+    own = written.source / ADAPTER_DIRECTORY
+    return own.is_dir() and adapter.directory.samefile(own)
 
 
 def _bases(written: Written, adapter: TrainedAdapter) -> tuple[str | None, str | None]:
     """Which base the adapter says that it is for, and which the directory says that it is."""
-    return base_of(adapter.config), base_of(load_json(written.source / ADAPTER_CONFIG_NAME))
+    return base_of(adapter.config), base_of(_own_config(written))
+
+
+def _own_config(written: Written) -> Mapping[str, Any]:
+    """The config of the adapter that the directory came with, if there was one."""
+    if not written.report.results.layers:
+        return {}
+    return load_json(written.source / ADAPTER_CONFIG_NAME)
 
 
 def _require_base(written: Written, adapter: TrainedAdapter) -> None:
@@ -173,7 +188,7 @@ def _require_base(written: Written, adapter: TrainedAdapter) -> None:
             hint="give the directory that it was trained on; quantized again in the same way, it "
             "is known again",
         )
-    first = load_json(written.source / ADAPTER_CONFIG_NAME).get("base_model_name_or_path")
+    first = _own_config(written).get("base_model_name_or_path", written.report.results.output)
     names = {PurePath(str(first)).name, written.source.resolve().name}
     named = adapter.config.get("base_model_name_or_path")
     if not isinstance(named, str) or PurePath(named).name not in names:

@@ -49,13 +49,9 @@ def objections(
     """What the libraries refuse of the plan, and the heads that PEFT trains beside the adapter."""
     model = build().model
     settings = adapter_settings(plan, original, "", "")
-    container = plan.settings.container
-    # Where weights are dequantized, the model stays as it is.
-    asked = container.quantizes and container.stays_packed
-    if asked and not container.missing_libraries():
-        refused = _as_quantized(plan, model, original, tensors)
-        if refused.kept:
-            return refused, ()
+    refused = loader_objections(plan, model, original, tensors)
+    if refused.kept:
+        return refused, ()
     try:
         adapted = _as_adapted(model, settings)
     except Exception as error:  # PEFT, torch and bitsandbytes have types of their own
@@ -63,14 +59,26 @@ def objections(
     return _held_against(plan, adapted)
 
 
-def _as_quantized(
+def loader_objections(
     plan: Plan, model: Any, original: Architecture, tensors: list[TensorInfo]
 ) -> Refused:
-    """Changes the model as transformers does before it loads the weights.
+    """What transformers refuses to load quantized; ``model`` is as it is before that afterwards.
 
     Raises:
         UnsupportedModel: it then wants other weights than there will be.
     """
+    container = plan.settings.container
+    # Where weights are dequantized, the model stays as it is.
+    asked = container.quantizes and container.stays_packed
+    if asked and not container.missing_libraries():
+        return _as_quantized(plan, model, original, tensors)
+    return Refused()
+
+
+def _as_quantized(
+    plan: Plan, model: Any, original: Architecture, tensors: list[TensorInfo]
+) -> Refused:
+    """Changes the model as transformers does before it loads the weights."""
     from transformers.quantizers.auto import AutoHfQuantizer
 
     container = plan.settings.container

@@ -94,6 +94,13 @@ def write_model_files(
         staging.make_folder(name)
     if len(plan.tasks) > 1:
         write_index(staging, {task.file_name: plan.model_tensors(task) for task in plan.tasks})
+    write_config(plan, staging, architecture, config)
+
+
+def write_config(
+    plan: Plan, staging: Staging, architecture: Architecture, config: dict[str, Any]
+) -> None:
+    """The model's config with what the plan makes of the weights."""
     container = plan.settings.container
     if container.quantizes:
         weights = [planned.weight for planned in plan.layers]

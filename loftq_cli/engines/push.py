@@ -16,12 +16,12 @@ from loftq_cli.engines.hub import Repository, require_pushable
 from loftq_cli.engines.hub_card import texts_for_hub
 from loftq_cli.engines.report_file import Report
 from loftq_cli.engines.written import (
-    ADAPTER_CONFIG_NAME,
+    described_by,
     require_listed,
     require_present,
     require_same,
 )
-from loftq_cli.models.source import CONFIG_FILE, README_FILE, REPORT_FILE
+from loftq_cli.models.source import README_FILE, REPORT_FILE
 from loftq_cli.record import Record
 from loftq_cli.schema import PushResults, WrittenFile
 
@@ -87,7 +87,7 @@ def _prove(directory: Path, report: Report, record: Record) -> None:
     """
     files = report.results.files
     listed = {each.name: each for each in files}
-    for name in (README_FILE, CONFIG_FILE, ADAPTER_CONFIG_NAME):
+    for name in (README_FILE, *described_by(report)):
         require_listed(directory, name, listed)
     for each in files:
         require_present(directory, each)

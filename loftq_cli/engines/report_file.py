@@ -15,14 +15,12 @@ from loftq_cli.checkpoint.staging import Staging, refuse_existing, refuse_unusab
 from loftq_cli.engines.fingerprint import digest
 from loftq_cli.engines.output import write_text
 from loftq_cli.errors import LoftqError, ModelNotFound, OutputExists, UsageError
-from loftq_cli.models.source import MERGE_FILE, README_FILE, REPORT_FILE
+from loftq_cli.models.source import MAX_REPORT_BYTES, MERGE_FILE, README_FILE, REPORT_FILE
 from loftq_cli.models.spec import hub_id
 from loftq_cli.report.card import card
 
 Report = schema.Document[schema.QuantizeResults]
 
-# A model of a thousand layers has a report of about a megabyte.
-_MAX_REPORT_BYTES = 200_000_000
 NOT_OURS = "give the directory that `loftq quantize --output` wrote"
 
 
@@ -48,7 +46,7 @@ def read_report(directory: Path) -> Report:
     path = directory / REPORT_FILE
     if not path.is_file():
         raise _no_report(directory)
-    raw = read_file(path, _MAX_REPORT_BYTES)
+    raw = read_file(path, MAX_REPORT_BYTES)
     parse_json(raw, path)
     try:
         document = schema.load_document(raw.decode())

@@ -43,6 +43,7 @@ def quantize_results(
     outcomes: Sequence[LayerOutcome] = (),
     files: Sequence[WrittenFile] = (),
     not_copied: Sequence[LeftOut] = (),
+    merged: schema.MergedFrom | None = None,
     fingerprint: str | None = None,
     calibration: schema.CalibratedOn | None = None,
     seconds: float | None = None,
@@ -64,6 +65,7 @@ def quantize_results(
         conv1d=sorted(
             {last_part(each.layer.module) for each in plan.layers if each.layer.transposed}
         ),
+        merged=merged,
         fingerprint=fingerprint,
         settings=_settings(settings, calibration),
         evened=[list(group) for group in plan.evened],

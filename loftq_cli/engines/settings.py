@@ -136,9 +136,10 @@ class Settings:
         return fields
 
     def of_base(self) -> dict[str, Any]:
-        """What decides Q and the start, whatever container they lie in."""
+        """What decides Q and the start, whatever container they lie in, and how."""
         fields = {**self.as_dict(), **asdict(self.container)}
-        fields.pop("container_name", None)
+        for name in ("container_name", "quant_storage"):
+            fields.pop(name, None)
         return fields
 
 

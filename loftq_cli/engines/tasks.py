@@ -48,7 +48,7 @@ class LayerOutcome:
 
     name: str
     error: float
-    quantized_only_error: float
+    quantized_only_error: float | None
     error_curve: list[float]
     best_iteration: int
     norm: float

@@ -134,7 +134,7 @@ def open_written(
     for file in listed.values():
         require_present(source, file)
     index = {INDEX_FILE} & listed.keys()
-    for name in (CONFIG_FILE, ADAPTER_CONFIG_NAME, *index):
+    for name in (*described_by(report), *index):
         require_listed(source, name, listed)
         require_same(source / name, hash_file(source / name), listed[name])
     config, checkpoint = read_config(source), open_checkpoint(source)
@@ -155,6 +155,11 @@ def open_written(
         for name, header in checkpoint.headers.items()
     }
     return Written(source, report, config, container, files), architecture
+
+
+def described_by(report: Report) -> list[str]:
+    """The configs that such a directory has: of the model, and of the adapter if there is one."""
+    return [CONFIG_FILE, *([ADAPTER_CONFIG_NAME] if report.results.layers else [])]
 
 
 def require_same(path: Path, found: WrittenFile, listed: schema.WrittenFile) -> None:

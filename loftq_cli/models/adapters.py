@@ -5,26 +5,40 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from loftq_cli.checkpoint.adapter import ADAPTER_CONFIG, ADAPTER_DIRECTORY, ADAPTER_WEIGHTS
 from loftq_cli.checkpoint.index import load_json
 from loftq_cli.checkpoint.safetensors import read_header, shown
-from loftq_cli.errors import CorruptCheckpoint, InvalidSetting, ModelNotFound, UnsafeCheckpoint
-from loftq_cli.models.source import REPORT_FILE
+from loftq_cli.errors import (
+    CorruptCheckpoint,
+    InvalidSetting,
+    LoftqError,
+    ModelNotFound,
+    UnsafeCheckpoint,
+)
+from loftq_cli.models.source import MAX_REPORT_BYTES, REPORT_FILE
 
 
 def own_adapter(directory: Path) -> Path | None:
     """Where `quantize` put the adapter beside a backbone; None if it is not its directory.
 
     Whether it can be used, even whether it is there, is for `attach_adapter` to find: without it
-    the backbone is another model.
+    the backbone is another model. Only where the report says that it is merged, there is none.
     """
-    found = directory / ADAPTER_DIRECTORY
-    ours = os.path.lexists(found) or (directory / REPORT_FILE).exists()
-    return found if ours else None
+    found, report = directory / ADAPTER_DIRECTORY, directory / REPORT_FILE
+    if os.path.lexists(found):
+        return found
+    return found if report.exists() and not _is_merged(report) else None
+
+
+def _is_merged(report: Path) -> bool:
+    with suppress(LoftqError):
+        results = load_json(report, MAX_REPORT_BYTES).get("results")
+        return isinstance(results, dict) and bool(results.get("merged"))
+    return False
 
 
 def attach_adapter(model: Any, directory: Path) -> Any:

@@ -13,6 +13,8 @@ from loftq_cli.formats import SHORT_NAMES
 CONFIG_FILE = "config.json"
 REPORT_FILE = "loftq_report.json"
 README_FILE = "README.md"
+# A model of a thousand layers has a report of about a megabyte.
+MAX_REPORT_BYTES = 200_000_000
 MERGE_FILE = "loftq_merge.json"  # of a merged model: what it was made from
 
 # Weights in these formats execute code when they are opened.

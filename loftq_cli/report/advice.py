@@ -128,6 +128,8 @@ def _load(document: Document[LoadResults]) -> Iterator[str]:
 
 def _quantize(document: Document[QuantizeResults]) -> Iterator[str]:
     results, totals, settings = document.results, document.results.totals, document.results.settings
+    if results.merged is not None:
+        return
     changes = error_changes(results)
     if changes and starts.of_report(settings.init).corrects and settings.quant_type != "int8":
         what, before, after = changes[-1]  # the error of outputs, where that is known

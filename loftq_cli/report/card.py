@@ -34,6 +34,7 @@ from loftq_cli.report.loading import (
     python_block,
     why_not_by_transformers,
 )
+from loftq_cli.report.merge import requantized_card
 from loftq_cli.report.serving import serving
 from loftq_cli.report.sharded import sharded
 from loftq_cli.schema import Document, QuantizeResults
@@ -119,6 +120,8 @@ def card(document: Document[QuantizeResults]) -> str:
     """Markdown whose code runs as it stands, from the directory that holds the output."""
     results = document.results
     here = PurePath(results.repository or results.output).name
+    if results.merged is not None:
+        return requantized_card(results, results.merged, here)
     parts = [
         f"# {_MARKUP.sub(_ESCAPED, visible(here))}",
         _introduction(document),

@@ -98,10 +98,14 @@ def _quantize(document: Document[QuantizeResults]) -> Iterator[str]:
         )
     yield from _spread(results)
     bits = 8 * totals.output_bytes / totals.parameters
-    yield (
-        f"the backbone has {units.significant(bits)} bits a parameter, all tensors counted; "
-        f"the adapter adds {units.percent(totals.adapter_bytes / totals.output_bytes)} to its size"
-    )
+    if results.merged is None:
+        adapter = units.percent(totals.adapter_bytes / totals.output_bytes)
+        more = f"the adapter adds {adapter} to its size"
+    else:
+        error = units.percent(totals.weight_error_relative or 0.0)
+        more = f"quantizing again changed the merged weights by {error}"
+    each = units.significant(bits)
+    yield f"the backbone has {each} bits a parameter, all tensors counted; {more}"
 
 
 def _error_changes(results: QuantizeResults) -> Iterator[str]:
@@ -235,6 +239,19 @@ def _export(document: Document[ExportResults]) -> Iterator[str]:
 def _merge(document: Document[MergeResults]) -> Iterator[str]:
     results = document.results
     times = units.significant(results.output_bytes / max(results.input_bytes, 1))
+    if (again := results.requantized) is not None:
+        yield (
+            f"{results.output} has no adapter: it is in the weights, which were quantized again to "
+            f"{units.plain(again.stored_bits)} bits in {again.container}; that changed them by "
+            f"{units.percent(again.weight_error_relative)}"
+        )
+        worst = max(again.layers, key=lambda layer: layer.weight_error_relative)
+        yield (
+            f"the most error is in {worst.name}: {units.percent(worst.weight_error_relative)}; "
+            f"outputs deviate by up to {units.percent(results.output_deviation)} from those of the "
+            "adapted layers"
+        )
+        return
     yield (
         f"{units.plural(results.merged_layers, 'layer')} of {results.output} have the adapter in "
         f"their weights, in {results.dtype}: it takes {times} times the bytes of {results.source}"

@@ -77,6 +77,8 @@ def bits_a_weight(results: QuantizeResults) -> str | None:
 
 def adapter_of(results: QuantizeResults) -> str:
     """`a rank-16 adapter`, or what there is to say of ranks that differ."""
+    if results.merged is not None:
+        return "its adapter merged"
     settings = results.settings
     low, high = rank_range(results)
     if results.dry_run and settings.rank_budget:

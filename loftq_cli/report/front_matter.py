@@ -43,13 +43,15 @@ def front_matter(
     values: dict[str, Any] = {}
     if model is not None and model.source == "hub":
         values["base_model"] = model.id
-        values["base_model_relation"] = "quantized" if is_quantized(results) else "adapter"
+        relation = "quantized" if is_quantized(results) else "adapter"
+        values["base_model_relation"] = relation if results.merged is None else "finetune"
     values |= license_of_source
     values["library_name"] = "transformers"
     task = "text-generation" if is_causal(results) else _TASKS.get(auto_class(results))
     if task is not None:
         values["pipeline_tag"] = task
-    return values | {"tags": ["loftq", "lora", "peft", *_formats(results)]}
+    adapter = ["lora", "peft"] if results.merged is None else []
+    return values | {"tags": ["loftq", *adapter, *_formats(results)]}
 
 
 def _formats(results: QuantizeResults) -> list[str]:

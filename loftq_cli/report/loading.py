@@ -67,11 +67,12 @@ def can_take_adapter(results: QuantizeResults) -> bool:
 
 def import_lines(results: QuantizeResults) -> list[str]:
     """What :func:`load_lines` need."""
+    adapter = ["from peft import PeftModel"] if results.merged is None else []
     if why_not_by_transformers(results) is not None:
-        return ["from gptqmodel import BACKEND, GPTQModel", "from peft import PeftModel"]
+        return ["from gptqmodel import BACKEND, GPTQModel", *adapter]
     told = quantization(results)
     names = [auto_class(results), *([] if told is None else [told[0]])]
-    return ["from peft import PeftModel", f"from transformers import {', '.join(names)}"]
+    return [*adapter, f"from transformers import {', '.join(names)}"]
 
 
 def here_lines(results: QuantizeResults) -> list[str]:

@@ -76,8 +76,12 @@ def _facts(results: QuantizeResults) -> list[tuple[str, str]]:
     bits = bits_a_weight(results)
     if bits is not None:
         facts.append(("precision", bits))
-    trainable = units.plural(totals.trainable_parameters, "trainable parameter")
-    facts.append(("adapter", f"{about}{units.size(totals.adapter_bytes)}, {trainable}"))
+    if results.merged is None:
+        trainable = units.plural(totals.trainable_parameters, "trainable parameter")
+        facts.append(("adapter", f"{about}{units.size(totals.adapter_bytes)}, {trainable}"))
+    else:
+        facts.append(("merged", f"{results.merged.adapter} into {results.merged.source}"))
+        facts.append(("weight error", units.percent(totals.weight_error_relative or 0.0)))
     if results.evened:
         alike = units.plural(len(results.evened), "group")
         facts.append(
@@ -215,7 +219,7 @@ def _snippet(results: QuantizeResults) -> Code:
             *(f"# {line}" for line in install_lines(results)),
             *import_lines(results),
             *load_lines(results, place),
-            *adapter_lines(results, place),
+            *([] if results.merged is not None else adapter_lines(results, place)),
         ],
     )
 

@@ -142,6 +142,13 @@ class QuantizeTotals(Model):
     seconds: float | None = None
 
 
+class MergedFrom(Model):
+    """What `merge --requantize` quantized: the weights of `source` with `adapter` in them."""
+
+    source: str
+    adapter: str
+
+
 class QuantizeResults(Model):
     output: str  # empty in a dry run that names no directory
     # The hub's name for it, in the report of a directory that was pushed there.
@@ -158,6 +165,8 @@ class QuantizeResults(Model):
     task_type: str | None = None  # PEFT's name for what the model does; null where it has none
     # The last names of layers that the source stores as (in, out), as GPT-2 does.
     conv1d: list[str] = []
+    # Of what was quantized, where that is no model on a disk. No layer has an adapter then.
+    merged: MergedFrom | None = None
     fingerprint: str | None = None  # of source and settings: two runs with the same are one
     settings: QuantizeSettings
     # With --target-bits: layers that have the same bits only because servers hold them as one.
@@ -210,12 +219,35 @@ class ExportResults(Model):
     seconds: float
 
 
+class RequantizedLayer(Model):
+    """‖W − Q′‖ / ‖W‖ of a merged weight W and what its new codes dequantize to."""
+
+    name: str
+    shape: tuple[int, int]
+    bits: int
+    weight_error_relative: float
+
+
+class Requantized(Model):
+    """What merged weights were quantized to again, and what that costs; in total of all layers
+    taken as one long vector. The result holds no adapter."""
+
+    container: str
+    quant_type: str
+    block_size: int | None
+    double_quant: bool
+    stored_bits: float
+    weight_error_relative: float
+    layers: list[RequantizedLayer]
+
+
 class MergeResults(Model):
     """A trained adapter in the dequantized weights. `dtype` is that of most of them; bytes are of
     the model's tensors.
 
     `output_deviation` is the largest ‖W·x − (Q·x + s·B·(A·x))‖ / ‖Q·x + s·B·(A·x)‖ of the layers
-    that were read back, at one random x: the rounding to `dtype`.
+    that were read back, at one random x: the rounding to `dtype`, and to codes where the weights
+    were `requantized`.
     """
 
     source: str
@@ -231,6 +263,7 @@ class MergeResults(Model):
     output_bytes: int
     checked_layers: int
     output_deviation: float
+    requantized: Requantized | None = None
     seconds: float
 
 

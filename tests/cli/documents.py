@@ -552,6 +552,42 @@ def merge() -> dict[str, Any]:
     )
 
 
+def requantized() -> dict[str, Any]:
+    """The same, quantized again."""
+    whole = merge()
+    layers = [
+        {key: each[key] for key in ("name", "shape", "bits", "weight_error_relative")}
+        for each in requantized_layers()
+    ]
+    whole["results"]["requantized"] = {
+        "container": "bitsandbytes",
+        "quant_type": "nf4",
+        "block_size": 64,
+        "double_quant": False,
+        "stored_bits": 4.5,
+        "weight_error_relative": 0.0312,
+        "layers": layers,
+    }
+    return whole
+
+
+def requantized_report() -> dict[str, Any]:
+    """The report of what that writes."""
+    whole = quantize()
+    whole["results"] |= {
+        "merged": {"source": "gpt2-loftq", "adapter": f"trained/{EVIL}"},
+        "without_adapter": requantized_layers(),
+        "layers": [],
+    }
+    return whole
+
+
+def requantized_layers() -> list[dict[str, Any]]:
+    layers = quantize()["results"]["layers"]
+    kept = ("name", "shape", "bits", "weight_error_relative", "bytes", "share_of_bytes")
+    return [{**{key: each[key] for key in kept}, "reason": "merged"} for each in layers]
+
+
 def push() -> dict[str, Any]:
     return document(
         "push",
@@ -602,6 +638,8 @@ ALL = {
     "verify": verify(),
     "export": export(),
     "merge": merge(),
+    "merge-requantized": requantized(),
+    "quantize-merged": requantized_report(),
     "push": push(),
     "report": report(),
 }

@@ -38,7 +38,8 @@ CONTRACT = {
     "check": "--model -m --device --dtype",
     "verify": "--source --sample --device",
     "export": "--container --output -o --resume --force --trust-remote-code",
-    "merge": "--adapter --output -o --dtype --resume --force --trust-remote-code",
+    "merge": "--adapter --output -o --dtype --requantize --container --bits --block-size --resume "
+    "--force --trust-remote-code",
     "push": "--private --force",
     "report": "--output -o",
 }

@@ -37,6 +37,15 @@ def test_weights_as_they_were_with_an_adapter_are_not_quantized() -> None:
     assert found["tags"] == ["loftq", "lora", "peft"]
 
 
+def test_a_merged_model_has_no_adapter() -> None:
+    merged = {"source": "OUT", "adapter": "trained"}
+    found = told(
+        {"merged": merged, "without_adapter": documents.requantized_layers(), "layers": []}, {}
+    )
+    assert found["base_model_relation"] == "finetune"
+    assert found["tags"] == ["loftq", "bitsandbytes", "4-bit"]
+
+
 @pytest.mark.parametrize("source", ["directory", "demo"])
 def test_what_is_on_no_hub_is_no_base_there(source: str) -> None:
     found = told({}, {}, id="./a-model", source=source)

@@ -20,6 +20,7 @@ def identity(made_from: dict[str, Any] | None = None, **settings: Any) -> str:
 def test_it_is_the_same_in_every_container_of_the_same_codes() -> None:
     assert identity(container_name="gptq") == identity(container_name="compressed-tensors")
     assert identity(container_name="gptq") != identity()
+    assert identity(quant_storage="bfloat16") == identity()
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -47,6 +48,7 @@ def test_other_codes_of_as_many_bits(bits: int) -> None:
         {"calibration": CalibrationText("sha256", 4096)},
         {"seed": 1},
         {"dtype": "float16"},
+        {"adapter_dtype": "bfloat16"},
         {"made_from": {"loftq": "2"}},
         {"made_from": {"source": {"model.safetensors": "other"}}},
         {"made_from": {"tokenizer_sha256": {"tokenizer.json": "other"}}},

@@ -7,6 +7,7 @@ and scalings are those that it will have, and the values are looked at one tenso
 from __future__ import annotations
 
 import math
+import os
 import warnings
 from pathlib import PurePath
 from typing import Any
@@ -38,6 +39,8 @@ _FOR_PEFT_TO_SAY = {"target_modules", "rank_pattern", "alpha_pattern"}
 
 def adapter(written: Written) -> Finding:
     """Config against report, tensors against config, PEFT against both, and finite values."""
+    if not written.claims.adapted:
+        return _none(written)
     _require_config(written)
     header = read_header(written.directory / ADAPTER_NAME)
     _require_tensors(written, header)
@@ -57,6 +60,17 @@ def adapter(written: Written) -> Finding:
         # Integers are there to be served.
         notes=cautions(claims.results) if claims.container.even_when_fused else [],
     )
+
+
+def _none(written: Written) -> Finding:
+    """Where the report has no layer with one."""
+    if os.path.lexists(written.directory / ADAPTER_DIRECTORY):
+        raise CheckFailed(
+            f"{ADAPTER_DIRECTORY} is there, and by the report no layer has an adapter",
+            cause="what loads the directory with it gets another model",
+            hint=f"delete {written.directory / ADAPTER_DIRECTORY}, or write the directory again",
+        )
+    return Finding("there is none, as the report says", {"layers": 0, "parameters": 0})
 
 
 def _require_config(written: Written) -> None:

@@ -22,7 +22,7 @@ from loftq_cli.engines.report_file import Report, read_report
 from loftq_cli.errors import CheckFailed, LoftqError, ModelNotFound
 from loftq_cli.models.spec import ResolvedModel, cached_model, hub_id, local_model
 from loftq_cli.record import Record
-from loftq_cli.schema import Document, ModelIdentity, VerifiedLayer, VerifyResults
+from loftq_cli.schema import Document, VerifiedLayer, VerifyResults
 
 
 def verify_directory(
@@ -52,7 +52,7 @@ def verify_directory(
         record,
         directory,
         report,
-        _reported_source(report.model) if source is None else _required_source(source),
+        _reported_source(report) if source is None else _required_source(source),
         sample=sample,
         device=chosen.value,
         dtype=dtype,
@@ -206,9 +206,10 @@ def _required_source(spec: str) -> ResolvedModel:
     return found
 
 
-def _reported_source(model: ModelIdentity | None) -> ResolvedModel | None:
+def _reported_source(report: Report) -> ResolvedModel | None:
     """The model that a report names; None if it is not at hand, for whatever reason."""
-    if model is None:
+    model = report.model
+    if model is None or report.results.merged is not None:
         return None
     try:
         if model.source == "hub":

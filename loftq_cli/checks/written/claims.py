@@ -105,7 +105,9 @@ def claims_of(report: Report) -> Claims:
     if settings.adapter_dtype not in DTYPE_NAMES.values():
         raise _unusable(f"adapter_dtype {settings.adapter_dtype!r:.40}")
     source = "a model that the report does not name"
-    if model is not None:
+    if (merged := report.results.merged) is not None:
+        source = f"what `loftq merge {merged.source} --adapter {merged.adapter}` writes"
+    elif model is not None:
         source = model.id if model.revision is None else f"{model.id}@{model.revision}"
     return Claims(source, container, report.results, _layers(report.results, container))
 

@@ -10,9 +10,9 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from loftq_cli.checkpoint.adapter import ADAPTER_DIRECTORY, ADAPTER_NAME, PREFIX
+from loftq_cli.checkpoint.adapter import ADAPTER_DIRECTORY, PREFIX
 from loftq_cli.checkpoint.index import INDEX_FILE, Checkpoint, open_checkpoint
-from loftq_cli.checkpoint.safetensors import Header, TensorInfo, read_header, shown
+from loftq_cli.checkpoint.safetensors import Header, TensorInfo, shown
 from loftq_cli.checkpoint.tensors import load_pieces
 from loftq_cli.checkpoint.writer import hash_file
 from loftq_cli.checks.battery import Finding, NothingToCheck
@@ -98,14 +98,14 @@ def _require_tensors(
         name: (found[name], name)
         for name in sorted(found.keys() & original.tensors.keys() - layers)
     }
-    adapter = read_header(written.directory / ADAPTER_NAME)
     tensors_of = {
         f"{PREFIX}{parameter}": tensor
         for tensor, parameter in written.architecture.parameters_of(original.tensors).items()
     }
-    for name, info in adapter.tensors.items():  # beside the adapter: heads that PEFT trains
-        if ".lora_" not in name and name in tensors_of:
-            compared[name] = (adapter, info), tensors_of[name]
+    if (adapter := written.adapter_header) is not None:
+        for name, info in adapter.tensors.items():  # beside the adapter: heads that PEFT trains
+            if ".lora_" not in name and name in tensors_of:
+                compared[name] = (adapter, info), tensors_of[name]
     # What could not run as it is stored was converted; before that was done, it was not.
     stored, converted = original.tensors, original.tensors
     if written.claims.container.quantizes:

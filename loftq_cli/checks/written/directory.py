@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from loftq_cli import hardware
+from loftq_cli.checkpoint.adapter import ADAPTER_NAME
 from loftq_cli.checkpoint.index import Checkpoint, open_checkpoint
+from loftq_cli.checkpoint.safetensors import Header, read_header
 from loftq_cli.checks.written.claims import ClaimedLayer, Claims
 from loftq_cli.containers import weights_in
 from loftq_cli.containers.base import Damaged, StoredWeight, Weight
@@ -91,6 +93,11 @@ class Written:
         return read_architecture(
             self.directory, self.config, trust_remote_code=self.trust_remote_code
         )
+
+    @cached_property
+    def adapter_header(self) -> Header | None:
+        """That of the adapter's tensors; None where the report has no adapter."""
+        return read_header(self.directory / ADAPTER_NAME) if self.claims.adapted else None
 
     def weight_of(self, layer: ClaimedLayer) -> str:
         """The tensor that holds the layer's codes."""

@@ -6,13 +6,13 @@ import warnings
 from typing import Any
 
 from loftq_cli import hardware
-from loftq_cli.checkpoint.adapter import ADAPTER_DIRECTORY, ADAPTER_NAME
-from loftq_cli.checkpoint.safetensors import read_header
+from loftq_cli.checkpoint.adapter import ADAPTER_DIRECTORY
 from loftq_cli.checks.battery import Finding, NothingToCheck
 from loftq_cli.checks.written.directory import Written
 from loftq_cli.checks.written.passes import adapters_of, run_through
 from loftq_cli.containers import holds_codes
 from loftq_cli.errors import CheckFailed, told_as
+from loftq_cli.models.adapters import attach_fresh
 from loftq_cli.models.auto_classes import class_named
 from loftq_cli.models.loading import keep_layout
 from loftq_cli.report.loading import (
@@ -45,7 +45,8 @@ def forward(written: Written) -> Finding:
     labels = f" with {' and '.join(inputs.labels)}" if inputs.labels else ""
     return Finding(
         f"{auto_class(claims.results)} and PEFT load it: {len(claims.layers)} {kind}, "
-        f"{len(claims.adapted)} with an adapter; {shapes}{labels} give {done.values:,} finite "
+        f"{len(claims.adapted) or 'each'} with {'an' if claims.adapted else 'a new'} adapter; "
+        f"{shapes}{labels} give {done.values:,} finite "
         f"values, and {done.reached} adapters a finite gradient",
         {"output_values": done.values, "adapters_with_gradient": done.reached},
         notes=done.notes,
@@ -95,6 +96,11 @@ def _load(written: Written) -> Any:
         if written.claims.container.stays_packed:
             _require_layers(written, "quantized", _quantized(model))
         keep_layout(model)
+        if not written.claims.adapted:  # one that changes nothing, as who trains it further has it
+            modules = [layer.name for layer in written.claims.layers]
+            task = written.claims.results.task_type
+            with told_as(CheckFailed, "PEFT cannot put an adapter on it", hint=written.remedy):
+                return attach_fresh(model, 1, task, modules).eval()
         with told_as(CheckFailed, "PEFT cannot put the adapter on it", hint=written.remedy):
             model = PeftModel.from_pretrained(
                 model,
@@ -138,8 +144,9 @@ def _require_loadable(written: Written) -> None:
 
 
 def _require_room(written: Written) -> None:
-    adapter = read_header(written.directory / ADAPTER_NAME).file_bytes
-    needed = int(_ROOM * (written.checkpoint.total_bytes + adapter))
+    adapter = written.adapter_header
+    held = 0 if adapter is None else adapter.file_bytes
+    needed = int(_ROOM * (written.checkpoint.total_bytes + held))
     room, place = hardware.memory_bytes(), "this box"
     if written.device.startswith("cuda"):
         import torch

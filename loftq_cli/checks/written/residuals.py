@@ -13,9 +13,8 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from loftq_cli.checkpoint.adapter import ADAPTER_NAME, lora_names
+from loftq_cli.checkpoint.adapter import lora_names
 from loftq_cli.checkpoint.index import Checkpoint, open_checkpoint
-from loftq_cli.checkpoint.safetensors import Header, read_header
 from loftq_cli.checkpoint.tensors import load_tensor
 from loftq_cli.checks.battery import Finding, NothingToCheck
 from loftq_cli.checks.written.claims import ClaimedLayer
@@ -95,13 +94,12 @@ class Residuals:
         originals = {layer.module: layer for layer in inventory.layers}
         for layer in self.layers:
             self._require_in_source(layer, originals.get(layer.name))
-        adapter = read_header(self.written.directory / ADAPTER_NAME)
         probes = spread(self.layers, _PROBES)
         rest = [layer for layer in self.layers if layer not in probes]
         for layers in (probes, rest):
             for layer in layers:
                 self.written.progress.start(layer.name)
-                found = self._measure(layer, originals[layer.name], checkpoint, adapter)
+                found = self._measure(layer, originals[layer.name], checkpoint)
                 self.measured.append(found)
                 self.written.progress.advance(layer.name)
             self._require_some_agreement(same_files)
@@ -122,7 +120,7 @@ class Residuals:
             )
 
     def _measure(
-        self, layer: ClaimedLayer, original: LinearLayer, checkpoint: Checkpoint, adapter: Header
+        self, layer: ClaimedLayer, original: LinearLayer, checkpoint: Checkpoint
     ) -> LayerResidual:
         device = self.written.device
         W = read_weight(checkpoint, original, device)
@@ -135,7 +133,8 @@ class Residuals:
             Q = read_weight(self.written.checkpoint, found, device)
             copied = Q.dtype == W.dtype and _same_bytes(W, Q)
         correction = None
-        if layer.stored_rank:
+        adapter = self.written.adapter_header
+        if adapter is not None and layer.stored_rank:
             A, B = (
                 load_tensor(adapter, adapter.tensors[name]).to(W.device).double()
                 for name in lora_names(layer.name)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 
-from loftq_cli.checkpoint.adapter import ADAPTER_NAME
-from loftq_cli.checkpoint.safetensors import read_header, shown
+from loftq_cli.checkpoint.safetensors import shown
 from loftq_cli.checks.battery import Finding
 from loftq_cli.checks.written.claims import Claims
 from loftq_cli.checks.written.directory import WRITE_AGAIN, Written
@@ -85,11 +84,9 @@ def _from_files(written: Written) -> dict[str, float]:
     claims = written.claims
     tensors = {name: info for name, (_, info) in written.checkpoint.tensors.items()}
     left = {each.name for each in claims.results.untouched}
-    adapter = [
-        info
-        for name, info in read_header(written.directory / ADAPTER_NAME).tensors.items()
-        if ".lora_" in name
-    ]
+    header = written.adapter_header
+    held = {} if header is None else header.tensors
+    adapter = [info for name, info in held.items() if ".lora_" in name]
     in_layers = 8 * sum(info.nbytes for name, info in tensors.items() if name not in left)
     weights = sum(math.prod(layer.shape) for layer in claims.layers)
     spared = sum(

@@ -7,6 +7,7 @@ from typing import Any
 
 from loftq_cli.report.html.compared import compare_figures
 from loftq_cli.report.html.figure import Figure
+from loftq_cli.report.html.merged import merge_figures
 from loftq_cli.report.html.planned import sweep_ranks_figures, targets_figures
 from loftq_cli.report.html.quantized import quantize_figures
 from loftq_cli.report.html.tried import check_figures, generate_figures, load_figures
@@ -20,6 +21,7 @@ _FIGURES: Mapping[str, Callable[[Any], Iterator[Figure]]] = {
     "check": check_figures,
     "generate": generate_figures,
     "load": load_figures,
+    "merge": merge_figures,
 }
 
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 from loftq_cli.report import units
 from loftq_cli.report.formats import all_layers
 from loftq_cli.report.html import svg
 from loftq_cli.report.html.figure import MOST_SERIES, Figure, numbers, size
 from loftq_cli.report.html.svg import Axis, Series
-from loftq_cli.schema import QuantizeResults
+from loftq_cli.schema import PlainLayer, QuantizeResults, RequantizedLayer
 
 
 def _place(module: str) -> tuple[str, int | None]:
@@ -32,6 +32,8 @@ def quantize_figures(results: QuantizeResults) -> Iterator[Figure]:
             "Darker cells lose more; a dark row wants a higher rank, or more bits.",
         )
         yield from _curves(results)
+    if results.merged is not None:
+        yield from requantizing_errors(results.without_adapter)
     for attribute, name in (("bits", "Bits"), ("rank", "Rank")):
         found = {each.name: getattr(each, attribute, None) for each in layers}
         if len({value for value in found.values() if value is not None}) > 1:
@@ -42,6 +44,17 @@ def quantize_figures(results: QuantizeResults) -> Iterator[Figure]:
                 f"{name} that differ were chosen by what every layer would lose.",
             )
     yield _bytes(results)
+
+
+def requantizing_errors(layers: Sequence[PlainLayer | RequantizedLayer]) -> Iterator[Figure]:
+    """Of merged weights whose adapter is in them."""
+    yield from _by_depth(
+        "Weight error of quantizing again by layer",
+        {each.name: each.weight_error_relative for each in layers},
+        units.percent,
+        "Darker cells lose more of what was trained; with more bits, or the adapter beside the "
+        "model instead, less is lost.",
+    )
 
 
 def _by_depth(
