@@ -233,8 +233,7 @@ class Bitsandbytes4(Container):
 
     @property
     def _storage(self) -> str:
-        assert self.quant_storage is not None
-        return self.quant_storage
+        return self.quant_storage or DEFAULT_STORAGE
 
     def _format(self, bits: int) -> BlockwiseFormat:
         from loftq_cli.core.blockwise import BlockwiseFormat
