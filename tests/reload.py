@@ -34,6 +34,11 @@ def reload(
     """
     base = getattr(transformers, model_class).from_pretrained(directory)
     model = PeftModel.from_pretrained(base, adapter or directory / "loftq_init", is_trainable=True)
+    return Reloaded(model.eval(), *take_apart(model))
+
+
+def take_apart(model: PeftModel) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Q and s·B·A of each layer as a model holds them, the latter of its one active adapter."""
     dequantized, correction = {}, {}
     for name, module in model.base_model.model.named_modules():
         inner = getattr(module, "base_layer", module)
@@ -46,10 +51,11 @@ def reload(
                 inner.weight.data, inner.weight.SCB
             ).double()
         if hasattr(module, "lora_A"):
-            A = module.lora_A["default"].weight.double()
-            B = module.lora_B["default"].weight.double()
-            correction[name] = module.scaling["default"] * (B @ A)
-    return Reloaded(model.eval(), dequantized, {k: v.detach() for k, v in correction.items()})
+            (adapter,) = module.active_adapters
+            A = module.lora_A[adapter].weight.detach().double()
+            B = module.lora_B[adapter].weight.detach().double()
+            correction[name] = module.scaling[adapter] * (B @ A)
+    return dequantized, correction
 
 
 def weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:
