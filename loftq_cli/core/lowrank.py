@@ -158,11 +158,12 @@ def _randomized_svd(
     gain, first_fall = math.inf, _WARM_FALL if orthonormal else _COLD_FALL
     for _ in range(_MOST_PASSES):
         Y = R.times(V) * unit
-        seen, C = _eigh(_gram(Y, R), R)
+        Z = R.transposed_times(Y) * unit
+        gram_Y, gram_Z = _grams(Y, Z, R)
+        seen, C = _eigh(gram_Y, R)
         before = float(seen[:rank].sum()) if orthonormal else -math.inf
         C = C / seen.sqrt()
-        Z = R.transposed_times(Y) * unit
-        squares, P = _eigh(C.t() @ _gram(Z, R) @ C, R)
+        squares, P = _eigh(C.t() @ gram_Z @ C, R)
         after = float(squares[:rank].sum())
         S, C = squares.sqrt(), C @ P
         V, orthonormal = rows_times(Z.float(), _like(C / S, Z)), True
@@ -190,9 +191,18 @@ def _first_subspace(
     return fresh if start is None else torch.cat((start, fresh), dim=1), False
 
 
-def _gram(Y: Tensor, R: Residual) -> Tensor:
-    """YᵀY, float64 on the CPU. Rounded products are worth no more than float32."""
-    return transposed_times(Y, Y, torch.float64 if R.is_exact else torch.float32)
+def _grams(Y: Tensor, Z: Tensor, R: Residual) -> tuple[Tensor, Tensor]:
+    """YᵀY and ZᵀZ, float64 on the CPU. Rounded products are worth no more than float32.
+
+    Eigenvalues on a GPU would be waited for as well (``torch.linalg.eigh`` looks whether it has
+    converged), and each of the two by itself. So a pass waits once, here.
+    """
+    dtype = torch.float64 if R.is_exact else torch.float32
+    grams = transposed_times(Y, Y, dtype), transposed_times(Z, Z, dtype)
+    if R.device.type == "cpu":
+        return grams
+    gram_Y, gram_Z = torch.stack(grams).cpu()
+    return gram_Y, gram_Z
 
 
 def _eigh(G: Tensor, R: Residual) -> tuple[Tensor, Tensor]:

@@ -71,7 +71,7 @@ def rows_times(A: Tensor, B: Tensor, rows: int | None = None) -> Tensor:
 
 
 def transposed_times(Y: Tensor, Z: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Yᵀ · Z of two tall matrices, in ``dtype``; the parts are added up in float64, on the CPU."""
+    """Yᵀ · Z of two tall matrices, in ``dtype``; the parts are added up in float64."""
     rows = rows_a_piece(Y.shape[0], 2048)
     count = -(-Y.shape[0] // rows) if Y.device.type == "cpu" else 1
     parts = torch.empty(count, Y.shape[1], Z.shape[1], dtype=dtype, device=Y.device)
@@ -81,7 +81,7 @@ def transposed_times(Y: Tensor, Z: Tensor, dtype: torch.dtype = torch.float32) -
         torch.mm(Y[part].to(dtype).t(), Z[part].to(dtype), out=parts[piece])
 
     each(multiply, count)
-    return parts.double().sum(0).cpu()
+    return parts.double().sum(0)
 
 
 def rows_a_piece(rows: int, columns: int, multiple: int = 1) -> int:
@@ -100,6 +100,9 @@ def worth_compiling(X: Tensor) -> bool:
 @torch.no_grad()
 def sum_of_squares(X: Tensor) -> float:
     """‖X‖² in float64."""
+    if X.is_cuda:
+        # A chunk at a time would be waited for a chunk at a time.
+        return float(torch.linalg.vector_norm(X, dtype=torch.float64).square())
     if not worth_compiling(X):
         rows = rows_a_piece(X.shape[0], X.shape[1])
         return sum(float(part.double().square().sum()) for part in X.split(rows))

@@ -215,6 +215,14 @@ def test_cuda_weights_get_the_kernels() -> None:
     assert isinstance(replace(QUANTIZERS[0], readable=True).steps(W), ReferenceSteps)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("quantizer", [QUANTIZERS[1], Integers(IntegerFormat(4, 64))], ids=named)
+def test_the_gpu_ends_where_the_cpu_does(quantizer: BlocksQuantizer) -> None:
+    W = 0.02 * torch.randn(768, 1024, generator=torch.Generator().manual_seed(4))
+    there, here = (initialize(weight, quantizer, 16) for weight in (W.cuda(), W))
+    assert there.error == pytest.approx(here.error, rel=2e-3)
+
+
 def test_the_kernels_compile_for_a_gpu_that_is_not_here(tmp_path: Path) -> None:
     """To machine code, and to none that rounds in another way than the reference."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
