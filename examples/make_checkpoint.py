@@ -44,6 +44,15 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "n_head": 12,
         "dtype": "bfloat16",
     },
+    "llama-tiny": {
+        **LLAMA,
+        "vocab_size": 512,
+        "hidden_size": 128,
+        "intermediate_size": 320,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+    },
     "llama-7b": {
         **LLAMA,
         "hidden_size": 4096,
@@ -117,6 +126,8 @@ def llama_tensors(config: dict[str, Any]) -> Iterator[PlannedTensor]:
 
 
 def weights(planned: list[PlannedTensor], generator: torch.Generator) -> Iterator[tuple[str, Any]]:
+    """Made where the generator is: on a GPU that takes seconds."""
+    device = generator.device
     for tensor in planned:
         if len(tensor.shape) == 1:
             fill = 0.0 if tensor.name.endswith("bias") else 1.0
@@ -124,11 +135,11 @@ def weights(planned: list[PlannedTensor], generator: torch.Generator) -> Iterato
         else:
             rows, columns = tensor.shape
             rank = min(LOW_RANK, rows, columns)
-            left = torch.randn(rows, rank, generator=generator)
-            right = torch.randn(rank, columns, generator=generator)
-            W = torch.randn(rows, columns, generator=generator).mul_(0.02)
+            left = torch.randn(rows, rank, generator=generator, device=device)
+            right = torch.randn(rank, columns, generator=generator, device=device)
+            W = torch.randn(rows, columns, generator=generator, device=device).mul_(0.02)
             W.addmm_(left, right, alpha=0.002)
-        yield tensor.name, memoryview(W.bfloat16().view(torch.uint8).numpy().reshape(-1))
+        yield tensor.name, memoryview(W.bfloat16().cpu().view(torch.uint8).numpy().reshape(-1))
 
 
 def shards(tensors: list[PlannedTensor]) -> list[list[PlannedTensor]]:
@@ -166,6 +177,7 @@ def main() -> None:
     parser.add_argument("output", type=Path)
     parser.add_argument("--headers-only", action="store_true", help="sparse files without weights")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cpu", help="where the weights are made")
     arguments = parser.parse_args()
 
     config = CONFIGS[arguments.shape]
@@ -173,7 +185,7 @@ def main() -> None:
     groups = shards(list(tensors))
     arguments.output.mkdir(parents=True)
     (arguments.output / "config.json").write_text(json.dumps(config, indent=2))
-    generator = torch.Generator().manual_seed(arguments.seed)
+    generator = torch.Generator(arguments.device).manual_seed(arguments.seed)
     weight_map = {}
     for number, planned in enumerate(groups, start=1):
         name = f"model-{number:05d}-of-{len(groups):05d}.safetensors"
