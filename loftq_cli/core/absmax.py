@@ -9,9 +9,9 @@ is a matter of two steps that are each optimal with the other held fixed, as in 
 
     c[i] = the level nearest to t[i] / a            a = Σ t·c / Σ c²
 
-They end in a local optimum, so they are taken from several starts and the best end is kept. What
-an end takes off Σ t² is (Σ t·c)² / Σ c²: so no error is formed to compare them. All this is done
-with t divided by its largest magnitude, so no weight is too large or too small for it.
+They end in a local optimum, so they are taken once from each of several starts, and again from
+what was best. What an end takes off Σ t² is (Σ t·c)² / Σ c²: so no error is formed to compare them.
+All this is done with t divided by its largest magnitude, so no weight is too large or too small.
 
 An absmax may be negative: that turns the codebook round, and the levels of NormalFloat are not the
 same on both sides of zero. It costs no bit, and every block has the side that suits it.
@@ -44,14 +44,15 @@ class Starts:
     """Where the search begins: at so many times the largest magnitude, or the previous absmax."""
 
     factors: tuple[float, ...]
-    passes: int  # of the two steps, from each
+    passes: int  # of the two steps, for the best start; the others get one
 
 
-# From nothing, within 0.5 % of the squared error of a finer grid with more passes; and from the
-# absmax of a similar block, first of all that itself: so the search leaves no more than it did.
-_SHARES = (1.0, 0.85, 0.7, 0.55, 0.45)
-COLD = Starts((*_SHARES, *(-share for share in _SHARES)), 4)
-WARM = Starts((1.0, 0.8, 0.64, 1.25, -1.0), 3)
+# From nothing, within 0.5 % of the squared error of a finer grid with more passes. From the absmax
+# of a similar block, first of all that itself: so the search leaves no more than it did. There a
+# step of the alternation makes more of the time than a wider search would.
+_SHARES = (1.0, 0.93, 0.86, 0.79, 0.72, 0.64, 0.55, 0.45)
+COLD = Starts((*_SHARES, *(-share for share in _SHARES)), 3)
+WARM = Starts((1.0, -1.0), 1)
 
 
 def starts_for(book: Levels, *, warm: bool) -> Starts:
@@ -81,19 +82,21 @@ def search_absmax(blocks: Tensor, previous: Tensor | None, book: Levels, largest
     share = base.abs() * book.outermost
     base = torch.where((share > _NEAREST) & (share < _FARTHEST), base, usual)
     best, most = torch.zeros_like(peak), torch.zeros_like(peak)
-    for factor in torch.tensor(starts.factors, device=blocks.device):
-        at = _possible(base * factor, peak, book, largest)
-        for _ in range(starts.passes):
-            level = book.nearest(scaled * (1.0 / torch.where(at.abs() > 0, at, usual))[:, None])
-            along, square = _sum(level * scaled), _sum(level * level)
-            at = torch.where(along.abs() > 0, along / square, 0.0)
-            if isinstance(book, Codebook):
-                gain = along * at
-            else:
-                at = _possible(at, peak, book, largest)
-                gain = at * (2.0 * along - at * square)
-            better = gain > most
-            best, most = torch.where(better, at, best), torch.where(better, gain, most)
+    factors = torch.tensor(starts.factors, device=blocks.device)
+    for turn in range(len(factors) + starts.passes - 1):
+        at = best
+        if turn < len(factors):
+            at = _possible(base * factors[turn], peak, book, largest)
+        level = book.nearest(scaled * (1.0 / torch.where(at.abs() > 0, at, usual))[:, None])
+        along, square = _sum(level * scaled), _sum(level * level)
+        at = torch.where(along.abs() > 0, along / square, 0.0)
+        if isinstance(book, Codebook):
+            gain = along * at
+        else:
+            at = _possible(at, peak, book, largest)
+            gain = at * (2.0 * along - at * square)
+        better = gain > most
+        best, most = torch.where(better, at, best), torch.where(better, gain, most)
     found = best * peak
     if isinstance(book, Codebook):
         return torch.where((found.abs() >= SMALLEST) & (found.abs() <= largest), found, peak)

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from loftq_cli.core import kernels
 from loftq_cli.core.blockwise import BlockwiseFormat
+from loftq_cli.core.extrapolation import Extrapolation
 from loftq_cli.core.integers import IntegerFormat
 from loftq_cli.core.layouts import Layout, flat, layout
 from loftq_cli.core.parallel import each
@@ -60,7 +61,12 @@ class CompiledSteps:
         self.products = products
         self._memory: Tensor | None = None
 
-    def quantize(self, carried: Factors | None = None, like: Any = None) -> tuple[Any, Residual]:
+    def quantize(
+        self,
+        carried: Factors | None = None,
+        like: Any = None,
+        extrapolation: Extrapolation | None = None,
+    ) -> tuple[Any, Residual]:
         W, form = self.W, self.layout
         pieces = _Pieces(W, form)
         codes = _empty((form.codes(slice(0, W.numel())).stop,), form.code_dtype)
@@ -74,7 +80,10 @@ class CompiledSteps:
         ) -> None:
             rows, blocks = pieces.rows(piece), pieces.blocks(piece)
             w = flat(pieces.weight(piece))
-            product = flat(nothing if left is None else left[rows] @ right)
+            carries = nothing if left is None else left[rows] @ right
+            if left is not None and extrapolation is not None:
+                carries = extrapolation.aim(rows, carries, remember=code)
+            product = flat(carries)
             if find:
                 previous = None if around is None else around[blocks]
                 form.search(w, product, previous, scales[blocks])

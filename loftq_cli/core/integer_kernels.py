@@ -13,6 +13,7 @@ from loftq_cli.core.kernels import (
     _compiled,
     _float,
     _inlined,
+    _largest,
     _leave,
     _round,
     _store,
@@ -75,10 +76,10 @@ def quantize(
         for first in range(0, r.size, size):
             place = start + first
             w = W[place : place + size]
-            peak = _subtract(w, product[place : place + size], target)
+            _subtract(w, product[place : place + size], target)
             block = place // size
             if not given:
-                scales[block] = possible_scale(peak * share, largest)
+                scales[block] = possible_scale(_largest(target) * share, largest)
             scale = scales[block]
             reciprocal = np.float32(0.0) if scale == 0 else np.float32(1.0) / scale
             code = codes[place : place + size]

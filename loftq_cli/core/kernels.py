@@ -139,27 +139,25 @@ def _choice(value: Any, borders: Any, choices: Any) -> Any:
 
 
 @_inlined
-def _subtract(w: Any, product: Any, target: Any) -> Any:
-    """w − product into ``target``; returns the largest magnitude. An empty product is none."""
-    top = np.uint32(0)
-    if product.size:
-        if product.itemsize == 4:
-            for j in range(w.size):
-                t = w[j] - np.float32(product[j])
-                target[j] = t
-                magnitude = _bits(t) & np.uint32(0x7FFFFFFF)
-                top = magnitude if magnitude > top else top
-        else:
-            for j in range(w.size):
-                t = w[j] - _float(np.uint32(product[j]) << np.uint32(16))
-                target[j] = t
-                magnitude = _bits(t) & np.uint32(0x7FFFFFFF)
-                top = magnitude if magnitude > top else top
+def _subtract(w: Any, product: Any, target: Any) -> None:
+    """w − product into ``target``. An empty product is none."""
+    if product.size == 0:
+        target[:] = w
+    elif product.itemsize == 4:
+        for j in range(w.size):
+            target[j] = w[j] - np.float32(product[j])
     else:
         for j in range(w.size):
-            target[j] = w[j]
-            magnitude = _bits(w[j]) & np.uint32(0x7FFFFFFF)
-            top = magnitude if magnitude > top else top
+            target[j] = w[j] - _float(np.uint32(product[j]) << np.uint32(16))
+
+
+@_inlined
+def _largest(target: Any) -> Any:
+    """The largest magnitude."""
+    top = np.uint32(0)
+    for j in range(target.size):
+        magnitude = _bits(target[j]) & np.uint32(0x7FFFFFFF)
+        top = magnitude if magnitude > top else top
     return _float(top)
 
 
@@ -196,20 +194,20 @@ def _encode(
     ``borders`` are 15 ascending float32, ``levels`` and ``codes`` the 16 choices they separate.
     """
     scaled = np.empty(size, np.float32)
-    chosen = np.empty(size + 1, np.uint8)
+    # As wide as a float32, so that one comparison serves code and level.
+    chosen = np.empty(size + size % 2, np.int32)
+    two = chosen.view(np.uint64)
     smallest = np.float32(1e-38)
     for block in range(absmax.size):
         start = block * size
         w = W[start : start + size]
         rest = residual[start : start + size]
         target = scaled[: w.size]
-        peak = _subtract(w, product[start : start + size], target)
-        scale = np.float32(1.0) / max(peak, smallest)
-        if given:
-            peak = absmax[block]
-            scale = np.float32(1.0) / max(abs(peak), smallest)
-            scale = -scale if peak < 0 else scale
-        elif target.size < size:
+        _subtract(w, product[start : start + size], target)
+        peak = absmax[block] if given else _largest(target)
+        scale = np.float32(1.0) / max(abs(peak), smallest)
+        scale = -scale if peak < 0 else scale
+        if not given and target.size < size:
             # The ragged block is divided, and its peak is stored as it was used.
             peak = max(peak, smallest)
             scale = np.float32(1.0)
@@ -224,7 +222,7 @@ def _encode(
             chosen[target.size] = codes[7]
         pairs = packed[start // 2 : (start + target.size + 1) // 2]
         for j in range(pairs.size):
-            pairs[j] = (chosen[2 * j] << np.uint8(4)) | chosen[2 * j + 1]
+            pairs[j] = np.uint8((two[j] << np.uint64(4)) | (two[j] >> np.uint64(32)))
         _leave(w, target, rounding, rest)
 
 

@@ -199,5 +199,5 @@ def choices(quant_type: str, bits: int) -> tuple[tuple[Any, ...], tuple[Any, ...
     return (
         tuple(np.pad(borders, (before, after), constant_values=(-np.inf, np.inf))),
         tuple(np.pad(levels.numpy(), (before, after), mode="edge")),
-        tuple(np.pad(book.order_tensor().numpy(), (before, after), mode="edge")),
+        tuple(np.pad(book.order_tensor().int().numpy(), (before, after), mode="edge")),
     )

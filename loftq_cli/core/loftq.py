@@ -24,9 +24,9 @@ only lower the error,
 and what breaks this all the same, like the rounding of absmax that are quantized themselves, is no
 iterate: it is thrown away, and the last one before it is the best.
 
-The steps are short, as each moves few codes, and mostly the same way as the one before. So what is
-quantized is W − (L_t + μ·(L_t − L_{t−1})). Any target may be, since the SVD that follows fits what
-came of it; where the error rises for that, the step is taken again without the extra length.
+The steps are short, so what is quantized lies beyond W − L_t (``extrapolation.py``). Any target may
+be, since the SVD that follows fits what came of it; where the error rises for that, the step is
+taken again from the best, without the extra length.
 
 ``start="weight"`` begins with L_0 = SVD_r(W) instead, as PiSSA does (arXiv 2404.02948): the largest
 directions of W are never quantized, and the blocks have less to hold. Of the 52 weights of the demo
@@ -47,27 +47,29 @@ import torch
 from torch import Tensor
 
 from loftq_cli.core.blockwise import check_finite, check_weight
+from loftq_cli.core.extrapolation import Extrapolation
 from loftq_cli.core.lowrank import LowRank, check_rank, rounded_to, split, truncated_svd
 from loftq_cli.core.parallel import one_thread_each
-from loftq_cli.core.residual import Residual, rows_times, sum_of_squares, transposed_times
+from loftq_cli.core.residual import Residual, sum_of_squares
 from loftq_cli.core.sketches import takes_exact
 from loftq_cli.core.steps import Factors, Quantizer
 from loftq_cli.errors import InvalidSetting, NonFiniteWeight
 
-# For published steps, of 0.4 to 0.7 the best for most weights. It overshoots where the rank is most
-# of the matrix's, and is left out from half of it on. Where a step too long is taken back, 0.9 ends
-# below 0.6 and 0.8, in about as many iterations.
-MOMENTUM, MONOTONE_MOMENTUM = 0.6, 0.9
+# μ and ω, for published steps and where a step too long is taken back. They overshoot where the
+# rank is most of the matrix's, and are left out from half of it on.
+MOMENTUM, MONOTONE_MOMENTUM = (0.6, 0.0), (0.8, 0.7)
 # Where L begins.
 STARTS = ("zero", "weight")
 # Unless a number is asked for, the iterations end with the first that takes less than this off the
 # error; and after so many.
-ENOUGH, MOST_ITERATIONS = 1e-3, 50
+ENOUGH, MOST_ITERATIONS = 3e-3, 50
 # What another pass of the SVD must take off the square of the error: while there are more steps to
 # come, and at the end.
 _UNDERWAY, _AT_THE_END = 5e-3, 2e-4
+# Below this share of the residual's square, what the low rank leaves of it is lost in rounding.
+_CANCELS = 0.1
 # After a gain below this, the next iterate may be the last.
-_NEARLY_ENOUGH = 4 * ENOUGH
+_NEARLY_ENOUGH = 1.5 * ENOUGH
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,6 @@ def initialize(
     iterations: int | None = None,
     start: str = "zero",
     svd: str = "auto",
-    momentum: float | None = None,
     adapter_dtype: torch.dtype = torch.float32,
     seed: int = 0,
 ) -> LoftqResult:
@@ -124,12 +125,9 @@ def initialize(
         raise InvalidSetting(f"start {start!r} is not one of {', '.join(STARTS)}")
     W = checked(W, scaling)
     check_rank(rank, W.shape[0], W.shape[1])
-    if momentum is None:
-        usual = MONOTONE_MOMENTUM if quantizer.searches else MOMENTUM
-        momentum = 0.0 if svd == "exact" or 2 * rank > min(W.shape) else usual
     with nullcontext() if svd == "exact" else one_thread_each():
         alternation = _Alternation(W, quantizer, rank, svd, seed)
-        return alternation.run(scaling, iterations, start, momentum, adapter_dtype)
+        return alternation.run(scaling, iterations, start, adapter_dtype)
 
 
 def checked(W: Tensor, scaling: float) -> Tensor:
@@ -162,14 +160,13 @@ class _Alternation:
         self.rounded = not takes_exact((W.shape[0], W.shape[1]), rank, svd)
         self.steps = quantizer.steps(W, rounded=self.rounded)
         self.norm = math.sqrt(sum_of_squares(W)) or 1.0  # an all-zero weight has errors of zero
+        self.extrapolation: Extrapolation | None = None
+        if svd != "exact" and 2 * rank <= min(W.shape):
+            usual = MONOTONE_MOMENTUM if quantizer.searches else MOMENTUM
+            self.extrapolation = Extrapolation(W, *usual)
 
     def run(
-        self,
-        scaling: float,
-        iterations: int | None,
-        start: str,
-        momentum: float,
-        adapter_dtype: torch.dtype,
+        self, scaling: float, iterations: int | None, start: str, adapter_dtype: torch.dtype
     ) -> LoftqResult:
         quantized, residual = self._plainly()
         if not math.isfinite(residual.energy):
@@ -181,7 +178,7 @@ class _Alternation:
             quantized, residual, carried = self._first(start)
         errors: list[float] = []
         if iterations != 0:
-            best, errors = self._alternate(quantized, residual, carried, iterations, momentum)
+            best, errors = self._alternate(quantized, residual, carried, iterations)
         elif carried is not None:
             best = _Iterate(quantized, carried)
         else:
@@ -213,7 +210,7 @@ class _Alternation:
         """
         if start == "weight":
             low_rank = self._decompose(Residual.of(self.W.float()))
-            quantized, residual = self.steps.quantize(_extrapolated(low_rank, None, 0.0))
+            quantized, residual = self._quantize(low_rank, None, beyond=False)
             if math.isfinite(residual.energy):
                 return quantized, residual, low_rank
         quantized, residual = self.steps.quantize()
@@ -227,14 +224,14 @@ class _Alternation:
         residual: Residual,
         carried: LowRank | None,
         iterations: int | None,
-        momentum: float,
     ) -> tuple[_Iterate, list[float]]:
         """The best iterate and the errors of all, from Q_1, W − Q_1 and L_0 on."""
         monotone = self.quantizer.searches
         most = MOST_ITERATIONS if iterations is None else iterations
         best: _Iterate | None = None
         errors: list[float] = []
-        lowest, gain, extrapolated = math.inf, math.inf, False
+        lowest, gain = math.inf, math.inf
+        beyond, extrapolated = self.extrapolation is not None, False
         while math.isfinite(residual.energy):  # else a target outgrew the runtime's dtype
             near = len(errors) + 1 == most or (iterations is None and gain < _NEARLY_ENOUGH)
             low_rank = self._decompose(residual, carried, _AT_THE_END if near else _UNDERWAY)
@@ -248,27 +245,32 @@ class _Alternation:
                 errors.append(error)
                 if len(errors) == most or (iterations is None and gain < ENOUGH):
                     break
-                if not better:
-                    momentum = 0.0  # the steps became too long
-                length = momentum
+                beyond = beyond and better  # else the steps became too long
+                extrapolated = beyond
             elif best is not None and extrapolated:
-                latest, length = best, 0.0  # the step was too long: it is taken again from there
+                latest, extrapolated = best, False  # it was too long: it is taken again from there
             else:
                 break  # the descent has come to its end
-            target = _extrapolated(latest.low_rank, carried, length)
-            target = target._replace(subspace=latest.low_rank.subspace)
-            quantized, residual = self.steps.quantize(target, latest.quantized)
-            carried, extrapolated = latest.low_rank, length > 0
+            carried = latest.low_rank
+            quantized, residual = self._quantize(carried, latest.quantized, beyond=extrapolated)
         assert best is not None
         return best, errors
 
+    def _quantize(self, low_rank: LowRank, like: Any, *, beyond: bool) -> tuple[Any, Residual]:
+        """The step after ``low_rank``, to W − L or ``beyond``."""
+        carried = Factors(low_rank.U, low_rank.S[:, None] * low_rank.Vh, low_rank.subspace)
+        if self.extrapolation is not None:
+            self.extrapolation.restarts = not beyond
+        return self.steps.quantize(carried, like, self.extrapolation)
+
     def _error(self, iterate: _Iterate, residual: Residual) -> float:
-        """Measured where it must not rise, which takes a pass over the weight, or else known."""
+        """Known, as L is a projection of the residual; measured where a difference says little."""
         low_rank = iterate.low_rank
-        if self.quantizer.searches:
+        rest = residual.energy - low_rank.energy
+        if rest < _CANCELS * residual.energy:
             factors = Factors(low_rank.U * low_rank.S, low_rank.Vh)
-            return self._relative(self.steps.remainder(iterate.quantized, factors))
-        return self._relative(max(residual.energy - low_rank.energy, 0.0))
+            rest = self.steps.remainder(iterate.quantized, factors)
+        return self._relative(rest)
 
     def _relative(self, energy: float) -> float:
         return math.sqrt(energy) / self.norm
@@ -284,18 +286,6 @@ class _Alternation:
             tolerance=tolerance,
             generator=self.generator,
         )
-
-
-def _extrapolated(low_rank: LowRank, previous: LowRank | None, momentum: float) -> Factors:
-    """L_t + μ·(L_t − L_{t−1}), the older one projected on the range of the newer, from L_0 = 0."""
-    left, right = low_rank.U, low_rank.S[:, None] * low_rank.Vh
-    if momentum == 0:
-        return Factors(left, right)
-    right *= 1 + momentum
-    if previous is not None:
-        rotated = transposed_times(left, previous.U).to(left) * previous.S
-        right -= momentum * rows_times(previous.Vh.t(), rotated.t()).t()
-    return Factors(left, right)
 
 
 def plain_adapter(

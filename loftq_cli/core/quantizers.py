@@ -17,6 +17,7 @@ from loftq_cli.core.blockwise import (
     restore_absmax,
 )
 from loftq_cli.core.codebooks import Levels, codebook
+from loftq_cli.core.extrapolation import Extrapolation
 from loftq_cli.core.int8 import QuantizedInt8, dequantize_int8, quantize_int8
 from loftq_cli.core.integers import (
     IntegerFormat,
@@ -26,7 +27,7 @@ from loftq_cli.core.integers import (
 )
 from loftq_cli.core.parallel import each
 from loftq_cli.core.residual import Residual, rows_a_piece, worth_compiling
-from loftq_cli.core.steps import Factors, Quantizer, ReferenceSteps, Steps, without
+from loftq_cli.core.steps import Factors, Quantizer, ReferenceSteps, Steps, aimed
 
 
 @dataclass(frozen=True)
@@ -207,7 +208,10 @@ class _Int8Steps(ReferenceSteps):
     """Some rows at a time, on all threads: every row is quantized by itself."""
 
     def quantize(
-        self, carried: Factors | None = None, like: QuantizedInt8 | None = None
+        self,
+        carried: Factors | None = None,
+        like: QuantizedInt8 | None = None,
+        extrapolation: Extrapolation | None = None,
     ) -> tuple[QuantizedInt8, Residual]:
         W = self.W
         rows = rows_a_piece(*W.shape) if W.device.type == "cpu" else W.shape[0]
@@ -216,8 +220,7 @@ class _Int8Steps(ReferenceSteps):
 
         def work(piece: int) -> None:
             part = slice(piece * rows, (piece + 1) * rows)
-            here = carried and Factors(carried.left[part], carried.right)
-            parts[piece] = quantize_int8(without(W[part], here))
+            parts[piece] = quantize_int8(aimed(W, carried, extrapolation, part))
             torch.sub(W[part].float(), dequantize_int8(parts[piece]), out=matrix[part])
 
         each(work, -(-W.shape[0] // rows))

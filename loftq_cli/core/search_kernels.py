@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from loftq_cli.core.integer_kernels import nearest_integer, possible_scale
-from loftq_cli.core.kernels import _choice, _compiled, _inlined, _subtract
+from loftq_cli.core.kernels import _choice, _compiled, _inlined, _largest, _subtract
 
 # Values in a group, and the fewest blocks.
 _GROUP, _LANES = 8192, 16
@@ -28,7 +28,8 @@ def _load(W: Any, product: Any, size: Any, first: Any, values: Any, peak: Any) -
         start = (first + b) * size
         w = W[start : start + size]
         block[w.size :] = np.float32(0.0)
-        peak[b] = _subtract(w, product[start : start + size], block[: w.size])
+        _subtract(w, product[start : start + size], block[: w.size])
+        peak[b] = _largest(block)
         scale = np.float32(1.0) / max(peak[b], np.float32(1e-38))
         for j in range(size):
             values[j * count + b] = block[j] * scale
@@ -87,8 +88,9 @@ def search(
     """The ``absmax`` of every block of W − product.
 
     ``factors`` times the ``previous`` one, or if that is empty times the largest magnitude, are
-    what ``passes`` begin with. What they find is not above ``largest``, nor too small to divide by:
-    there an absmax becomes the largest magnitude, and a scale 0.
+    what a pass begins with; the best then gets the rest of its ``passes``. What they find is not
+    above ``largest``, nor too small to divide by: there an absmax becomes the largest magnitude,
+    and a scale 0.
     """
     one, zero = np.float32(1.0), np.float32(0.0)
     outermost = -levels[0]
@@ -109,24 +111,26 @@ def search(
             if not (share > np.float32(1e-3) and share < np.float32(1e3)):
                 base[b] = usual
             best[b], most[b] = zero, zero
-        for factor in factors:
-            for b in range(count):
-                at[b] = base[b] * factor
-                if borders is None:
-                    at[b] = _possible(at[b], peak[b], largest)
-            for _ in range(passes):
+        for turn in range(factors.size + passes - 1):
+            if turn < factors.size:
                 for b in range(count):
-                    scale[b] = one / (at[b] if abs(at[b]) > 0 else usual)
-                _project(values, scale, borders, levels, along, square)
-                for b in range(count):
-                    at[b] = along[b] / square[b] if abs(along[b]) > 0 else zero
+                    at[b] = base[b] * factors[turn]
                     if borders is None:
                         at[b] = _possible(at[b], peak[b], largest)
-                        gain = at[b] * (np.float32(2.0) * along[b] - at[b] * square[b])
-                    else:
-                        gain = along[b] * at[b]
-                    if gain > most[b]:
-                        best[b], most[b] = at[b], gain
+            else:
+                at[:] = best
+            for b in range(count):
+                scale[b] = one / (at[b] if abs(at[b]) > 0 else usual)
+            _project(values, scale, borders, levels, along, square)
+            for b in range(count):
+                at[b] = along[b] / square[b] if abs(along[b]) > 0 else zero
+                if borders is None:
+                    at[b] = _possible(at[b], peak[b], largest)
+                    gain = at[b] * (np.float32(2.0) * along[b] - at[b] * square[b])
+                else:
+                    gain = along[b] * at[b]
+                if gain > most[b]:
+                    best[b], most[b] = at[b], gain
         for b in range(count):
             found = best[b] * peak[b]
             if borders is None:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from loftq_cli.core.extrapolation import Extrapolation
 from loftq_cli.core.residual import Residual, sum_of_squares
 
 
@@ -58,10 +59,16 @@ class Quantizer(ABC):
 class Steps(Protocol):
     """One weight W, quantized again and again while the low rank beside it changes."""
 
-    def quantize(self, carried: Factors | None = None, like: Any = None) -> tuple[Any, Residual]:
+    def quantize(
+        self,
+        carried: Factors | None = None,
+        like: Any = None,
+        extrapolation: Extrapolation | None = None,
+    ) -> tuple[Any, Residual]:
         """(the stored form of W − carried, the residual W − Q with Q as the runtime sees it).
 
-        The residual is good until the next call, which may take its memory.
+        An ``extrapolation`` says what is carried instead, from what is given. The residual is good
+        until the next call, which may take its memory.
         """
 
     def remainder(self, quantized: Any, carried: Factors) -> float:
@@ -75,8 +82,13 @@ class ReferenceSteps:
         self.W = W
         self.quantizer = quantizer
 
-    def quantize(self, carried: Factors | None = None, like: Any = None) -> tuple[Any, Residual]:
-        target = without(self.W, carried)
+    def quantize(
+        self,
+        carried: Factors | None = None,
+        like: Any = None,
+        extrapolation: Extrapolation | None = None,
+    ) -> tuple[Any, Residual]:
+        target = aimed(self.W, carried, extrapolation, slice(None))
         quantized = self.quantizer.quantize(target, self.W.dtype, like)
         Q = self.quantizer.dequantize(quantized)
         return quantized, Residual.of(self.W.float() - Q.float())
@@ -84,6 +96,16 @@ class ReferenceSteps:
     def remainder(self, quantized: Any, carried: Factors) -> float:
         rest = self.W.float() - self.quantizer.dequantize(quantized).float()
         return sum_of_squares(without(rest, carried))
+
+
+def aimed(
+    W: Tensor, carried: Factors | None, extrapolation: Extrapolation | None, rows: slice
+) -> Tensor:
+    """These rows of what a step quantizes."""
+    if carried is None or extrapolation is None:
+        here = carried and Factors(carried.left[rows], carried.right)
+        return without(W[rows], here)
+    return W[rows].float() - extrapolation.aim(rows, carried.left[rows] @ carried.right)
 
 
 def without(W: Tensor, carried: Factors | None) -> Tensor:
