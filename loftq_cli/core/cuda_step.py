@@ -15,6 +15,7 @@ from torch import Tensor
 from loftq_cli.core.absmax import SMALLEST, Starts, starts_for
 from loftq_cli.core.blockwise import BlockwiseFormat
 from loftq_cli.core.codebooks import Codebook, Levels
+from loftq_cli.core.extrapolation import Extrapolation
 from loftq_cli.core.integers import IntegerFormat
 from loftq_cli.core.layouts import Layout, layout
 from loftq_cli.core.residual import Residual
@@ -71,9 +72,16 @@ class TritonSteps:
         self.layout = layout(fmt, (W.shape[0], W.shape[1]), dtype)
         self.launches = Launches(W, self.layout)
 
-    def quantize(self, carried: Factors | None = None, like: Any = None) -> tuple[Any, Residual]:
+    def quantize(
+        self,
+        carried: Factors | None = None,
+        like: Any = None,
+        extrapolation: Extrapolation | None = None,
+    ) -> tuple[Any, Residual]:
         form, launches = self.layout, self.launches
         product = None if carried is None else carried.left @ carried.right
+        if product is not None and extrapolation is not None:
+            product = extrapolation.aim(slice(None), product)
         stop = form.codes(slice(0, self.W.numel())).stop
         codes = self.W.new_empty(stop, dtype=form.code_dtype)
         scales = self.W.new_empty(launches.blocks, dtype=torch.float32)

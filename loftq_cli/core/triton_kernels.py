@@ -105,23 +105,24 @@ def search(
         base = tl.where((share > NEAREST) & (share < FARTHEST), base, usual)
     best = tl.zeros_like(peak)
     most = tl.zeros_like(peak)
-    for start in range(starts):
-        at = possible_share(base * tl.load(factors + start), peak, largest, BORDERS)
-        for _ in range(passes):
-            scale = tl.div_rn(1.0, tl.where(tl.abs(at) > 0, at, usual))
-            level = nearest(scaled * scale[:, None], BORDERS, LEVELS)
-            along = tl.sum(level * scaled, axis=1)
-            square = tl.sum(level * level, axis=1)
-            some = tl.abs(along) > 0
-            at = tl.where(some, tl.div_rn(along, tl.where(some, square, 1.0)), 0.0)
-            if len(BORDERS) > 0:
-                gain = along * at
-            else:
-                at = possible_share(at, peak, largest, BORDERS)
-                gain = at * (2.0 * along - at * square)
-            better = gain > most
-            best = tl.where(better, at, best)
-            most = tl.where(better, gain, most)
+    for turn in range(starts + passes - 1):
+        at = best
+        if turn < starts:
+            at = possible_share(base * tl.load(factors + turn), peak, largest, BORDERS)
+        scale = tl.div_rn(1.0, tl.where(tl.abs(at) > 0, at, usual))
+        level = nearest(scaled * scale[:, None], BORDERS, LEVELS)
+        along = tl.sum(level * scaled, axis=1)
+        square = tl.sum(level * level, axis=1)
+        some = tl.abs(along) > 0
+        at = tl.where(some, tl.div_rn(along, tl.where(some, square, 1.0)), 0.0)
+        if len(BORDERS) > 0:
+            gain = along * at
+        else:
+            at = possible_share(at, peak, largest, BORDERS)
+            gain = at * (2.0 * along - at * square)
+        better = gain > most
+        best = tl.where(better, at, best)
+        most = tl.where(better, gain, most)
     found = best * peak
     if len(BORDERS) > 0:
         usable = (tl.abs(found) >= smallest) & (tl.abs(found) <= largest)
