@@ -6,6 +6,7 @@ and the adapters of one output file. In bytes a weight of that layer:
     2 × dtype   the weight that is worked on, and the next one, which is read meanwhile; one more
                 while a transposed weight is turned
     2 or 4      the residual, in the dtype of the sketches
+    4           where the steps aim at, unless there is one, or an exact SVD
     20          instead of that in 8 bits, which are worked on whole
     3 × ⁹⁄₁₆    codes: this iterate's, the best one's, and a finished layer's that wait for the disk
     3 × 1       the same in 8 bits, and integers of any bits until they are packed
@@ -64,7 +65,7 @@ _SECONDS_SEARCHED = 8.4e-9
 # 6.8 and 7.1; two cores with AVX2.
 _SECONDS_AN_ITERATION = 8.5e-3
 # Steps until another hardly pays, as a rule.
-_ITERATIONS = 12
+_ITERATIONS = 11
 # Calibrated, seconds a weight and input of its layer; and in float32, what is held: copies of the
 # weight, and matrices of the moments' size.
 _SECONDS_CALIBRATED = 2.0e-10
@@ -200,7 +201,8 @@ def _working_bytes(
     if _takes_exact(planned, settings):
         return weights * (held * stored + 32) + working
     residual = settings.container.whole_bytes or machine.product_bytes
-    return weights * (held * stored + residual) + codes + working
+    aims = 4 if _alternates(planned, settings) and settings.iterations != 1 else 0
+    return weights * (held * stored + residual + aims) + codes + working
 
 
 def seconds(plan: Plan) -> float:
