@@ -16,9 +16,10 @@ FUNCTION = """
 from loftq_cli.core.loftq import initialize
 
 
-def sign(*, W, quantizer, rank, scaling, seed, times):
+def sign(*, W, quantizer, rank, scaling, adapter_dtype, seed, times):
     assert times == 3
-    return initialize(W, quantizer, rank, scaling=scaling, seed=seed, iterations=times)
+    given = {"scaling": scaling, "adapter_dtype": adapter_dtype, "seed": seed}
+    return initialize(W, quantizer, rank, iterations=times, **given)
 """
 SCRIPT = """
 import sys
