@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from loftq_cli.errors import LoftqError, UsageError
 
-PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "safetensors")
+PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "safetensors", "lm-eval")
 
 
 class Choice(NamedTuple):

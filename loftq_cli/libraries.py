@@ -19,9 +19,11 @@ def quiet_libraries() -> None:
         ("TRANSFORMERS_VERBOSITY", "error"),
         ("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1"),
         ("TOKENIZERS_PARALLELISM", "false"),  # else it warns at every fork
+        ("DATASETS_VERBOSITY", "error"),
+        ("TQDM_DISABLE", "1"),  # bars of lm-eval
     ):
         os.environ.setdefault(name, value)
-    for library in ("bitsandbytes", "accelerate", "peft", "torch"):
+    for library in ("bitsandbytes", "accelerate", "lm_eval", "peft", "torch"):
         logging.getLogger(library).setLevel(logging.ERROR)
     # Appended, so that what `python -W` or a test runner asks for still comes first.
     warnings.simplefilter("ignore", append=True)

@@ -59,6 +59,7 @@ EXTRAS = {
         [["compressed-tensors==0.20.0"]],
         ["tests/containers/test_compressed_tensors.py", BOTH],
     ),
+    "eval": ([["lm-eval==0.4.13"]], ["tests/commands/test_compare_tasks.py"]),
     "gptq": (
         [
             ["setuptools", "wheel", "packaging"],

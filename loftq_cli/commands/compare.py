@@ -7,7 +7,7 @@ from pathlib import Path
 from loftq_cli.commands.run import Run, command
 from loftq_cli.commands.spellings import option
 from loftq_cli.containers import container_names, widths
-from loftq_cli.options import CompareOptions
+from loftq_cli.options import CompareOptions, items
 from loftq_cli.report.units import listed
 
 
@@ -39,6 +39,14 @@ from loftq_cli.report.units import listed
         metavar="FILE",
         show_default="library code that the built-in model was not trained on",
         help="Text to evaluate on.",
+    ),
+    tasks=option(
+        str | None,
+        "--tasks",
+        metavar="NAME,…",
+        show_default="none",
+        help="Tasks of lm-eval to score the starts on, or YAML files of such, before and after "
+        "training.",
     ),
     train_text=option(Path | None, "--train-text", metavar="FILE", help="Text to fine-tune on."),
     train_steps=option(
@@ -72,6 +80,7 @@ def compare(run: Run, asked: CompareOptions) -> None:
     loftq compare                                        (the built-in model)
     loftq compare --model org/name --text held-out.txt --calibration-text other.txt
     loftq compare --bits 4,2 --ranks 8,16 --train-steps 100 --train-text a.txt --text b.txt
+    loftq compare --model org/name --tasks arc_easy,my-task.yaml
     loftq compare --container bitsandbytes,gptq --bits 4,3,2 --block-size 32,64
 
     Writes each start as quantize does, loads it with transformers and peft, and measures how far
@@ -90,5 +99,11 @@ def compare(run: Run, asked: CompareOptions) -> None:
             "the held-out loss is that of the built-in text, Python code, whatever --train-text "
             "is; give a --text of the kind that is trained on"
         )
-    bench = Bench(run, asked, texts, training)
+    downstream = None
+    if asked.tasks is not None:
+        from loftq_cli.models.downstream import Downstream
+
+        with run.timing("find_tasks", "finding the tasks"):
+            downstream = Downstream(list(dict.fromkeys(items(asked.tasks, "--tasks"))))
+    bench = Bench(run, asked, texts, training, downstream)
     run.finish(bench.compare(planned), model=bench.identity)

@@ -6,7 +6,7 @@ import gc
 import math
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -23,10 +23,12 @@ from loftq_cli.options import CompareOptions, block_sizes, items
 from loftq_cli.record import Listener, Progress, Record
 from loftq_cli.report.start_verdict import Key, key, relative_to_qlora, verdict
 from loftq_cli.report.stored_bits import called
+from loftq_cli.report.task_verdict import with_tasks
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from loftq_cli.models.downstream import Downstream
     from loftq_cli.models.evaluation import Evaluation
     from loftq_cli.models.loading import LoadedModel
 
@@ -35,7 +37,12 @@ class Bench:
     """The original model with its texts, and what every method is put through beside it."""
 
     def __init__(
-        self, run: Run, asked: CompareOptions, texts: Texts, plan: TrainingPlan | None
+        self,
+        run: Run,
+        asked: CompareOptions,
+        texts: Texts,
+        plan: TrainingPlan | None,
+        downstream: Downstream | None = None,
     ) -> None:
         """Loads the original.
 
@@ -50,7 +57,7 @@ class Bench:
         from loftq_cli.models.spec import resolve_model
         from loftq_cli.models.texts import read_text, text_windows
 
-        self.run, self.texts, self.asked = run, texts, asked
+        self.run, self.texts, self.asked, self.downstream = run, texts, asked, downstream
         self.trials = None if plan is None else Trials(plan)
         with run.timing("resolve", "finding the model"):
             found = resolve_model(asked.model, with_code=asked.trust_remote_code)
@@ -109,7 +116,7 @@ class Bench:
             base_parameters=self.original.model.num_parameters(),
             settings=settings,
             methods=found,
-            verdict=verdict(found, losses, settings.training),
+            verdict=with_tasks(verdict(found, losses, settings.training), found),
         )
 
     def _possible(self, planned: Sequence[Settings]) -> list[Settings]:
@@ -171,6 +178,7 @@ class Bench:
             adapter_bytes=0,
             trainable_parameters=0,
             seconds=0.0,
+            scores=self._scores(self.original.model),
         )
 
     def _measure(
@@ -183,17 +191,22 @@ class Bench:
             progress.start(f"{name}, {doing}")
 
         with self._made(settings) as (output, totals):
+            model = self._load(output).model
             with self.run.timing("evaluate"):
-                evaluation = evaluate(self._load(output).model, self.heldout, self.reference)
+                evaluation = evaluate(model, self.heldout, self.reference)
+            scored = {"scores": self._scores(model, tell)}
+            del model
             if not math.isfinite(evaluation.kl_divergence or 0.0):
                 self.run.warn(f"{name}: what it predicts is no number, or rules out what comes")
             if self.trials is None:
-                return _method(settings, totals, evaluation, None), None
+                return _method(settings, totals, evaluation, **scored), None
             if not math.isfinite(evaluation.loss):
                 self.run.warn(f"{name}: there is nothing to train")
-                return _method(settings, totals, evaluation, None), None
+                return _method(settings, totals, evaluation, **scored), None
             with self._training(output) as trainee:
                 contest = self.trials.search(trainee, evaluation, tell)
+                if contest.rate is not None:
+                    scored["trained_scores"] = self._scores(trainee.model, tell)
             del trainee  # one model is trained at a time
         for seed in self.trials.plan.seeds[1:] if contest.rate is not None else ():
             # Made anew: a seed decides the adapter's random part too.
@@ -205,7 +218,17 @@ class Bench:
                 del trainee
         if contest.complaint is not None:
             self.run.warn(f"{name}: {contest.complaint}")
-        return _method(settings, totals, evaluation, contest), contest
+        return _method(settings, totals, evaluation, **contest.fields(), **scored), contest
+
+    def _scores(
+        self, model: Any, tell: Callable[[str], None] = lambda doing: None
+    ) -> list[schema.TaskScore]:
+        """What the model makes of the tasks, if there are any."""
+        if self.downstream is None:
+            return []
+        tell("asked by lm-eval")
+        with self.run.timing("tasks"):
+            return self.downstream.scores(model, self.original.tokenizer)
 
     @contextmanager
     def _made(self, settings: Settings) -> Iterator[tuple[Path, schema.QuantizeTotals]]:
@@ -271,6 +294,7 @@ class Bench:
                 "block_size": sizes[0],
                 "block_sizes": sizes,
                 "target_modules": items(asked.target_modules, "--target-modules"),
+                "tasks": [] if self.downstream is None else self.downstream.tasks,
                 **how,
             }
         )
@@ -290,8 +314,9 @@ def _method(
     settings: Settings,
     totals: schema.QuantizeTotals,
     evaluation: Evaluation,
-    contest: Contest | None,
+    **found: Any,
 ) -> schema.ComparedMethod:
+    """``found`` is what came of training and of tasks."""
     from loftq_cli.models.evaluation import finite
 
     assert totals.stored_bits is not None
@@ -308,7 +333,7 @@ def _method(
         adapter_bytes=totals.adapter_bytes,
         trainable_parameters=totals.trainable_parameters,
         seconds=totals.seconds or 0.0,
-        **({} if contest is None else contest.fields()),
+        **found,
     )
 
 

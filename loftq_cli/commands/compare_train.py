@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from loftq_cli import schema
 from loftq_cli.commands.compare_plan import TrainingPlan
-from loftq_cli.commands.compare_rates import Search, ended
+from loftq_cli.commands.compare_rates import GoesOn, Search, ended
 from loftq_cli.models.evaluation import Evaluation, finite
 from loftq_cli.models.finetuning import BATCH, Schedule, Trained, finetune, training_arguments
 from loftq_cli.report import units
@@ -29,12 +29,8 @@ class Trainee:
     """A model whose adapter is trained again and again from where it began."""
 
     def __init__(self, model: Any, windows: Tensor, heldout: Tensor) -> None:
-        self._model, self._windows, self._heldout = model, windows, heldout
-        self._beginning = {
-            name: value.detach().clone()
-            for name, value in model.named_parameters()
-            if "lora_" in name
-        }
+        self.model, self._windows, self._heldout = model, windows, heldout
+        self._beginning = self.adapter()
 
     def train(
         self,
@@ -42,14 +38,25 @@ class Trainee:
         tell: Tell,
         goes_on: Callable[[Evaluation], bool] = lambda quarter: True,
     ) -> Trained:
-        parameters = dict(self._model.named_parameters())
-        for name, value in self._beginning.items():
-            parameters[name].data.copy_(value)
+        self.restore(self._beginning)
 
         def count(step: int) -> None:
             tell(f"learning rate {schedule.learning_rate:g}, step {step} of {schedule.steps}")
 
-        return finetune(self._model, self._windows, self._heldout, schedule, count, goes_on)
+        return finetune(self.model, self._windows, self._heldout, schedule, count, goes_on)
+
+    def adapter(self) -> dict[str, Tensor]:
+        """A copy of its weights, in the CPU's memory."""
+        return {
+            name: value.detach().to("cpu", copy=True)
+            for name, value in self.model.named_parameters()
+            if "lora_" in name
+        }
+
+    def restore(self, adapter: dict[str, Tensor]) -> None:
+        parameters = dict(self.model.named_parameters())
+        for name, value in adapter.items():
+            parameters[name].data.copy_(value)
 
 
 @dataclass(frozen=True)
@@ -138,15 +145,23 @@ class Trials:
         self._begin = len(plan.rates) // 2
 
     def search(self, trainee: Trainee, before: Evaluation, tell: Tell) -> Contest:
-        """The best learning rate, with the first seed."""
+        """The best learning rate, with the first seed. The adapter stays as that rate left it."""
         plan = self.plan
         seed = plan.seeds[0]
-        search = Search(plan.rates).walk(
-            self._begin,
-            lambda rate, goes_on: trainee.train(Schedule(plan.steps, rate, seed), tell, goes_on),
-        )
+        search = Search(plan.rates)
+        ends: dict[float, dict[str, Tensor]] = {}
+
+        def train(rate: float, goes_on: GoesOn) -> Trained:
+            run = trainee.train(Schedule(plan.steps, rate, seed), tell, goes_on)
+            for other in ends.keys() - {search.best_rate}:
+                del ends[other]
+            ends[rate] = trainee.adapter()
+            return run
+
+        search.walk(self._begin, train)
         if search.best is not None:
             self._begin = search.best
+            trainee.restore(ends[plan.rates[search.best]])
         runs = {plan.rates[index]: run for index, run in search.tried.items()}
         return Contest(search, [SeedRuns(seed, before, runs)])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 from loftq_cli.formats import DEFAULT_CONTAINER, WHOLE_ROW
 from loftq_cli.report import units
@@ -10,7 +11,16 @@ from loftq_cli.report.formats import code_bits
 from loftq_cli.report.parts import model_name
 from loftq_cli.report.sparks import curve
 from loftq_cli.report.tables import Column, Facts, Records, Section, Table, View
-from loftq_cli.schema import ComparedMethod, CompareResults, CompareSettings, Document
+from loftq_cli.report.task_verdict import shown
+from loftq_cli.report.units import listed
+from loftq_cli.schema import (
+    ComparedMethod,
+    CompareResults,
+    CompareSettings,
+    Document,
+    DownstreamTask,
+    TaskScore,
+)
 
 
 def compare_view(document: Document[CompareResults]) -> View:
@@ -20,9 +30,11 @@ def compare_view(document: Document[CompareResults]) -> View:
         sections.append(_against_bytes(results))
     if results.settings.train_steps is not None:
         sections.append(_trained(results))
+    sections += [_scores(results, task) for task in results.settings.tasks]
     sections.append(Facts([("verdict", results.verdict.sentence)]))
-    # Curves and single runs are in the JSON.
-    keys = [key for key in ComparedMethod.model_fields if key not in ("loss_curve", "runs")]
+    # Curves, single runs and scores are in the JSON.
+    lists = ("loss_curve", "runs", "scores", "trained_scores")
+    keys = [key for key in ComparedMethod.model_fields if key not in lists]
     records = Records.of(results.methods, keys)
     return View(f"Starts for {model_name(document)}", sections, records)
 
@@ -98,6 +110,32 @@ def _trained(results: CompareResults) -> Table:
     trained = [method for method in results.methods if method.heldout_loss_before is not None]
     title = "Held-out loss in nats a token, at each one's best learning rate"
     return _table(results, title, columns, trained)
+
+
+def _scores(results: CompareResults, task: DownstreamTask) -> Table:
+    """A column for each metric, and behind it one for what it is after training."""
+    first = [score for score in results.methods[0].scores if score.task == task.name]
+    columns = []
+    for score in first:
+        title = score.metric if score.filter is None else f"{score.metric} ({score.filter})"
+        columns.append(Column(partial(_score, "scores", score), title, show=shown))
+        if results.settings.train_steps is not None:
+            columns.append(Column(partial(_score, "trained_scores", score), "trained", show=shown))
+    title = f"{task.name} by lm-eval: {units.plural(task.questions, 'question')}"
+    title += "" if task.shots is None else f", {task.shots}-shot"
+    less = [score.metric for score in first if score.higher_is_better is False]
+    title += f" ({listed(less)}: less is better)" if less else ""
+    return _table(results, title, columns, results.methods)
+
+
+def _score(key: str, like: TaskScore, method: ComparedMethod) -> TaskScore | None:
+    named = ("task", "metric", "filter")
+    same = (
+        score
+        for score in getattr(method, key)
+        if all(getattr(score, name) == getattr(like, name) for name in named)
+    )
+    return next(same, None)
 
 
 def _losses(method: ComparedMethod) -> list[float]:

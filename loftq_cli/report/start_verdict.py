@@ -24,7 +24,7 @@ from loftq_cli.starts import Start
 # Nearer by less than this is no gain.
 WORTHWHILE_SHARE = 0.02
 # Standard errors that a difference in loss has to exceed.
-_ERRORS = 2.0
+ERRORS = 2.0
 
 Grid = tuple[int, str | None, int | None]
 Key = tuple[str, int | None, Grid]
@@ -106,10 +106,10 @@ def _by_distance(here: Sequence[ComparedMethod], where: str) -> BitsVerdict:
         sentence = f"no gain here: no start is nearer to the original than QLoRA (KL {shown})."
     elif gain:
         against = " and ".join(_times_nearer(best, other) for other in worse)
-        sentence = f"{_placed(best)} is nearest to the original: KL {shown}, {against}."
+        sentence = f"{placed(best)} is nearest to the original: KL {shown}, {against}."
     else:
         sentence = (
-            f"no gain here: the nearest start, {_placed(best)}, has KL {shown}, within "
+            f"no gain here: the nearest start, {placed(best)}, has KL {shown}, within "
             f"{100 * WORTHWHILE_SHARE:.0f} % of QLoRA's {_shown(qlora.kl_divergence)}."
         )
     return BitsVerdict(
@@ -148,7 +148,7 @@ class Spread:
         margin, error = difference(self.losses[key(high)], self.losses[key(low)])
         if self.deviation is not None:
             error = math.hypot(error or 0.0, self.deviation * math.sqrt(2 / self.seeds))
-        return margin, error, error is not None and margin > _ERRORS * error
+        return margin, error, error is not None and margin > ERRORS * error
 
 
 def _by_training(
@@ -161,7 +161,7 @@ def _by_training(
     if best is None or qlora is None:
         return {"sentence": "Trained, nothing can be said: the training of QLoRA diverged."}
     margin, error, clear = spread.difference(qlora, best)
-    place = f"{_placed(best)} ends lowest, at {_rated(best)}"
+    place = f"{placed(best)} ends lowest, at {_rated(best)}"
     against = f"QLoRA ({_rated(qlora)})"
     shown = f"{margin:.4f}" + ("" if error is None else f" ± {error:.4f}")
     if best is qlora:
@@ -172,7 +172,7 @@ def _by_training(
         text = f"no difference to {against}: {place}, {shown} below it"
     ties = [each for each in ended if each is not best and not spread.difference(each, best)[2]]
     if ties and clear:
-        text += f"; no difference to {listed(map(_placed, ties))}"
+        text += f"; no difference to {listed(map(placed, ties))}"
     return {
         "trained_init": best.init,
         "trained_rank": best.rank,
@@ -196,7 +196,7 @@ def _on_the_way(ended: Sequence[ComparedMethod]) -> str:
         ]
         if len(known) > 1:
             loss, lowest = min(known, key=lambda pair: float(pair[0]))
-            parts.append(f"{when} {_placed(lowest)} was lowest ({loss:.4f})")
+            parts.append(f"{when} {placed(lowest)} was lowest ({loss:.4f})")
     return f"; {', '.join(parts)}" if parts else ""
 
 
@@ -256,7 +256,7 @@ def _alike(
 def is_below(low: Sequence[float], high: Sequence[float]) -> bool:
     """Whether the first loss is lower than the second, window by window, beyond the error."""
     margin, error = difference(high, low)
-    return margin > _ERRORS * (error or 0.0)
+    return margin > ERRORS * (error or 0.0)
 
 
 def _after(method: ComparedMethod) -> float:
@@ -271,7 +271,8 @@ def _called(method: ComparedMethod) -> str:
     return f"{starts.of_report(method.init).label} ({method.bits} bits, rank {method.rank})"
 
 
-def _placed(method: ComparedMethod) -> str:
+def placed(method: ComparedMethod) -> str:
+    """`loftq at rank 16`."""
     return f"{starts.of_report(method.init).label} at rank {method.rank}"
 
 

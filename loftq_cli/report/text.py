@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 # value a line.
 _NARROWEST = 14
 
-_ASCII = str.maketrans({"×": "x", "→": "->", "›": ">", **SPARKS_ASCII})
+_ASCII = str.maketrans({"×": "x", "±": "+-", "→": "->", "›": ">", **SPARKS_ASCII})
 _ASCII_RULE = "    \n    \n -- \n    \n    \n    \n    \n    \n"  # box.SIMPLE_HEAD
 
 

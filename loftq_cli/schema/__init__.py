@@ -11,8 +11,11 @@ from loftq_cli.schema.comparing import (
     CompareResults,
     CompareSettings,
     CompareVerdict,
+    DownstreamTask,
     GridVerdict,
     LossPoint,
+    TaskScore,
+    TaskVerdict,
     Training,
     TrainingRun,
 )

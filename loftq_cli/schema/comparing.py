@@ -23,6 +23,17 @@ class Training(Model):
     max_grad_norm: float
 
 
+class DownstreamTask(Model):
+    """A task of lm-eval, or a group that has scores of its own. `shots` are the examples that come
+    before each of its `questions`, null where the tasks of a group differ.
+    """
+
+    name: str
+    version: str
+    shots: int | None
+    questions: int
+
+
 class CompareSettings(Model):
     """What all methods share. Texts are paths, or "built-in"; training is null without it.
 
@@ -53,6 +64,7 @@ class CompareSettings(Model):
     learning_rate: float | None = None
     warmup_steps: int | None = None
     training: Training | None = None
+    tasks: list[DownstreamTask] = []
 
 
 class LossPoint(Model):
@@ -79,6 +91,21 @@ class TrainingRun(Model):
     loss_curve: list[LossPoint]
 
 
+class TaskScore(Model):
+    """What lm-eval makes of one task, by one metric of it and the filter that answers go through.
+
+    `standard_error` is lm-eval's, over questions; null where it has none for such a metric. `value`
+    is null where it is no number.
+    """
+
+    task: str
+    metric: str
+    filter: str | None
+    value: float | None
+    standard_error: float | None
+    higher_is_better: bool | None
+
+
 class ComparedMethod(Model):
     """One start: "original" is the model itself, and "lora" its 16-bit weights with an adapter.
 
@@ -95,7 +122,8 @@ class ComparedMethod(Model):
     that it lies at an end of them, where a better one may lie beyond. Losses before, at a quarter
     of the steps and after are means over the seeds at that rate, and `heldout_loss_spread` is the
     standard deviation of the last. `train_seconds` are those of all `runs`, and `loss_curve` is
-    that of the first seed at the best rate.
+    that of the first seed at the best rate. `scores` are those of the start as it is,
+    `trained_scores` those after that same fine-tune.
     """
 
     init: str
@@ -123,6 +151,8 @@ class ComparedMethod(Model):
     train_seconds: float | None = None
     loss_curve: list[LossPoint] = []
     runs: list[TrainingRun] = []
+    scores: list[TaskScore] = []
+    trained_scores: list[TaskScore] = []
 
 
 class BitsVerdict(Model):
@@ -171,12 +201,39 @@ class GridVerdict(Model):
     least: bool
 
 
+class TaskVerdict(Model):
+    """The best start of a grid in a task, by the task's first metric, as it is or after training.
+
+    `margin` is how much better it is than QLoRA at the same rank, `margin_error` the standard error
+    of that if the two had been asked different questions: they are asked the same, so that it is
+    rather less, and `gain` is whether the margin is more than twice as large; both are null where
+    lm-eval has no standard error for the metric.
+    """
+
+    task: str
+    metric: str
+    filter: str | None
+    trained: bool
+    bits: int
+    container: str
+    block_size: int | None
+    init: str
+    rank: int
+    value: float
+    margin: float | None
+    margin_error: float | None
+    gain: bool | None
+    sentence: str
+
+
 class CompareVerdict(Model):
-    """`sentence` says it all, `bits` has its parts; `grids` is there for files of several sizes."""
+    """`sentence` says it all, `bits` has its parts; `grids` is there for files of several sizes,
+    `tasks` where there were some."""
 
     sentence: str
     bits: list[BitsVerdict]
     grids: list[GridVerdict] = []
+    tasks: list[TaskVerdict] = []
 
 
 class CompareResults(Model):

@@ -338,6 +338,15 @@ def compare() -> dict[str, Any]:
             }
         ],
     }
+
+    def scores(value: float) -> list[dict[str, Any]]:
+        strict = {"metric": "exact_match", "filter": "strict-match", "higher_is_better": True}
+        words = {"metric": "word_perplexity", "filter": None, "higher_is_better": False}
+        return [
+            {"task": "gsm8k", **strict, "value": value, "standard_error": 0.0123},
+            {"task": EVIL, **words, "value": 100 * value, "standard_error": None},
+        ]
+
     sentence = "At 2 bits no gain here: no start is nearer to the original than QLoRA (KL 0.0123)."
     return document(
         "compare",
@@ -370,11 +379,31 @@ def compare() -> dict[str, Any]:
                     "weight_decay": 0.0,
                     "max_grad_norm": 1.0,
                 },
+                "tasks": [
+                    {"name": "gsm8k", "version": "3.0", "shots": 5, "questions": 1319},
+                    {"name": EVIL, "version": "1.0", "shots": None, "questions": 62},
+                ],
             },
             "methods": [
-                method("original", 16, None, kl_divergence=0.0, weight_error_relative=0.0),
+                method(
+                    "original",
+                    16,
+                    None,
+                    kl_divergence=0.0,
+                    weight_error_relative=0.0,
+                    scores=scores(0.31),
+                ),
                 method("lora", 16, 16, kl_divergence=0.0, weight_error_relative=0.0, **trained),
-                method("qlora", 2, 16, error_removed=0.0, kl_gain=1.0, **trained),
+                method(
+                    "qlora",
+                    2,
+                    16,
+                    error_removed=0.0,
+                    kl_gain=1.0,
+                    **trained,
+                    scores=scores(0.12),
+                    trained_scores=scores(0.21),
+                ),
                 method("calibrated", 2, 16, kl_divergence=None, perplexity=None, **trained),
             ],
             "verdict": {
@@ -392,6 +421,24 @@ def compare() -> dict[str, Any]:
                         "trained_margin_error": 0.0003,
                         "trained_gain": False,
                         "sentence": sentence,
+                    }
+                ],
+                "tasks": [
+                    {
+                        "task": "gsm8k",
+                        "metric": "exact_match",
+                        "filter": "strict-match",
+                        "trained": True,
+                        "bits": 2,
+                        "container": "bitsandbytes",
+                        "block_size": 64,
+                        "init": "qlora",
+                        "rank": 16,
+                        "value": 0.21,
+                        "margin": 0.0,
+                        "margin_error": 0.0174,
+                        "gain": False,
+                        "sentence": "On gsm8k no start is better than QLoRA: 0.210 ± 0.012.",
                     }
                 ],
             },

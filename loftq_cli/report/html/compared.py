@@ -9,6 +9,7 @@ from loftq_cli.report.html import svg
 from loftq_cli.report.html.figure import MOST_SERIES, Figure, bars, numbers, size
 from loftq_cli.report.html.svg import Axis, Series
 from loftq_cli.report.stored_bits import called
+from loftq_cli.report.task_verdict import first_scores, shown
 from loftq_cli.schema import ComparedMethod, CompareResults
 
 
@@ -28,6 +29,7 @@ def compare_figures(results: CompareResults) -> Iterator[Figure]:
                 least = min(rows, key=lambda row: row[1])[0]
                 yield bars(f"{what}, {name}", rows, ("start", what), "Lower is nearer.", least)
         yield from _losses(name, methods)
+        yield from _scores(name, [results.methods[0], *methods])
     yield from _against_bytes(results.methods)
 
 
@@ -60,6 +62,20 @@ def _losses(name: str, methods: Sequence[ComparedMethod]) -> Iterator[Figure]:
         "Each start at its own best learning rate, the first seed; held-out losses are below.",
         numbers(("start", "held-out before", "after"), shown, title),
     )
+
+
+def _scores(name: str, methods: Sequence[ComparedMethod]) -> Iterator[Figure]:
+    """What each task is judged by, before and after training, below that of the original."""
+    for task, first in first_scores(methods[0]).items():
+        rows = [
+            (f"{_method(method)}{', trained' if trained else ''}", score.value, shown(score))
+            for method in methods
+            for trained in (False, True)
+            if (score := first_scores(method, trained).get(task)) and score.value is not None
+        ]
+        what = first.metric if first.filter is None else f"{first.metric}, {first.filter}"
+        note = "Lower is better." if first.higher_is_better is False else "Higher is better."
+        yield bars(f"{task}, {name}", rows, ("start", what), f"{what}. {note}")
 
 
 def _loss(value: float | None) -> str:
