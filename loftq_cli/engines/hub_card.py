@@ -57,7 +57,10 @@ def texts_for_hub(
 
 def _tell_places(report: Report, record: Record) -> None:
     """What is published of this machine: the report has the command line, and names in full."""
-    names = [*report.argv, report.results.output, "" if report.model is None else report.model.id]
+    results = report.results
+    names = [*report.argv, results.output, "" if report.model is None else report.model.id]
+    if results.merged is not None:
+        names += [results.merged.source, results.merged.adapter]
     if places := sorted({name for name in names if PurePath(name).is_absolute()}):
         record.note(f"{REPORT_FILE} there names places of this machine: {', '.join(places)}")
 

@@ -142,7 +142,7 @@ def test_an_interrupted_run_goes_on(loftq: Loftq, sharded: Trained, tmp_path: Pa
     assert loftq(*line, "--resume", "--bits", 3).code == 1
 
 
-def test_it_is_exported_and_pushed_no_further_than_it_is(loftq: Loftq, tmp_path: Path) -> None:
+def test_it_is_exported_like_any_other(loftq: Loftq, tmp_path: Path) -> None:
     """What uses a written directory takes one without an adapter."""
     trained = make(loftq, tmp_path, "llama", "--container", "gptq", "--init", "qlora")
     out, served = tmp_path / "SMALL", tmp_path / "SERVED"

@@ -107,6 +107,21 @@ def test_a_download_can_be_pushed_and_exported_on(
     assert loftq("verify", exported).code == 0
 
 
+def test_a_merged_model_that_was_quantized_again(
+    hub: WritableHub, loftq: Loftq, originals: Path, tmp_path: Path
+) -> None:
+    """It has no adapter, and its card speaks of none."""
+    small = tmp_path / "small"
+    assert loftq("merge", originals / "out", "--requantize", "-o", small).code == 0
+    pushed(loftq, small)
+    there = hub.contents(ID)
+    assert ADAPTER not in there
+    assert front_matter(there[README])["tags"] == ["loftq", "bitsandbytes", "4-bit"]
+    assert f'here = "{ID}"\nmodel = ' in there[README].decode()
+    assert b"PeftModel" not in there[README]
+    assert loftq("verify", downloaded(tmp_path / "download")).code == 0
+
+
 def test_the_card_has_what_the_hub_shows(hub: WritableHub, loftq: Loftq, written: Path) -> None:
     assert pushed(loftq, written)["warnings"] == []
     readme = hub.contents(ID)[README]
