@@ -11,8 +11,8 @@ multiply-adds off. bfloat16 is arithmetic on the bits of a float32, as in ``kern
 Triton's interpreter, in which the tests run these without a GPU, cuts it off instead of rounding.
 
 Levels are ``LEVELS`` between ``BORDERS``, or without borders the integers from the first of two to
-the second. These tables are part of the compiled code. ``smallest`` comes as an argument: a
-constant below the smallest normal float32 would count as float64.
+the second. These tables are part of the compiled code, which Triton can since 3.4. ``smallest``
+comes as an argument: a constant below the smallest normal float32 would count as float64.
 """
 
 import triton
@@ -179,6 +179,7 @@ def step(
     ``FROM`` says whether scales are "given", the format's own ("plain") or "searched" for.
     ``SHARE`` is the scale of a block of integers whose largest magnitude is 1, without a search.
     """
+    smallest = tl.full((), smallest, tl.float32)  # interpreted, it is float64
     begin, place, inside, count = tile(values, BLOCKS, SIZE, WIDTH)
     block = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)
     there = block < blocks
