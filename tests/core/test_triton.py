@@ -23,6 +23,7 @@ if "triton" not in sys.modules and not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
 triton = pytest.importorskip("triton", reason="triton is not installed: pip install triton")
 
+from loftq_cli.checks import kernels as checks
 from loftq_cli.core import cuda_columns, gptq, triton_kernels
 from loftq_cli.core.absmax import COLD, search_absmax
 from loftq_cli.core.blockwise import SOURCE_DTYPES, BlockwiseFormat
@@ -213,6 +214,11 @@ def test_cuda_weights_get_the_kernels() -> None:
     W = torch.randn(64, 256).cuda()
     assert isinstance(QUANTIZERS[0].steps(W), TritonSteps)
     assert isinstance(replace(QUANTIZERS[0], readable=True).steps(W), ReferenceSteps)
+
+
+@pytest.mark.gpu
+def test_check_compares_the_kernels_with_the_reference() -> None:
+    assert checks.compiled("cuda").figures["formats"] > 20
 
 
 @pytest.mark.gpu
