@@ -41,7 +41,7 @@ def written(loftq: Callable[..., Outcome], tmp_path_factory: pytest.TempPathFact
     words[words.index("--model") + 1] = "demo"
     at = words.index("--output") + 1
     words[at] = str(there / words[at])
-    done = loftq(*words, "--iterations", 1)
+    done = loftq(*words, "--init", "qlora")  # names and settings are those of any start
     assert done.code == 0, done.err
     return there
 
