@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import re
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -14,13 +11,11 @@ from typing import Any
 import pytest
 import typer
 
-import loftq_cli
 from loftq_cli import cli, quantize, verify
 from loftq_cli.errors import CheckFailed, OutputExists, UsageError
 from loftq_cli.record import Listener, Progress
 from tests.conftest import Outcome
 
-README = Path(loftq_cli.__file__).parents[1] / "README.md"
 # What says how a result is shown. Python has the document, and shows it as it likes.
 SHOWING = {"format", "json", "save", "html", "quiet", "debug", "help"}
 
@@ -58,19 +53,6 @@ def test_arguments_are_the_options_of_the_command(function: Callable[..., Any]) 
         if name != "directory":
             assert arguments[name].default == default, name
             assert name == "model" or arguments[name].kind is inspect.Parameter.KEYWORD_ONLY
-
-
-def test_the_lines_of_the_readme_print_nothing_of_their_own(tmp_path: Path) -> None:
-    section = README.read_text("utf-8").partition("## From Python")[2]
-    block = re.search(r"```python\n(.*?)```", section, re.DOTALL)
-    assert block is not None
-    done = subprocess.run(
-        [sys.executable, "-c", block[1]], cwd=tmp_path, capture_output=True, text=True, timeout=300
-    )
-    assert (done.returncode, done.stderr) == (0, "")
-    error, passed = done.stdout.splitlines()
-    assert 0 < float(error) < 0.1
-    assert int(passed) == 7
 
 
 def test_the_documents_are_those_of_the_commands(

@@ -11,7 +11,7 @@ from tests.zoo import ZOO
 from tests.zoo.__main__ import row, rows_of
 from tests.zoo.proof import outcome_of
 
-README = Path(loftq_cli.__file__).parents[1] / "README.md"
+README = Path(loftq_cli.__file__).parents[1] / "examples" / "RESULTS.md"
 # A case of each way in which a model may be unlike what loads it, but for those that the card's
 # tests and those of verify's forward have; all others are slow.
 TELLING = {
