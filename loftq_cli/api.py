@@ -43,6 +43,7 @@ def quantize(
     adapter_dtype: AdapterDtype = "float32",
     device: str = "auto",
     dtype: str = "auto",
+    workers: int | None = None,
     max_memory: int | str | None = None,
     seed: int = 0,
     dry_run: bool = False,
@@ -60,6 +61,8 @@ def quantize(
     The arguments are the command's options (`loftq quantize --help`). Nothing is printed.
 
     Args:
+        workers: with more than one, a script has to call this below `if __name__ == "__main__":`,
+            since each of those processes imports it.
         listener: is told notes, warnings and progress (see `loftq_cli.record.Listener`).
 
     Raises:
@@ -159,8 +162,10 @@ def run_quantize(asked: QuantizeOptions, record: Record) -> tuple[Report, Verify
         )
     from loftq_cli.engines.job import Job, foresee_directory, make_directory
     from loftq_cli.engines.settings import settings_of
+    from loftq_cli.engines.workers import deal_out
 
     settings = settings_of(asked)
+    workers = len(deal_out(asked.device.split(","), asked.workers, settings.start))
     if settings.container.warning is not None:
         record.warn(settings.container.warning)
     if asked.dry_run:
@@ -168,6 +173,7 @@ def run_quantize(asked: QuantizeOptions, record: Record) -> tuple[Report, Verify
             asked.model,
             settings,
             limit,
+            workers,
             record,
             asked.output,
             preflight=asked.preflight,
@@ -181,6 +187,7 @@ def run_quantize(asked: QuantizeOptions, record: Record) -> tuple[Report, Verify
         settings=settings,
         device=asked.device,
         calibration_text=asked.calibration_text,
+        workers=asked.workers,
         memory_limit=limit,
         resume=asked.resume,
         force=asked.force,

@@ -49,6 +49,38 @@ def resolve_device(requested: str) -> Choice:
     return Choice(f"cuda:{number}", f"asked for: {torch.cuda.get_device_name(number)}")
 
 
+def resolve_devices(requested: str) -> list[Choice]:
+    """The devices of a run that may use several: `cuda:all` is every GPU, `cuda:0,cuda:2` two."""
+    if requested == "cuda:all":
+        resolve_device("cuda")
+        import torch
+
+        requested = ",".join(f"cuda:{number}" for number in range(torch.cuda.device_count()))
+    return [resolve_device(each) for each in requested.split(",")]
+
+
+def require_device_names(requested: str) -> list[str]:
+    """The devices that are named, `cuda:all` as one.
+
+    Raises:
+        UsageError: one is no device on any machine, or stands there twice.
+    """
+    names = requested.split(",")
+    if requested != "cuda:all":
+        for name in names:
+            require_device_name(name)
+        if len(names) > 1 and not (all(":" in name for name in names) and _differ(names)):
+            raise UsageError(
+                f"--device {requested:.100} is no list of different GPUs",
+                hint="--device cuda:0,cuda:1, or cuda:all",
+            )
+    return names
+
+
+def _differ(names: list[str]) -> bool:
+    return len({int(name.partition(":")[2]) for name in names}) == len(names)
+
+
 def require_device_name(requested: str) -> None:
     """Raises UsageError for what is no device on any machine."""
     if not re.fullmatch(r"auto|cpu|cuda(:\d{1,6})?", requested, re.ASCII):

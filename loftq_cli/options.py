@@ -92,6 +92,7 @@ class QuantizeOptions(Options):
     adapter_dtype: AdapterDtype = "float32"
     device: str = "auto"
     dtype: str = "auto"
+    workers: int | None = None  # 1, or one a GPU
     max_memory: str | int | None = None
     seed: int = 0
     dry_run: bool = False

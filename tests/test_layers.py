@@ -34,7 +34,7 @@ MAY_IMPORT = {
     ),
     "engines": (
         "record containers models checkpoint core report hardware "
-        "schema options starts formats errors"
+        "schema options starts formats libraries errors"
     ),
     "containers": "checkpoint core starts formats errors",
     "models": "containers checkpoint core schema starts formats errors",

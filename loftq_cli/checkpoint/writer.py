@@ -20,6 +20,7 @@ Interrupted calls are repeated by Python itself (PEP 475).
 from __future__ import annotations
 
 import errno
+import glob
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -245,6 +246,13 @@ def disk_error(error: OSError, path: Path, needed: int) -> LoftqError:
         cause=reason,
         hint=hints.get(error.errno or 0, "run the same command again: finished files are kept"),
     )
+
+
+def discard_unfinished(path: Path) -> None:
+    """Removes what a process that ended in the middle of writing `path` left beside it."""
+    with disk_errors(path):
+        for left in path.parent.glob(f".{glob.escape(path.name)}.*{TEMPORARY_SUFFIX}"):
+            left.unlink(missing_ok=True)
 
 
 def require_free_space(path: Path, needed: int) -> None:

@@ -12,6 +12,13 @@ from loftq_cli.options import QuantizeOptions
 
 @command(
     "quantize",
+    device=option(
+        str,
+        "--device",
+        metavar="auto|cpu|cuda[:N]|cuda:all",
+        help="Where to compute; cuda:all is every GPU, cuda:0,cuda:1 are two.",
+        autocompletion=lambda: ["auto", "cpu", "cuda", "cuda:0", "cuda:all"],
+    ),
     dtype=option(
         Literal["auto", "float32", "bfloat16", "float16"],
         "--dtype",

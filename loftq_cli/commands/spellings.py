@@ -185,6 +185,16 @@ OPTIONS = {
         metavar="float32|bfloat16|float16",
         help="What the adapter is written in; errors are those of the rounded one.",
     ),
+    "workers": option(
+        int | None,
+        "--workers",
+        min=1,
+        max=1024,
+        metavar="N",
+        help="Make as many output files at once, each in a process of its own with its share of "
+        "the threads.",
+        show_default="1, or one for each GPU of --device",
+    ),
     "max_memory": option(
         str | None,
         "--max-memory",

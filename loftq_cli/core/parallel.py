@@ -15,8 +15,18 @@ from multiprocessing import current_process
 import torch
 
 _here = threading.local()
+_most: int | None = None
 _pools: dict[tuple[int | None, int], ThreadPoolExecutor] = {}
 _pools_lock = threading.Lock()
+
+
+def use_at_most(threads: int) -> None:
+    """For the rest of this process :func:`each` takes no more, beside other processes' threads.
+
+    torch keeps its own number, which the last bits of an exact SVD and of some sums follow.
+    """
+    global _most
+    _most = threads
 
 
 @contextmanager
@@ -69,7 +79,7 @@ def each(work: Callable[[int], None], count: int) -> None:
             raise
 
     with one_thread_each():
-        helpers = min(_here.threads, count) - 1
+        helpers = min(_most or _here.threads, _here.threads, count) - 1
         futures = [_pool(helpers).submit(worker) for _ in range(helpers)]
         try:
             worker()

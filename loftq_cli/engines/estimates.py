@@ -16,7 +16,8 @@ and besides, for every direction of a sketch, ten vectors as long as a column an
 Without the reading ahead one dtype less is held.
 
 With `--max-memory` reading ahead is given up where it does not fit; the files are the same, and the
-run takes longer.
+run takes longer. Several workers take that each, beside the process that gives them their tasks;
+all together they have to fit into this machine where no other limit is given.
 
 Measured on two cores (VmHWM, MB) against these estimates, with the reading ahead and without:
 
@@ -78,7 +79,8 @@ class Machine(NamedTuple):
     """What of the machine decides about memory."""
 
     product_bytes: int = 4  # of a number in the sketches; 2 where bfloat16 is multiplied natively
-    threads: int = 2
+    threads: int = 2  # of a worker
+    memory_bytes: int | None = None  # that there is at all
 
 
 @dataclass(frozen=True)
@@ -94,12 +96,14 @@ class MemoryPlan:
         return "read-ahead" if self.ahead else "one-layer"
 
 
-def plan_memory(plan: Plan, limit: int | None, machine: Machine) -> MemoryPlan:
+def plan_memory(plan: Plan, limit: int | None, machine: Machine, workers: int = 1) -> MemoryPlan:
     """Reading ahead, unless only doing without is within ``limit`` bytes (None: no limit).
 
     Raises:
         DoesNotFit: neither is.
     """
+    if workers > 1:
+        return _plan_of_workers(plan, limit, machine, workers)
     model = _calibration_bytes(plan, limit)
     peak = 0
     for ahead, does in (
@@ -124,6 +128,30 @@ def plan_memory(plan: Plan, limit: int | None, machine: Machine) -> MemoryPlan:
         f"{_megabytes(needed)} at the least, beside {_megabytes(peak - needed)} "
         "for libraries and adapters",
         hint=f"--max-memory {_megabytes(peak)} is the least that works",
+    )
+
+
+def _plan_of_workers(plan: Plan, limit: int | None, machine: Machine, workers: int) -> MemoryPlan:
+    """The same for several processes beside this one."""
+    most, whose = (
+        (machine.memory_bytes, "this machine") if limit is None else (limit, "--max-memory")
+    )
+    one = 0
+    for ahead in (True, False):
+        one = memory_bytes(plan, machine, ahead=ahead)
+        peak = LIBRARY_BYTES + workers * one
+        if most is None or peak <= most:
+            reason = f"{workers} workers, each with about {_megabytes(one)}"
+            if most is not None:
+                reason += f", in the {_megabytes(most)} of {whose}"
+            return MemoryPlan(ahead, peak, reason)
+    assert most is not None
+    fit = max(1, (most - LIBRARY_BYTES) // one)
+    raise DoesNotFit(
+        f"{workers} workers do not fit into the {_megabytes(most)} of {whose}",
+        cause=f"each takes about {_megabytes(one)}, beside {_megabytes(LIBRARY_BYTES)} for the "
+        "process that gives them their tasks",
+        hint=f"--workers {fit}",
     )
 
 

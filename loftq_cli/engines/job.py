@@ -16,6 +16,7 @@ from loftq_cli.checkpoint.staging import Staging
 from loftq_cli.checkpoint.writer import require_free_space
 from loftq_cli.engines import estimates, output
 from loftq_cli.engines.allocation import allocate
+from loftq_cli.engines.engine import Engine, run_tasks
 from loftq_cli.engines.fingerprint import (
     base_identity,
     digest,
@@ -23,7 +24,7 @@ from loftq_cli.engines.fingerprint import (
     require_unchanged,
     state,
 )
-from loftq_cli.engines.local import run_tasks
+from loftq_cli.engines.local import InThisProcess
 from loftq_cli.engines.plan import NOT_A_TARGET, Plan, make_plan
 from loftq_cli.engines.preflight import Asked, ask, ask_found
 from loftq_cli.engines.report_file import (
@@ -35,6 +36,7 @@ from loftq_cli.engines.report_file import (
 from loftq_cli.engines.results import calibrated_on, quantize_results
 from loftq_cli.engines.settings import Settings
 from loftq_cli.engines.tasks import TaskResult, TaskSpec
+from loftq_cli.engines.workers import Workers, deal_out
 from loftq_cli.errors import LoftqError
 from loftq_cli.models.companions import Companions, companions
 from loftq_cli.models.layers import linear_layers
@@ -52,13 +54,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Job:
-    """What a run is asked to do. ``memory_limit`` is in bytes, of the CPU's memory."""
+    """What a run is asked to do. ``memory_limit`` is in bytes, of the CPU's memory.
+
+    Without a number of ``workers`` there is one for each device.
+    """
 
     model: str
     output: Path
     settings: Settings
     device: str = "auto"
     calibration_text: Path | None = None
+    workers: int | None = None
     memory_limit: int | None = None
     resume: bool = False
     force: bool = False
@@ -86,10 +92,15 @@ class _Prepared:
     config: dict[str, Any]
     checkpoint: Checkpoint
     architecture: Architecture
-    device: str
+    devices: list[str]  # of each worker
     plan: Plan
     memory: estimates.MemoryPlan
     beside: Companions
+
+    @property
+    def device(self) -> str:
+        """What this process computes on."""
+        return self.devices[0]
 
     def fingerprint(self) -> dict[str, Any]:
         """What decides the bytes of the result (see `fingerprint.py`)."""
@@ -122,7 +133,7 @@ def make_directory(job: Job, record: Record) -> Made:
         output.tell_what_is_finished(staging, record)
         if job.settings.is_measured:
             ready = replace(ready, plan=_measured(ready, record))
-        plan, done, calibration = _run_tasks(ready, staging, record)
+        plan, done, calibration, workers_peak = _run_tasks(ready, staging, record)
         with record.timing("commit"):
             base = base_identity(identity, job.settings)
             output.join_adapter(
@@ -141,7 +152,7 @@ def make_directory(job: Job, record: Record) -> Made:
             fingerprint=digest(identity),
             calibration=calibration,
             seconds=time.perf_counter() - began,
-            peak_memory_bytes=hardware.peak_memory_bytes(),
+            peak_memory_bytes=hardware.peak_memory_bytes() + workers_peak,
         )
         document = write_report(staging, record.document(results, model=found.identity))
         staging.commit()
@@ -152,6 +163,7 @@ def foresee_directory(
     spec: str,
     settings: Settings,
     memory_limit: int | None,
+    workers: int,
     record: Record,
     output: Path | None,
     *,
@@ -178,7 +190,7 @@ def foresee_directory(
     else:
         plan = make_plan(linear_layers(checkpoint.infos, found.config), settings)
         described = {"architecture": found.outline.architecture, "counted_by": "names"}
-    memory = _plan_memory(plan, memory_limit, record)
+    memory = _plan_memory(plan, memory_limit, workers, record)
     results = quantize_results(
         plan,
         checkpoint,
@@ -208,7 +220,7 @@ def _prepare(job: Job, record: Record) -> _Prepared:
         refuse_quantized(found.directory, config)
         checkpoint = open_checkpoint(found.directory).cast(job.settings.dtype)
     with record.timing("plan"):
-        device = _choose_device(job, record)
+        devices = _choose_devices(job, record)
         asked = ask(
             found.directory,
             config,
@@ -218,9 +230,11 @@ def _prepare(job: Job, record: Record) -> _Prepared:
         )
         _tell(asked, record)
         plan, checkpoint, architecture, _ = asked
-        memory = _plan_memory(plan, job.memory_limit, record)
+        # More processes than tasks would have nothing to do.
+        devices = devices[: len(plan.tasks)]
+        memory = _plan_memory(plan, job.memory_limit, len(devices), record)
     beside = _beside(job, found, checkpoint, record)
-    return _Prepared(job, found, config, checkpoint, architecture, device, plan, memory, beside)
+    return _Prepared(job, found, config, checkpoint, architecture, devices, plan, memory, beside)
 
 
 def _beside(job: Job, found: ResolvedModel, checkpoint: Checkpoint, record: Record) -> Companions:
@@ -253,19 +267,28 @@ def _tell(asked: Asked, record: Record) -> None:
             record.warn(f"no adapter on {units.plural(count, 'layer')}: {reason}")
 
 
-def _choose_device(job: Job, record: Record) -> str:
-    chosen = hardware.resolve_device(job.device)
-    if job.memory_limit is not None and chosen.value != "cpu":
-        chosen = hardware.Choice("cpu", "--max-memory counts memory of the CPU")
+def _choose_devices(job: Job, record: Record) -> list[str]:
+    """The device of each worker; of one there is nothing to tell."""
+    chosen = hardware.resolve_devices(job.device)
+    if job.memory_limit is not None and chosen[0].value != "cpu":
+        chosen = [hardware.Choice("cpu", "--max-memory counts memory of the CPU")]
         record.warn("--max-memory counts memory of the CPU: the GPU is not used")
-    record.resolved("device", *chosen)
-    return chosen.value
+    names = [each.value for each in chosen]
+    record.resolved("device", ",".join(names), chosen[0].reason)
+    devices = deal_out(names, job.workers, job.settings.start)
+    if len(devices) > 1:
+        reason = "one for each GPU" if job.workers is None else "asked for"
+        record.resolved("workers", len(devices), reason)
+    return devices
 
 
-def _plan_memory(plan: Plan, limit: int | None, record: Record) -> estimates.MemoryPlan:
+def _plan_memory(
+    plan: Plan, limit: int | None, workers: int, record: Record
+) -> estimates.MemoryPlan:
     """How much is held at once, by the same rule for a run and for a dry run."""
-    machine = estimates.Machine(hardware.product_bytes(), hardware.threads())
-    memory = estimates.plan_memory(plan, limit, machine)
+    threads = max(1, hardware.threads() // workers)
+    machine = estimates.Machine(hardware.product_bytes(), threads, hardware.memory_bytes())
+    memory = estimates.plan_memory(plan, limit, machine, workers)
     record.resolved("memory_plan", memory.name, memory.reason)
     return memory
 
@@ -285,8 +308,11 @@ def _measured(ready: _Prepared, record: Record) -> Plan:
 
 def _run_tasks(
     ready: _Prepared, staging: Staging, record: Record
-) -> tuple[Plan, list[TaskResult], CalibratedOn | None]:
-    """All tasks, in the order in which their inputs are known; the plan has that order then."""
+) -> tuple[Plan, list[TaskResult], CalibratedOn | None, int]:
+    """All tasks, in the order in which their inputs are known; the plan has that order then.
+
+    The last of what it gives are the bytes that other processes held for it.
+    """
     plan, settings = ready.plan, ready.job.settings
     kept = sum(entry.bytes for entry in staging.finished.values())
     needed = int(1.02 * (plan.model_bytes + 2 * plan.adapter_bytes)) + ready.beside.bytes - kept
@@ -299,10 +325,15 @@ def _run_tasks(
     ):
         if inputs is not None:
             plan = plan.in_order(inputs.order)
+        engine: Engine
+        if len(ready.devices) > 1:
+            engine = Workers(spec, ready.devices)
+        else:
+            engine = InThisProcess(spec, None if inputs is None else inputs.moments)
         with output.telling_what_is_kept(staging, [task.file_name for task in plan.tasks], record):
-            input_moments = None if inputs is None else inputs.moments
-            done = run_tasks(plan, spec, staging, record, progress, input_moments)
-    return plan, done, None if inputs is None else calibrated_on(inputs)
+            done = run_tasks(plan, engine, staging, record, progress)
+    calibration = None if inputs is None else calibrated_on(inputs)
+    return plan, done, calibration, engine.peak_memory_bytes
 
 
 @contextmanager

@@ -149,7 +149,7 @@ def settings_of(asked: QuantizeOptions) -> Settings:
     Raises:
         UsageError: two options contradict each other, or one would have no effect.
     """
-    hardware.require_device_name(asked.device)  # a dry run looks for none
+    hardware.require_device_names(asked.device)  # a dry run looks for none
     start = find(asked.init)
     if asked.bits is not None and not start.quantizes:
         raise UsageError(f"--init {start.name} does not quantize: no --bits")

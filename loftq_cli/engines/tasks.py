@@ -77,7 +77,7 @@ class TaskResult:
     Attributes:
         outcomes: what came out for its layers, in the task's order.
         files: what it wrote, by path below the output directory; the weights come last.
-        on_cpu: tensors for which the device had no room.
+        on_cpu: tensors for which the ``device`` had no room.
         seconds: spent on reading, computing and writing. They overlap.
     """
 
@@ -85,6 +85,7 @@ class TaskResult:
     files: dict[str, WrittenFile] = field(default_factory=dict)
     on_cpu: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
+    device: str = "cpu"
 
 
 def run_task(
@@ -118,6 +119,7 @@ def run_task(
         {part: share, task.file_name: weights},
         running.on_cpu,
         running.timings.seconds,
+        spec.device,
     )
 
 

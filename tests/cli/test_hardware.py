@@ -49,6 +49,23 @@ def test_devices_where_there_are_gpus(torch: ModuleType) -> None:
     assert hardware.resolve_device("cpu") == ("cpu", "asked for")
 
 
+def test_several_devices(torch: ModuleType) -> None:
+    every = [each.value for each in hardware.resolve_devices("cuda:all")]
+    assert every == ["cuda:0", "cuda:1"]
+    assert hardware.resolve_devices("cuda:1,cuda:0")[0] == ("cuda:1", "asked for: Fake GPU 1")
+    assert [each.value for each in hardware.resolve_devices("cpu")] == ["cpu"]
+    with pytest.raises(LoftqError, match="cuda:2"):
+        hardware.resolve_devices("cuda:0,cuda:2")
+
+
+@pytest.mark.parametrize(
+    "names", ["cuda:0,", "cpu,cuda:0", "cuda,cuda:1", "cuda:1,cuda:01", "all", "cuda:all,cuda:0"]
+)
+def test_what_is_no_list_of_devices(names: str) -> None:
+    with pytest.raises(UsageError, match=r"no device|no list of different GPUs"):
+        hardware.require_device_names(names)
+
+
 def test_a_gpu_that_is_not_there(torch: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     with pytest.raises(LoftqError) as caught:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from loftq_cli.core import parallel
 from loftq_cli.core.parallel import all_threads, each, one_thread_each
 
 
@@ -90,3 +91,19 @@ def test_from_several_threads_at_once() -> None:
     for thread in threads:
         thread.join()
     assert totals == [20 * 45] * 4
+
+
+@pytest.mark.usefixtures("three_threads")
+def test_a_share_of_the_threads_leaves_torch_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parallel, "_most", None)
+    parallel.use_at_most(2)
+    workers = set()
+
+    def work(piece: int) -> None:
+        workers.add(threading.current_thread().name)
+        time.sleep(0.005)
+
+    each(work, 30)
+    assert len(workers) == 2
+    with one_thread_each(), all_threads():
+        assert torch.get_num_threads() == 3

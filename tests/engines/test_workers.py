@@ -1,0 +1,205 @@
+"""`--workers`: the same bytes from several processes, and what becomes of those that are killed."""
+
+from __future__ import annotations
+
+import multiprocessing
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from loftq_cli import quantize
+from loftq_cli.checkpoint.staging import Staging
+from loftq_cli.engines.workers import Threads, deal_out
+from loftq_cli.errors import UsageError
+from loftq_cli.record import Listener, Progress
+from loftq_cli.starts import STARTS
+from tests.conftest import Outcome
+from tests.engines.conftest import LINE, OPTIONS
+from tests.quantize.test_killed import Loftq, contents, finished
+
+Command = Callable[..., Outcome]
+
+
+class Watching(Listener):
+    """Keeps what it is told; `at` is called when a layer of the third block is begun."""
+
+    def __init__(self, at: Callable[[], None] = lambda: None) -> None:
+        self.notes: list[str] = []
+        self.done: list[str] = []
+        self.at = at
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+    @contextmanager
+    def progress(self, label: str, total: int) -> Iterator[Progress]:
+        told = Progress()
+        told.start = self._start  # type: ignore[method-assign]
+        told.advance = self.done.append  # type: ignore[method-assign]
+        yield told
+        assert len(self.done) == total
+
+    def _start(self, name: str) -> None:
+        if name == "model.layers.2.mlp.gate_proj":
+            self.at()
+
+
+@pytest.fixture
+def recorded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    names: list[str] = []
+    real = Staging.record
+
+    def record(self: Staging, name: str, *rest: Any) -> None:
+        names.append(name)
+        real(self, name, *rest)
+
+    monkeypatch.setattr(Staging, "record", record)
+    return names
+
+
+def test_two_write_what_one_writes_also_if_one_is_killed(
+    source: Path, expected: dict[str, bytes], recorded: list[str], tmp_path: Path
+) -> None:
+    def kill() -> None:
+        assert len(multiprocessing.active_children()) == 2
+        multiprocessing.active_children()[0].kill()
+
+    heard = Watching(kill)
+    out = tmp_path / "out"
+    document = quantize(str(source), output=out, workers=2, listener=heard, **OPTIONS)  # type: ignore[arg-type]
+    assert contents(out) == expected
+    (note,) = heard.notes
+    assert "killed by SIGKILL" in note
+    assert note.startswith("worker ")
+    assert note.endswith("safetensors is made again")
+    assert len(set(heard.done)) == len(heard.done) == 56
+    weights = [name for name in recorded if name.startswith("model-")]
+    assert len(weights) == len(set(weights)) == 9
+    assert document.resolved["workers"].value == 2
+    assert multiprocessing.active_children() == []
+
+
+def children(parent: int) -> set[int]:
+    """Processes that were started by this one, by the system's own list."""
+    found = set()
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            number, _, rest = status.read_text().partition(" (")
+            if int(rest.rpartition(") ")[2].split()[1]) == parent:
+                found.add(int(number))
+    return found
+
+
+def gone(processes: set[int]) -> bool:
+    for _ in range(600):
+        if not any(Path(f"/proc/{each}").exists() for each in processes):
+            return True
+        time.sleep(0.05)
+    return False
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_the_same_line_goes_on_and_no_worker_outlives_the_run(
+    number: signal.Signals,
+    source: Path,
+    expected: dict[str, bytes],
+    tmp_path: Path,
+    loftq: Command,
+) -> None:
+    out, partial = tmp_path / "out", tmp_path / "out.partial"
+    line = ("quantize", "-m", source, "-o", out, "--workers", 2, *LINE)
+    ended = Loftq(tmp_path, *line)
+    while finished(tmp_path) < 4:
+        assert ended.process.is_alive(), ended.err
+    assert ended.process.pid is not None
+    workers = children(ended.process.pid)
+    ended.send(number)
+    code = ended.wait()
+    if out.exists():
+        pytest.skip("the run was faster than the signal")
+    assert code == (-signal.SIGKILL if number == signal.SIGKILL else 130)
+    assert len(workers) >= 2
+    assert gone(workers)
+    assert "Traceback" not in ended.err
+    if number == signal.SIGINT:
+        assert "weight files are kept" in ended.err
+        return
+    kept = {path.name: path.stat().st_ino for path in (partial / "output").glob("model-*")}
+    before = finished(tmp_path)
+    # In one process now: how many there are is no part of what a run is.
+    assert loftq("quantize", "-m", source, "-o", out, *LINE).code == 0
+    assert contents(out) == expected
+    same = sum((out / name).stat().st_ino == inode for name, inode in kept.items())
+    assert same >= before // 2  # each with its part of the adapter
+
+
+def test_an_error_is_the_one_of_a_run_in_one_process(
+    source: Path, tmp_path: Path, loftq: Command
+) -> None:
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "config.json").write_bytes((source / "config.json").read_bytes())
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.layers.5.mlp.up_proj.weight"][0, 0] = torch.nan
+    save_file(tensors, broken / "model.safetensors", {"format": "pt"})
+    said = []
+    for workers in (1, 2):
+        out = tmp_path / str(workers)
+        done = loftq("quantize", "-m", broken, "-o", out, *LINE, "--workers", workers, "--quiet")
+        assert done.code == 1
+        said.append(done.err)
+    assert said[0] == said[1]
+    assert "model.layers.5.mlp.up_proj.weight" in said[0]
+
+
+def test_workers_that_do_not_fit_exit_4_before_anything_is_written(
+    source: Path, tmp_path: Path, loftq: Command
+) -> None:
+    line = ("quantize", "-m", source, "-o", tmp_path / "out", *LINE, "--max-memory", "2GB")
+    ends = [loftq(*line, "--workers", 5, *more) for more in ([], ["--dry-run"])]
+    for done in ends:
+        assert (done.code, done.out) == (4, "")
+        assert "5 workers do not fit into the 2000MB of --max-memory" in done.err
+        assert "--workers 2" in done.err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("devices", "workers", "dealt"),
+    [
+        (["cpu"], None, ["cpu"]),
+        (["cpu"], 3, ["cpu"] * 3),
+        (["cuda:0", "cuda:1"], None, ["cuda:0", "cuda:1"]),
+        (["cuda:1", "cuda:3"], 5, ["cuda:1", "cuda:3", "cuda:1", "cuda:3", "cuda:1"]),
+    ],
+)
+def test_devices_are_dealt_out(devices: list[str], workers: int | None, dealt: list[str]) -> None:
+    assert deal_out(devices, workers, STARTS["loftq"]) == dealt
+
+
+def test_what_cannot_be_dealt_out(source: Path, tmp_path: Path, loftq: Command) -> None:
+    with pytest.raises(UsageError, match="2 GPUs without work"):
+        deal_out(["cuda:0", "cuda:1"], 1, STARTS["loftq"])
+    text = tmp_path / "text"
+    text.write_text("some words")
+    done = loftq("quantize", "-m", source, "-o", tmp_path / "out", "--init", "qera",
+                 "--calibration-text", text, "--workers", 2)  # fmt: skip
+    assert done.code == 2
+    assert "block after block" in done.err
+
+
+def test_threads_are_divided() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(5)
+    try:
+        assert [Threads(n).share for n in (1, 2, 5, 9)] == [5, 2, 1, 1]
+        assert Threads(2).torch == 5
+    finally:
+        torch.set_num_threads(before)
