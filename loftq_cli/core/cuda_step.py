@@ -67,7 +67,7 @@ class TritonSteps:
         search: bool = False,
     ) -> None:
         """``dtype`` is what the runtime dequantizes to."""
-        self.W = W
+        self.W = W = W.contiguous()  # as blocks are counted
         self.search = search
         self.layout = layout(fmt, (W.shape[0], W.shape[1]), dtype)
         self.launches = Launches(W, self.layout)

@@ -204,6 +204,8 @@ def main() -> None:
     if asked.train:
         train(asked.work, asked.device)
         return
+    if asked.device != "cpu" and not torch.cuda.is_available():
+        sys.exit("there is no GPU here; --device cpu --tiny tries the script itself")
     end = time.monotonic() + 60 * asked.minutes
     run = Run(asked.device, asked.tiny, asked.work, end)
     rank = 8 if run.tiny else 64

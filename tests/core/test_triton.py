@@ -192,6 +192,13 @@ def test_a_weight_whose_squares_float32_does_not_hold(device: str) -> None:
     assert energy > 1e50
 
 
+def test_a_weight_in_another_order_of_memory(device: str) -> None:
+    W = edge_cases(QUANTIZERS[0], torch.bfloat16).to(device)
+    turned = W.t().contiguous().t()
+    ours, reference = (steps_of(each, QUANTIZERS[0].plain())[0] for each in (turned, W))
+    assert torch.equal(ours.quantize()[0].packed, reference.quantize()[0].packed)
+
+
 class OnTriton(Blockwise):
     def steps(self, W: Tensor, *, rounded: bool = False) -> Steps:
         return TritonSteps(W, self.format, self.dtype or W.dtype, search=self.search)
