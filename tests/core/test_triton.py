@@ -70,7 +70,7 @@ def device(request: pytest.FixtureRequest) -> str:
 def edge_cases(quantizer: BlocksQuantizer, dtype: torch.dtype) -> Tensor:
     """A weight with every kind of block that is not like the others, and for bitsandbytes rows
     that end within blocks, the last of them ragged and of an odd number of values."""
-    shape = (3, 1451) if isinstance(quantizer, Blockwise) else (11, 384)
+    shape = (3, 1447) if isinstance(quantizer, Blockwise) else (11, 384)
     W = 0.02 * torch.randn(shape, generator=torch.Generator().manual_seed(0))
     flat = W.view(-1)
     flat[:384] = 0.0
@@ -79,6 +79,14 @@ def edge_cases(quantizer: BlocksQuantizer, dtype: torch.dtype) -> Tensor:
     flat[1152:1536] = torch.linspace(-1, 1, 384)
     flat[1536:1920] = -flat[1536:1920].abs()
     flat[1920:2304] = flat[1920:2304].sign()
+    if isinstance(quantizer, Integers):
+        # A scale that would be another one if it were rounded to bfloat16 on its way to float16.
+        flat[2304:2688] = flat[2304:2688].sign() * 8.51 * 2.0**-24 / quantizer.levels.plain_share
+    else:
+        # In the ragged block, which is divided: ties that a reciprocal would decide otherwise.
+        borders = quantizer.levels.midpoints()
+        flat[-len(borders) - 5 :] = 0.7
+        flat[-len(borders) :] = borders * 0.7
     return W.to(dtype)
 
 
@@ -130,6 +138,7 @@ def test_with_given_scales_the_codes_of_the_reference(
 ) -> None:
     """Of a target that a low rank was taken off, and with scales of either sign."""
     W = edge_cases(quantizer, torch.bfloat16)
+    W.view(-1)[768 + 5] = -0.3  # -3e4 would be all that double quantization sees
     W, carried = W.to(device), to(carried_of(W), device)
     product = carried.left @ carried.right
     expected = quantizer.quantize(W.float() - product, W.dtype)
@@ -190,6 +199,13 @@ def test_a_weight_whose_squares_float32_does_not_hold(device: str) -> None:
     energy = ours.quantize()[1].energy
     assert energy == pytest.approx(reference.quantize()[1].energy)
     assert energy > 1e50
+
+
+def test_a_ragged_block_of_zeros_has_the_absmax_that_it_is_divided_by(device: str) -> None:
+    ours, reference = steps_of(torch.zeros(1, 70, device=device), QUANTIZERS[0].plain())
+    absmax = ours.quantize()[0].absmax
+    assert absmax.tolist() == reference.quantize()[0].absmax.tolist()
+    assert absmax[0] == 0 < absmax[1]
 
 
 def test_a_weight_in_another_order_of_memory(device: str) -> None:
@@ -291,3 +307,16 @@ def test_error_feedback_and_descent_end_where_the_reference_does(
         if grid.aligned:
             near = torch.isclose(ours.absmax, theirs.absmax, rtol=1e-5, atol=1e-9)
             assert near.view(21, -1)[same].float().mean() > 0.95
+
+
+@pytest.mark.parametrize("quantizer", CALIBRATED[1:3], ids=named)
+def test_columns_on_the_border_between_two_levels(quantizer: BlocksQuantizer, device: str) -> None:
+    """They take the lower one, among integers too."""
+    borders = quantizer.levels.midpoints(device)
+    target = torch.stack((borders, borders - 1e-4, borders + 1e-4))
+    grid = Grid.of(quantizer.levels, 32, target, 1e30)
+    codes = torch.zeros(target.shape, dtype=torch.uint8, device=device)
+    U, scales = torch.eye(3, device=device), torch.ones_like(target)
+    errors = cuda_columns.pass_on(target.clone(), scales, U, grid, codes)
+    assert torch.equal(codes, grid.nearest(target).to(torch.uint8))
+    assert torch.equal(errors, target - grid.levels[codes.int()])
