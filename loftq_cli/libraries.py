@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache, partial, wraps
+from typing import Any
 
 _LIBRARIES = ("accelerate", "bitsandbytes", "huggingface_hub", "peft", "torch", "transformers")
 
@@ -27,6 +30,32 @@ def quiet_libraries() -> None:
         logging.getLogger(library).setLevel(logging.ERROR)
     # Appended, so that what `python -W` or a test runner asks for still comes first.
     warnings.simplefilter("ignore", append=True)
+
+
+def import_bitsandbytes() -> None:
+    """Imports bitsandbytes without all of torch's compiler.
+
+    On import it hands its fallbacks for other devices to `torch.compile`, which loads inductor for
+    functions that are hardly ever called: a sixth of what a run does before its first weight. Here
+    that happens when one of them is.
+    """
+    if "bitsandbytes" in sys.modules:
+        return
+    import torch
+
+    compile_now = torch.compile
+
+    def compile_late(function: Any = None, **options: Any) -> Any:
+        if function is None:
+            return partial(compile_late, **options)
+        compiled = cache(lambda: compile_now(function, **options))
+        return wraps(function)(lambda *given, **named: compiled()(*given, **named))
+
+    torch.compile = compile_late
+    try:
+        import bitsandbytes  # noqa: F401
+    finally:
+        torch.compile = compile_now
 
 
 @contextmanager

@@ -72,3 +72,25 @@ def test_starting_takes_at_most_three_times_what_importing_typer_takes(argv: lis
     typer = min(cpu_seconds("-c", "import typer") for _ in range(4))
     loftq = min(cpu_seconds("-m", "loftq_cli", *argv) for _ in range(4))
     assert loftq < 3 * typer
+
+
+def test_bitsandbytes_comes_without_the_compiler_until_a_fallback_is_called() -> None:
+    code = """
+import sys, torch
+from loftq_cli.libraries import import_bitsandbytes
+
+compile_now, called = torch.compile, []
+torch.compile = lambda function, **options: called.append(function) or function
+import_bitsandbytes()
+assert not called
+from bitsandbytes.backends.default import ops
+late = [each for each in vars(ops).values() if getattr(each, "__wrapped__", None)]
+values = torch.ones(2, 4)
+try:
+    late[-1](values)
+except TypeError:  # it takes other arguments, and was compiled all the same
+    pass
+assert len(called) == 1
+print("imported:", *(name for name in sys.modules if name.startswith("torch._inductor.compile")))
+"""
+    assert not imported_by(code)

@@ -37,7 +37,7 @@ MAY_IMPORT = {
         "schema options starts formats libraries errors"
     ),
     "containers": "checkpoint core starts formats errors",
-    "models": "containers checkpoint core schema starts formats errors",
+    "models": "containers checkpoint core schema starts formats libraries errors",
     "checkpoint": "core starts formats errors",
     "core": "starts formats errors",
     "record": "hardware schema errors",

@@ -17,6 +17,7 @@ from loftq_cli.checkpoint.safetensors import TensorInfo
 from loftq_cli.engines.adapter_settings import adapter_settings
 from loftq_cli.engines.plan import Plan
 from loftq_cli.errors import UnsupportedModel, first_line
+from loftq_cli.libraries import import_bitsandbytes
 from loftq_cli.models import layers as words
 from loftq_cli.models.layers import last_part
 
@@ -81,6 +82,7 @@ def _as_quantized(
     """Changes the model as transformers does before it loads the weights."""
     from transformers.quantizers.auto import AutoHfQuantizer
 
+    import_bitsandbytes()
     container = plan.settings.container
     planned = {each.layer.module for each in plan.layers}
     config = container.quantization_config(

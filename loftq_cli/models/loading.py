@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 from loftq_cli.checkpoint.index import Checkpoint, open_checkpoint
 from loftq_cli.errors import CorruptCheckpoint, UnsupportedModel, told_as
 from loftq_cli.formats import DEFAULT_CONTAINER
+from loftq_cli.libraries import import_bitsandbytes
 from loftq_cli.models.adapters import attach_adapter, attach_fresh, own_adapter
 from loftq_cli.models.architecture import Architecture, read_architecture
 from loftq_cli.models.dequantized import IntegerCodes, integer_codes
@@ -72,10 +73,10 @@ def load_model(
         import torch
         from transformers import modeling_utils  # noqa: F401
 
+        if quantization_method(config) == DEFAULT_CONTAINER:
+            import_bitsandbytes()
         if adapter or fresh_rank or own:
             import peft  # noqa: F401
-        if quantization_method(config) == DEFAULT_CONTAINER:
-            import bitsandbytes  # noqa: F401
         torch.empty(1, device=device)  # sets a GPU up, which is no part of reading
     with clock("build"):
         architecture = read_architecture(directory, config, trust_remote_code=trust_remote_code)
