@@ -45,6 +45,7 @@ def quantize(
     dtype: str = "auto",
     workers: int | None = None,
     max_memory: int | str | None = None,
+    stream: bool = False,
     seed: int = 0,
     dry_run: bool = False,
     preflight: bool = False,
@@ -165,6 +166,12 @@ def run_quantize(asked: QuantizeOptions, record: Record) -> tuple[Report, Verify
     from loftq_cli.engines.workers import deal_out
 
     settings = settings_of(asked)
+    if asked.stream and settings.calibration is not None:
+        raise UsageError(
+            f"--init {settings.init} runs the original model: not with --stream",
+            cause="all of its weights would have to be on this disk, or in memory",
+            hint="leave --stream out, or choose a start without a calibration text",
+        )
     workers = len(deal_out(asked.device.split(","), asked.workers, settings.start))
     if settings.container.warning is not None:
         record.warn(settings.container.warning)
@@ -177,6 +184,7 @@ def run_quantize(asked: QuantizeOptions, record: Record) -> tuple[Report, Verify
             record,
             asked.output,
             preflight=asked.preflight,
+            stream=asked.stream,
             trust_remote_code=asked.trust_remote_code,
         )
         return foreseen, None
@@ -189,6 +197,7 @@ def run_quantize(asked: QuantizeOptions, record: Record) -> tuple[Report, Verify
         calibration_text=asked.calibration_text,
         workers=asked.workers,
         memory_limit=limit,
+        stream=asked.stream,
         resume=asked.resume,
         force=asked.force,
         trust_remote_code=asked.trust_remote_code,

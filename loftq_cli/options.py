@@ -94,6 +94,7 @@ class QuantizeOptions(Options):
     dtype: str = "auto"
     workers: int | None = None  # 1, or one a GPU
     max_memory: str | int | None = None
+    stream: bool = False
     seed: int = 0
     dry_run: bool = False
     preflight: bool = False

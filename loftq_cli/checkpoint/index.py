@@ -15,12 +15,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from loftq_cli.checkpoint.files import corrupt, read_file
 from loftq_cli.checkpoint.safetensors import (
     MAX_HEADER_BYTES,
     Header,
     TensorInfo,
-    corrupt,
-    read_file,
     read_header,
     shown,
     strict_json,

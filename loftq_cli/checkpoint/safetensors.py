@@ -17,35 +17,34 @@ loading libraries accept. It refuses a little more, on purpose:
   crate's deserializer that no writer uses;
 * more than four million brackets and commas: nothing real comes near it, and a header of empty
   lists would take gigabytes once parsed.
-
-Tensors are read with positioned reads, not through a mapping: a file that is truncated while it is
-mapped kills the process with SIGBUS, here it is an error. A real EINTR never surfaces, since
-Python repeats the interrupted call itself (PEP 475).
 """
 
 from __future__ import annotations
 
 import json
 import math
-import os
-import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from loftq_cli.errors import CorruptCheckpoint
+from loftq_cli.checkpoint.files import (
+    DOWNLOAD_AGAIN,
+    ByteSource,
+    LocalFile,
+    Pieces,
+    corrupt,
+    opened,
+    read_at,
+)
 from loftq_cli.formats import DTYPE_BITS
 
 MAX_HEADER_BYTES = 100_000_000
 MAX_JSON_MARKS = 4_000_000
 MAX_JSON_DEPTH = 127
 MAX_U64 = 2**64 - 1
-PIECE_BYTES = 8 << 20
-
-DOWNLOAD_AGAIN = "download the file again; `hf download` resumes and checks what it fetches"
 
 # What else is found under a weight file's name. Read as a length, the first eight bytes of each
 # are far above the cap, so no sound file begins like this.
@@ -102,12 +101,13 @@ class Header:
     header_bytes: int
     file_bytes: int
     sha256: str
-    # (size, mtime in ns) when the header was read; None if it did not come from a local file.
-    stamp: tuple[int, int] | None = None
+    # Where the tensors are read; None if they are not to be had.
+    source: ByteSource | None = None
 
-
-def corrupt(name: str | Path, reason: str, hint: str = DOWNLOAD_AGAIN) -> CorruptCheckpoint:
-    return CorruptCheckpoint(f"{name} cannot be used", cause=reason, hint=hint)
+    def opened(self) -> AbstractContextManager[Pieces]:
+        """The bytes of the file (see `files.ByteSource`)."""
+        assert self.source is not None, f"nothing is behind the header of {self.path}"
+        return self.source.opened()
 
 
 def shown(name: str) -> str:
@@ -151,7 +151,7 @@ def parse_header(
     raw: bytes,
     file_bytes: int | None,
     name: str | Path,
-    stamp: tuple[int, int] | None = None,
+    source: ByteSource | None = None,
 ) -> Header:
     """Check a header that is in memory: `raw` begins with the file and holds all of the header.
 
@@ -176,26 +176,25 @@ def parse_header(
         problem = "is truncated" if end > file_bytes else "has trailing bytes"
         raise corrupt(name, f"it {problem}: {file_bytes} bytes long, and the header says {end}")
     digest = sha256(header).hexdigest()
-    return Header(Path(name), tensors, metadata, header_bytes, end, digest, stamp)
+    return Header(Path(name), tensors, metadata, header_bytes, end, digest, source)
 
 
 def read_header(path: Path) -> Header:
     """Read and check the header of a local file."""
-    with opened(path) as (fd, (size, mtime)):
+    with opened(path) as (fd, stamp):
+        size, _ = stamp
         head = read_at(fd, bytearray(min(size, 64)), 0, path)
         length = header_length(bytes(head), size, path)
         raw = bytes(read_at(fd, bytearray(length), 0, path))
-    return parse_header(raw, size, path, stamp=(size, mtime))
+    return parse_header(raw, size, path, LocalFile(path, stamp))
 
 
 def read_tensor(header: Header, info: TensorInfo) -> memoryview:
     """The bytes of a tensor, in memory of their own that can be written to."""
-    tensor = memoryview(bytearray(info.nbytes))
-    with opened(header.path) as (fd, before):
-        # Looked at before and after: a file replaced half-way through is caught by the second.
-        _unchanged(header, before)
-        read_at(fd, tensor, info.start, header.path)
-        _unchanged(header, stamp_of(os.fstat(fd)))
+    tensor, filled = memoryview(bytearray(info.nbytes)), 0
+    for piece in read_pieces(header, info):
+        tensor[filled : filled + len(piece)] = piece
+        filled += len(piece)
     return tensor
 
 
@@ -204,19 +203,8 @@ def read_pieces(header: Header, info: TensorInfo) -> Iterator[memoryview]:
 
     Each piece is good until the next is asked for.
     """
-    with opened(header.path) as (fd, before):
-        _unchanged(header, before)
-        for piece in pieces_at(fd, info.start, info.end, header.path):
-            _unchanged(header, stamp_of(os.fstat(fd)))
-            yield piece
-
-
-def read_file(path: Path, max_bytes: int) -> bytes:
-    """All of a small regular file."""
-    with opened(path) as (fd, (size, _)):
-        if size > max_bytes:
-            raise corrupt(path, f"it has {size} bytes; {max_bytes} is the limit")
-        return bytes(read_at(fd, bytearray(size), 0, path))
+    with header.opened() as pieces:
+        yield from pieces(info.start, info.end)
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -328,56 +316,3 @@ def _depth(value: object) -> int:
     if isinstance(value, dict):
         value = list(value.values())
     return 1 + max(map(_depth, value), default=0) if isinstance(value, list) else 0
-
-
-def _unchanged(header: Header, stamp: tuple[int, int]) -> None:
-    if stamp != header.stamp:
-        reason = "it changed after its header was read"
-        raise corrupt(header.path, reason, "let no other program write there, then run again")
-
-
-@contextmanager
-def opened(path: Path) -> Iterator[tuple[int, tuple[int, int]]]:
-    """An open regular file and its stamp. A pipe or a device could block or never end."""
-    try:
-        # O_NONBLOCK: opening a pipe that nobody writes to would wait for ever.
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    except OSError as error:
-        raise corrupt(path, _why(error), "check the path and its permissions") from error
-    try:
-        status = os.fstat(fd)
-        if not stat.S_ISREG(status.st_mode):
-            raise corrupt(path, "it is not a regular file")
-        yield fd, stamp_of(status)
-    finally:
-        os.close(fd)
-
-
-def stamp_of(status: os.stat_result) -> tuple[int, int]:
-    return status.st_size, status.st_mtime_ns
-
-
-def read_at(fd: int, into: bytearray | memoryview, start: int, path: Path) -> memoryview:
-    view = memoryview(into).cast("B")
-    done = 0
-    while done < len(view):
-        try:
-            # The kernel reads at most 2 GiB at once, and may always read less than asked for.
-            count = os.preadv(fd, [view[done:]], start + done)
-        except OSError as error:
-            raise corrupt(path, _why(error), "check the disk the file is on") from error
-        if count == 0:
-            raise corrupt(path, f"it ends at byte {start + done}, in the middle of its data")
-        done += count
-    return view
-
-
-def pieces_at(fd: int, start: int, end: int, path: Path) -> Iterator[memoryview]:
-    """The bytes from `start` to `end`; each piece is good until the next is asked for."""
-    buffer = memoryview(bytearray(min(PIECE_BYTES, end - start)))
-    for position in range(start, end, PIECE_BYTES):
-        yield read_at(fd, buffer[: end - position], position, path)
-
-
-def _why(error: OSError) -> str:
-    return error.strerror or str(error)

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
 
 from loftq_cli.checkpoint.index import Checkpoint
-from loftq_cli.checkpoint.safetensors import Header, opened, pieces_at, read_at
+from loftq_cli.checkpoint.safetensors import Header
 
 # A checkpoint of this many bytes is read whole.
 WHOLE_BYTES = 128 << 20
@@ -19,7 +19,7 @@ WHOLE_BYTES = 128 << 20
 _BLOCK = 4096
 _MOST_OF_A_TENSOR = 4
 _BLOCKS = 2048
-_THREADS = 8  # for disks that answer late, and take more than one question at a time
+_THREADS = 16  # for disks and hubs that answer late, and take more than one question at a time
 
 
 def samples(checkpoint: Checkpoint) -> dict[str, str]:
@@ -28,19 +28,28 @@ def samples(checkpoint: Checkpoint) -> dict[str, str]:
     whole = checkpoint.total_bytes <= WHOLE_BYTES
     blocks = max(_BLOCKS // len(headers), 16)
     with ThreadPoolExecutor(_THREADS) as pool:
-        digests = pool.map(lambda each: _digest(each, None if whole else blocks), headers.values())
-        return dict(zip(headers, digests, strict=True))
+        if whole:
+            return dict(zip(headers, pool.map(_digest, headers.values()), strict=True))
+        return {name: _sampled(header, blocks, pool) for name, header in headers.items()}
 
 
-def _digest(header: Header, blocks: int | None) -> str:
+def _digest(header: Header) -> str:
     digest = sha256()
-    with opened(header.path) as (fd, (size, _)):
-        if blocks is None:
-            for piece in pieces_at(fd, 0, size, header.path):
-                digest.update(piece)
-        else:
-            for start, end in _places(header, blocks):
-                digest.update(read_at(fd, bytearray(end - start), start, header.path))
+    with header.opened() as pieces:
+        for piece in pieces(0, header.file_bytes):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def _sampled(header: Header, blocks: int, pool: ThreadPoolExecutor) -> str:
+    digest = sha256()
+    with header.opened() as pieces:
+
+        def block(place: tuple[int, int]) -> bytes:
+            return b"".join(map(bytes, pieces(*place)))
+
+        for found in pool.map(block, _places(header, blocks)):
+            digest.update(found)
     return digest.hexdigest()
 
 

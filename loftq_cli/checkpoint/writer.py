@@ -29,7 +29,8 @@ from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
-from loftq_cli.checkpoint.safetensors import corrupt, opened, pieces_at, stamp_of, tensor_bytes
+from loftq_cli.checkpoint.files import corrupt, opened, pieces_at, stamp_of
+from loftq_cli.checkpoint.safetensors import tensor_bytes
 from loftq_cli.errors import DoesNotFit, LoftqError, WriteFailed
 from loftq_cli.formats import DTYPE_BITS
 

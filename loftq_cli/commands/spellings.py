@@ -202,6 +202,12 @@ OPTIONS = {
         help="Stay within so much memory on the CPU, such as 4GB or 900MB, at the price of time; "
         "exit 4 before starting if that cannot be.",
     ),
+    "stream": option(
+        bool,
+        "--stream",
+        help="Read the weights straight from the hub by range requests; none of them are kept on "
+        "this disk.",
+    ),
     # --- what fine-tuning takes ------------------------------------------------------------------
     "batch_size": option(
         int, "--batch-size", min=1, max=_MOST, metavar="N", help="Sequences in one training step."

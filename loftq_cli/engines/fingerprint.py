@@ -79,19 +79,16 @@ def state(found: ResolvedModel, checkpoint: Checkpoint) -> dict[str, Any]:
     return {"files": seen}
 
 
-def require_unchanged(directory: Path, checkpoint: Checkpoint, before: Mapping[str, Any]) -> None:
+def require_unchanged(
+    found: ResolvedModel, checkpoint: Checkpoint, before: Mapping[str, Any]
+) -> None:
     """Raises CorruptCheckpoint if the source is not what it was when its fingerprint was taken.
 
-    What was read was seen to be unchanged when it was read; this is about the files as a whole.
+    What was read was seen to be unchanged when it was read; this is about the files as a whole. A
+    commit of a hub stays what it is, and every answer of a stream was of that.
     """
-    now = open_checkpoint(directory)
-    weights = _weights(now)
-    changed = [
-        name
-        for name in sorted({*weights, *checkpoint.headers})
-        if weights.get(name) != before["source"].get(name)
-        or now.headers[name].stamp != checkpoint.headers[name].stamp
-    ]
+    directory = found.directory
+    changed = [] if found.streamed else _changed_files(directory, checkpoint, before)
     if digest(read_config(directory)) != before["config_sha256"]:
         changed.append(CONFIG_FILE)
     if changed:
@@ -100,6 +97,17 @@ def require_unchanged(directory: Path, checkpoint: Checkpoint, before: Mapping[s
             cause="a part of the output may be of the old file and another of the new one",
             hint="let no other program write there, and run the same line with --force",
         )
+
+
+def _changed_files(directory: Path, checkpoint: Checkpoint, before: Mapping[str, Any]) -> list[str]:
+    now = open_checkpoint(directory)
+    weights = _weights(now)
+    return [
+        name
+        for name in sorted({*weights, *checkpoint.headers})
+        if weights.get(name) != before["source"].get(name)
+        or now.headers[name].source != checkpoint.headers[name].source
+    ]
 
 
 def _weights(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -13,8 +13,8 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from loftq_cli import schema
+from loftq_cli.checkpoint.files import read_file
 from loftq_cli.checkpoint.index import MAX_CONFIG_BYTES, load_json
-from loftq_cli.checkpoint.safetensors import read_file
 from loftq_cli.engines.report_file import Report
 from loftq_cli.engines.written import ADAPTER_CONFIG_NAME
 from loftq_cli.errors import LoftqError, first_line

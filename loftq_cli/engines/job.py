@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from loftq_cli import hardware
-from loftq_cli.checkpoint.index import Checkpoint, open_checkpoint
+from loftq_cli.checkpoint.index import Checkpoint
 from loftq_cli.checkpoint.staging import Staging
 from loftq_cli.checkpoint.writer import require_free_space
 from loftq_cli.engines import estimates, output
@@ -42,7 +42,7 @@ from loftq_cli.models.companions import Companions, companions
 from loftq_cli.models.layers import linear_layers
 from loftq_cli.models.lookup import find_model
 from loftq_cli.models.source import read_config, refuse_quantized
-from loftq_cli.models.spec import ResolvedModel, resolve_model
+from loftq_cli.models.spec import ResolvedModel, resolve_model, stream_model, streamable
 from loftq_cli.record import Record
 from loftq_cli.report import units
 from loftq_cli.schema import CalibratedOn
@@ -66,6 +66,7 @@ class Job:
     calibration_text: Path | None = None
     workers: int | None = None
     memory_limit: int | None = None
+    stream: bool = False  # the weights straight from the hub, none on this disk
     resume: bool = False
     force: bool = False
     trust_remote_code: bool = False
@@ -140,7 +141,7 @@ def make_directory(job: Job, record: Record) -> Made:
                 plan, ready.checkpoint, staging, ready.architecture, job.output.name, base
             )
             output.write_model_files(plan, staging, ready.architecture, ready.config, ready.beside)
-            require_unchanged(found.directory, ready.checkpoint, identity)
+            require_unchanged(found, ready.checkpoint, identity)
         results = quantize_results(
             plan,
             ready.checkpoint,
@@ -168,13 +169,17 @@ def foresee_directory(
     output: Path | None,
     *,
     preflight: bool,
+    stream: bool,
     trust_remote_code: bool,
 ) -> Report:
-    """What a run would give, estimated. Reads headers and config only.
+    """What a run would give, estimated. Reads headers and config only, whether it is to ``stream``
+    the weights or not.
 
     Without ``preflight`` what is a layer is told by names and shapes, and no torch is imported;
     with it the model class, its loader and PEFT are asked as a run asks them.
     """
+    if stream:
+        streamable(spec)
     found = find_model(spec, record.note, with_headers=True)
     record.resolved("model", found.identity.source, found.reason)
     assert found.checkpoint is not None
@@ -215,10 +220,12 @@ def _described(architecture: Architecture) -> dict[str, Any]:
 def _prepare(job: Job, record: Record) -> _Prepared:
     """Finds the model and plans the run."""
     with record.timing("resolve"):
-        found = resolve_model(job.model, with_code=job.trust_remote_code)
+        find = stream_model if job.stream else resolve_model
+        found = find(job.model, with_code=job.trust_remote_code)
         config = read_config(found.directory)
         refuse_quantized(found.directory, config)
-        checkpoint = open_checkpoint(found.directory).cast(job.settings.dtype)
+        checkpoint = found.checkpoint().cast(job.settings.dtype)
+        _tell_of_stream(found, checkpoint, record)
     with record.timing("plan"):
         devices = _choose_devices(job, record)
         asked = ask(
@@ -235,6 +242,14 @@ def _prepare(job: Job, record: Record) -> _Prepared:
         memory = _plan_memory(plan, job.memory_limit, len(devices), record)
     beside = _beside(job, found, checkpoint, record)
     return _Prepared(job, found, config, checkpoint, architecture, devices, plan, memory, beside)
+
+
+def _tell_of_stream(found: ResolvedModel, checkpoint: Checkpoint, record: Record) -> None:
+    if found.streamed is not None:
+        record.note(
+            f"{units.size(checkpoint.total_bytes)} of weights are read from the hub as they are "
+            f"needed, at commit {found.identity.revision}; none are kept on this disk"
+        )
 
 
 def _beside(job: Job, found: ResolvedModel, checkpoint: Checkpoint, record: Record) -> Companions:

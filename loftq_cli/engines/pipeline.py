@@ -7,6 +7,7 @@ which let other threads run.
 from __future__ import annotations
 
 import queue
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from loftq_cli.checkpoint.writer import PlannedTensor, WrittenFile, write_safetensors
+from loftq_cli.models.hub_files import may_be_abandoned
 
 Item = TypeVar("Item")
 Read = TypeVar("Read")
@@ -50,14 +52,20 @@ def read_ahead(
         finally:
             timings.add("read", began)
 
-    with ThreadPoolExecutor(1, thread_name_prefix="loftq-read") as pool:
+    over = threading.Event()
+    with ThreadPoolExecutor(
+        1, thread_name_prefix="loftq-read", initializer=may_be_abandoned, initargs=(over,)
+    ) as pool:
         coming: Future[Read] | None = None
-        for position, item in enumerate(items):
-            found = timed(item) if coming is None else coming.result()
-            later = items[position + 1 : position + 2] if ahead else ()
-            coming = pool.submit(timed, later[0]) if later else None
-            yield item, found
-            del found  # or the next item's memory would be added to this one's
+        try:
+            for position, item in enumerate(items):
+                found = timed(item) if coming is None else coming.result()
+                later = items[position + 1 : position + 2] if ahead else ()
+                coming = pool.submit(timed, later[0]) if later else None
+                yield item, found
+                del found  # or the next item's memory would be added to this one's
+        finally:
+            over.set()  # what is read ahead then is not wanted any more
 
 
 def write_behind(

@@ -9,8 +9,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from loftq_cli import schema
+from loftq_cli.checkpoint.files import read_file
 from loftq_cli.checkpoint.index import parse_json
-from loftq_cli.checkpoint.safetensors import read_file
 from loftq_cli.checkpoint.staging import Staging, refuse_existing, refuse_unusable
 from loftq_cli.engines.fingerprint import digest
 from loftq_cli.engines.output import write_text

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from loftq_cli import schema
 from loftq_cli.engines.plan import Plan, stored
 from loftq_cli.engines.settings import Settings
+from loftq_cli.models.hub_files import HubFile
 from loftq_cli.models.layers import last_part
 
 if TYPE_CHECKING:
@@ -83,9 +84,15 @@ def quantize_results(
         ],
         files=[schema.WrittenFile(name=f.name, bytes=f.bytes, sha256=f.sha256) for f in files],
         source_files=[
-            schema.SourceFile(name=name, bytes=header.file_bytes, header_sha256=header.sha256)
+            schema.SourceFile(
+                name=name,
+                bytes=header.file_bytes,
+                header_sha256=header.sha256,
+                etag=header.source.etag if isinstance(header.source, HubFile) else None,
+            )
             for name, header in sorted(checkpoint.headers.items())
         ],
+        streamed_from=_hub_of(checkpoint) if outcomes else None,
         not_copied=[schema.NotCopied(name=each.name, reason=each.reason) for each in not_copied],
         totals=schema.QuantizeTotals(
             **{field: _overall(outcomes, *names) for field, names in _ERRORS.items()},
@@ -101,6 +108,12 @@ def quantize_results(
             seconds=seconds,
         ),
     )
+
+
+def _hub_of(checkpoint: Checkpoint) -> str | None:
+    """Where the weights are, if they are not on a disk."""
+    sources = [header.source for header in checkpoint.headers.values()]
+    return next((each.endpoint for each in sources if isinstance(each, HubFile)), None)
 
 
 def _layers(

@@ -19,8 +19,9 @@ from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 
 from loftq_cli.checkpoint.adapter import ADAPTER_CONFIG, ADAPTER_DIRECTORY
+from loftq_cli.checkpoint.files import read_file
 from loftq_cli.checkpoint.index import INDEX_FILE, MAX_CONFIG_BYTES, SINGLE_FILE
-from loftq_cli.checkpoint.safetensors import read_file, strict_json
+from loftq_cli.checkpoint.safetensors import strict_json
 from loftq_cli.errors import CorruptCheckpoint
 from loftq_cli.models.source import (
     CONFIG_FILE,

@@ -1,4 +1,5 @@
 """A hub repository's config and safetensors headers, by range requests: no weight is downloaded.
+What is behind the headers can be read in the same way (see `hub_files.py`).
 
     GET config.json                          small, whole; its answer says which commit it is of
     GET model.safetensors, bytes 0-7         how long the header is
@@ -11,12 +12,13 @@ to the cache.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from loftq_cli.checkpoint.files import corrupt
 from loftq_cli.checkpoint.index import (
     INDEX_FILE,
     MAX_CONFIG_BYTES,
@@ -29,15 +31,16 @@ from loftq_cli.checkpoint.index import (
 from loftq_cli.checkpoint.safetensors import (
     MAX_HEADER_BYTES,
     Header,
-    corrupt,
     header_length,
     parse_header,
 )
 from loftq_cli.errors import LoftqError, ModelNotFound, UnsafeCheckpoint, first_line
+from loftq_cli.models.hub_files import HubFile, Patience, answered, said
 from loftq_cli.models.source import CONFIG_FILE, check_values, refuse_quantized
 
 CONNECTIONS = 8
-_CONTENT_RANGE = re.compile(r"bytes \d+-\d+/(\d+)")
+# Whoever looks at headers waits for an answer, and not for a hub that is away.
+_TRIES = 1
 
 
 class RemoteModel(NamedTuple):
@@ -45,11 +48,14 @@ class RemoteModel(NamedTuple):
 
     commit: str | None
     config: dict[str, Any]
-    checkpoint: Checkpoint  # headers only: there is nothing behind them that could be read
+    checkpoint: Checkpoint
 
 
-def read_remote(repository: str, revision: str | None) -> RemoteModel:
+def read_remote(repository: str, revision: str | None, *, tries: int = _TRIES) -> RemoteModel:
     """Config and headers of a hub repository.
+
+    Args:
+        tries: how often something is asked again that the network failed.
 
     Raises:
         ModelNotFound: no such repository or revision, no access, no network, or no safetensors.
@@ -57,7 +63,7 @@ def read_remote(repository: str, revision: str | None) -> RemoteModel:
         CorruptCheckpoint: a file is no such file.
         AlreadyQuantized: the config says so.
     """
-    hub = _Repository(repository, revision)
+    hub = _Repository(repository, revision, tries)
     path = Path(repository)
     config = parse_json(hub.require(CONFIG_FILE, MAX_CONFIG_BYTES), path / CONFIG_FILE)
     check_values(config, path / CONFIG_FILE)
@@ -78,14 +84,16 @@ def read_remote(repository: str, revision: str | None) -> RemoteModel:
 class _Answer(NamedTuple):
     body: bytes
     file_bytes: int | None  # of the whole file, where the answer said so
+    etag: str | None
 
 
 class _Repository:
     """One repository at one revision; after the first answer, at the commit that it named."""
 
-    def __init__(self, repository: str, revision: str | None) -> None:
+    def __init__(self, repository: str, revision: str | None, tries: int) -> None:
         self.repository = repository
         self.revision = revision
+        self._tries = tries
         self.commit: str | None = None
 
     def require(self, name: str, limit: int) -> bytes:
@@ -108,7 +116,16 @@ class _Repository:
         rest = self.get(name, 8, end - 8)
         if rest is None:
             raise corrupt(place, "it was deleted while it was read")
-        return parse_header(head.body + rest.body, head.file_bytes, place)
+        if rest.etag != head.etag:
+            raise corrupt(place, "it changed while it was read", "run the same line again")
+        header = parse_header(head.body + rest.body, head.file_bytes, place)
+        return replace(header, source=self._file(name, header.file_bytes, head.etag))
+
+    def _file(self, name: str, file_bytes: int, etag: str | None) -> HubFile:
+        from huggingface_hub import constants
+
+        commit = self.commit or self.revision or constants.DEFAULT_REVISION
+        return HubFile(constants.ENDPOINT, self.repository, commit, name, file_bytes, etag)
 
     def required_header(self, name: str) -> Header:
         header = self.header(name)
@@ -118,38 +135,28 @@ class _Repository:
 
     def get(self, name: str, start: int, length: int) -> _Answer | None:
         """At most ``length`` bytes of a file from ``start`` on; None if there is no such file."""
-        from huggingface_hub import constants, errors, hf_hub_url
-        from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_stream_backoff
+        from huggingface_hub import errors
+
+        patience = Patience(self._tries, self.unreachable)
+        while True:
+            try:
+                return self._asked(name, start, length)
+            except errors.EntryNotFoundError:
+                return None
+            except Exception as error:  # of the HTTP library, whose types are none of ours
+                patience.after(error)
+
+    def _asked(self, name: str, start: int, length: int) -> _Answer:
+        from huggingface_hub import hf_hub_url
 
         url = hf_hub_url(self.repository, name, revision=self.commit or self.revision)
-        headers = {
-            **build_hf_headers(),
-            "Range": f"bytes={start}-{start + length - 1}",
-            "Accept-Encoding": "identity",  # a range of what was compressed would be another one
-        }
-        try:
-            with http_stream_backoff(
-                "GET",
-                url,
-                headers=headers,
-                max_retries=1,
-                timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT,
-                follow_redirects=True,
-            ) as response:
-                hf_raise_for_status(response)
-                # A server that knows no ranges answers 200 and sends the file from its beginning.
-                skip = 0 if response.status_code == 206 else start
-                body = _first(response.iter_bytes(), skip + length)[skip:]
-                # The hub names the commit before it redirects to where the bytes are.
-                for answer in (*response.history, response):
-                    commit = answer.headers.get(constants.HUGGINGFACE_HEADER_X_REPO_COMMIT)
-                    self.commit = self.commit or commit
-                total = _CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", ""))
-        except errors.EntryNotFoundError:
-            return None
-        except Exception as error:  # of the HTTP library, whose types are none of ours
-            raise self.unreachable(error) from error
-        return _Answer(body, int(total[1]) if total else None)
+        with answered(url, start, start + length, retries=self._tries) as response:
+            # A server that knows no ranges answers 200 and sends the file from its beginning.
+            skip = 0 if response.status_code == 206 else start
+            body = _first(response.iter_bytes(), skip + length)[skip:]
+            found = said(response)
+        self.commit = self.commit or found.commit
+        return _Answer(body, found.file_bytes, found.etag)
 
     def unreachable(self, error: Exception) -> ModelNotFound:
         from huggingface_hub import errors

@@ -11,11 +11,18 @@ import os
 import re
 import stat
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Literal
 
-from loftq_cli.checkpoint.index import INDEX_FILE, SINGLE_FILE, read_index
+from loftq_cli.checkpoint.index import (
+    INDEX_FILE,
+    SINGLE_FILE,
+    Checkpoint,
+    open_checkpoint,
+    read_index,
+)
 from loftq_cli.errors import LoftqError, ModelNotFound, UnsafeCheckpoint, UsageError, first_line
 from loftq_cli.models.companions import TOKENIZER, LeftOut, wanted
 from loftq_cli.models.source import CONFIG_FILE, PICKLE_SUFFIXES
@@ -25,16 +32,30 @@ DEMO_DIRECTORY = Path(__file__).parent.parent / "demo"
 
 _LONGEST_NAME = 4096  # no path is longer either
 _TRUE = {"1", "ON", "YES", "TRUE"}
+# What is downloaded of a repository; the description is config and tokenizer.
+_Parts = Literal["model", "all but weights", "description"]
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
 @dataclass(frozen=True)
 class ResolvedModel:
-    """A model whose files are on this disk; ``not_fetched`` is what its repository has more."""
+    """A model whose files are on this disk; ``not_fetched`` is what its repository has more.
+
+    Of one that is streamed the weights are not: they are what ``streamed`` reads from a hub.
+    """
 
     identity: ModelIdentity
     directory: Path
     not_fetched: tuple[LeftOut, ...] = ()
+    streamed: Checkpoint | None = None
+
+    def checkpoint(self) -> Checkpoint:
+        """The weights, by headers that are read now, or were when the model was found.
+
+        Raises:
+            LoftqError: see `open_checkpoint`.
+        """
+        return open_checkpoint(self.directory) if self.streamed is None else self.streamed
 
 
 def resolve_model(
@@ -50,7 +71,50 @@ def resolve_model(
         UnsafeCheckpoint: the repository offers its weights as pickle only.
         UsageError: the name is neither a path nor a hub id.
     """
-    return local_model(spec) or _from_hub(*hub_id(spec), with_code, with_weights)
+    what: _Parts = "model" if with_weights else "description"
+    return local_model(spec) or _from_hub(*hub_id(spec), with_code, what)
+
+
+def stream_model(spec: str, *, with_code: bool = False) -> ResolvedModel:
+    """A hub's model whose weights are read from there, at one commit; what is small is downloaded.
+
+    Raises:
+        UsageError: the model is on this disk, or the name is no hub id.
+        ModelNotFound: there is no such repository or revision, or no way to reach it.
+        UnsafeCheckpoint: the repository offers its weights as pickle only.
+        CorruptCheckpoint: a weight file is no such file.
+    """
+    from loftq_cli.models.hub_files import TRIES
+    from loftq_cli.models.remote import read_remote
+
+    repository, revision = streamable(spec)
+    if is_offline():
+        raise ModelNotFound(
+            f"'{spec}' cannot be streamed",
+            cause="HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE forbids the network",
+            hint="unset it, or leave --stream out to read what the hub's cache has",
+        )
+    found = _from_hub(repository, revision, with_code, "all but weights")
+    remote = read_remote(repository, found.identity.revision, tries=TRIES)
+    return replace(found, streamed=remote.checkpoint)
+
+
+def streamable(spec: str) -> tuple[str, str | None]:
+    """The repository and revision of a model that is on a hub and not on this disk.
+
+    Raises:
+        UsageError: it is on this disk, or the name is no hub id.
+        ModelNotFound: the name is a path, and there is no directory.
+    """
+    here = local_model(spec)
+    if here is not None:
+        what = "the built-in model" if here.identity.source == "demo" else "a directory here"
+        raise UsageError(
+            f"'{spec}' is {what}: nothing to stream",
+            cause="--stream reads the weights of a hub's repository",
+            hint="leave --stream out, or give a hub id such as org/name",
+        )
+    return hub_id(spec)
 
 
 def local_model(spec: str) -> ResolvedModel | None:
@@ -159,11 +223,13 @@ def _is_complete(snapshot: Path) -> bool:
 
 
 def _from_hub(
-    repository: str, revision: str | None, with_code: bool, with_weights: bool
+    repository: str, revision: str | None, with_code: bool, what: _Parts
 ) -> ResolvedModel:
     """Downloads what is copied later, and exactly the weight files that the index names."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
+
+    with_weights = what == "model"
 
     def fetch(names: list[str]) -> Path:
         # They are taken for patterns, in which only a bracket needs escaping: no name has a star.
@@ -181,11 +247,13 @@ def _from_hub(
     try:
         sizes = _files_of(repository, revision)
     except Exception as error:  # any of the network's
+        if what == "all but weights":  # without the hub, nothing can be done about those
+            raise _unavailable(repository, revision, error) from error
         # Then what is cached has to do: without the list a download would be in part.
         unlisted = error
     try:
         names, left = wanted(sizes, with_code=with_code)
-        if not with_weights:
+        if what == "description":
             described = (*TOKENIZER, "*.py")
             names = [name for name in names if any(fnmatch(name, each) for each in described)]
         directory = fetch([CONFIG_FILE, INDEX_FILE, *names])
@@ -196,18 +264,22 @@ def _from_hub(
                 sorted({*read_index(directory).values()}) if indexed else [SINGLE_FILE]
             )
     except (HFValidationError, OSError) as error:  # most errors of the hub are OSErrors
-        spec = repository if revision is None else f"{repository}@{revision}"
-        raise ModelNotFound(
-            f"no model '{spec}'",
-            cause=first_line(unlisted or error),
-            hint="--model demo needs no network; a directory of yours works too. Downloads go "
-            "through HF_ENDPOINT and HF_TOKEN into HF_HOME; with HF_HUB_OFFLINE=1 only what "
-            "is cached there is found",
-        ) from error
+        raise _unavailable(repository, revision, unlisted or error) from error
     if with_weights and not any(directory.glob("*.safetensors")):
         _refuse_pickle_repository(repository, revision)
     identity = ModelIdentity(id=repository, revision=directory.name, source="hub")
     return ResolvedModel(identity, directory, tuple(left))
+
+
+def _unavailable(repository: str, revision: str | None, error: Exception) -> ModelNotFound:
+    spec = repository if revision is None else f"{repository}@{revision}"
+    return ModelNotFound(
+        f"no model '{spec}'",
+        cause=first_line(error),
+        hint="--model demo needs no network; a directory of yours works too. Downloads go "
+        "through HF_ENDPOINT and HF_TOKEN into HF_HOME; with HF_HUB_OFFLINE=1 only what "
+        "is cached there is found",
+    )
 
 
 def _files_of(repository: str, revision: str | None) -> dict[str, int]:

@@ -82,6 +82,8 @@ def _facts(results: QuantizeResults) -> list[tuple[str, str]]:
     else:
         facts.append(("merged", f"{results.merged.adapter} into {results.merged.source}"))
         facts.append(("weight error", units.percent(totals.weight_error_relative or 0.0)))
+    if results.streamed_from is not None:
+        facts.append(("source", f"streamed from {results.streamed_from}, none kept on the disk"))
     if results.evened:
         alike = units.plural(len(results.evened), "group")
         facts.append(

@@ -103,6 +103,7 @@ class SourceFile(Model):
     name: str
     bytes: int
     header_sha256: str
+    etag: str | None = None  # what the hub that it was read from knows its content by
 
 
 class WrittenFile(Model):
@@ -176,6 +177,8 @@ class QuantizeResults(Model):
     untouched: list[UntouchedTensor] = []
     files: list[WrittenFile] = []
     source_files: list[SourceFile] = []
+    # The hub that the weights were read from by range requests; null where they were on a disk.
+    streamed_from: str | None = None
     not_copied: list[NotCopied] = []
     totals: QuantizeTotals
 

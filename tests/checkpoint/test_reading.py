@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from patched_os import PatchedOs
 from safetensors.torch import load_file, save_file
 
-from loftq_cli.checkpoint import safetensors
+from loftq_cli.checkpoint import files
 from loftq_cli.checkpoint.safetensors import (
     Header,
     read_header,
@@ -89,7 +89,7 @@ def test_metadata(header: Header) -> None:
 
 
 def test_pieces_of_a_large_tensor(header: Header, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(safetensors, "PIECE_BYTES", 96)
+    monkeypatch.setattr(files, "PIECE_BYTES", 96)
     info = header.tensors["W"]
     pieces = [bytes(piece) for piece in read_pieces(header, info)]
     assert max(map(len, pieces)) == 96
@@ -100,7 +100,7 @@ def test_short_reads_are_continued(header: Header, monkeypatch: pytest.MonkeyPat
     def short(fd: int, buffers: list[memoryview], offset: int) -> int:
         return os.preadv(fd, [buffers[0][:7]], offset)
 
-    monkeypatch.setattr(safetensors, "os", PatchedOs(preadv=short))
+    monkeypatch.setattr(files, "os", PatchedOs(preadv=short))
     assert bytes(read_tensor(header, header.tensors["W"])) == raw(load_file(header.path)["W"])
 
 
@@ -148,7 +148,7 @@ def test_a_file_that_changes_while_it_is_read(
         change(header.path)
         return os.preadv(fd, buffers, offset)
 
-    monkeypatch.setattr(safetensors, "os", PatchedOs(preadv=read_and_change))
+    monkeypatch.setattr(files, "os", PatchedOs(preadv=read_and_change))
     with pytest.raises(CorruptCheckpoint):
         read_tensor(header, max(header.tensors.values(), key=lambda info: info.end))
 
@@ -164,7 +164,7 @@ def test_a_disk_that_fails(header: Header, monkeypatch: pytest.MonkeyPatch) -> N
     def broken(*_: object) -> int:
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(safetensors, "os", PatchedOs(preadv=broken))
+    monkeypatch.setattr(files, "os", PatchedOs(preadv=broken))
     with pytest.raises(CorruptCheckpoint) as caught:
         read_tensor(header, header.tensors["b"])
     assert caught.value.cause == "Input/output error"

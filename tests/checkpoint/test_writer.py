@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from patched_os import PatchedOs
 from safetensors import TensorSpec, safe_open, serialize
 
-from loftq_cli.checkpoint import safetensors, writer
+from loftq_cli.checkpoint import files, writer
 from loftq_cli.checkpoint.safetensors import read_header, read_tensor
 from loftq_cli.checkpoint.writer import (
     NewFile,
@@ -370,7 +370,7 @@ def test_a_new_file_is_hashed_without_reading_it_again(
     def unexpected(*_: object) -> None:
         raise AssertionError("read again")
 
-    monkeypatch.setattr(safetensors, "read_at", unexpected)
+    monkeypatch.setattr(files, "read_at", unexpected)
     with NewFile(path, 4) as file:
         file.write(memoryview(b"ab"), 0)
         file.write(memoryview(b"cd"), 2)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from loftq_cli.checkpoint import safetensors
+from loftq_cli.checkpoint import files
 from tests.merge.conftest import Loftq, Trained, forget_base, make
 from tests.verify.conftest import edit_json, edit_report
 
@@ -35,7 +35,7 @@ def no_weight_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     def read(*_: object) -> Any:
         raise AssertionError("a tensor was read")
 
-    monkeypatch.setattr(safetensors, "pieces_at", read)
+    monkeypatch.setattr(files, "pieces_at", read)
 
 
 def edit_config(trained: Trained, **changes: Any) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -13,6 +12,7 @@ import torch
 from loftq_cli.engines import shards
 from tests.battery import BATTERY
 from tests.conftest import Outcome
+from tests.models.stand_in_hub import talk_to
 from tests.push.writable_hub import TOKEN, WritableHub, running_writable
 
 Loftq = Callable[..., Outcome]
@@ -43,24 +43,6 @@ def written(originals: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[WritableHub]:
     """huggingface_hub in this process talks to this hub, with a token that it knows."""
-    from huggingface_hub import constants
-
     with running_writable(WritableHub()) as hub:
-        files = "/{repo_id}/resolve/{revision}/{filename}"
-        settings: dict[str, Any] = {
-            "HUGGINGFACE_CO_URL_TEMPLATE": hub.endpoint + files,
-            "ENDPOINT": hub.endpoint,
-            "HF_HUB_OFFLINE": False,
-            "HF_HUB_CACHE": str(tmp_path / "hub"),
-            "HF_HUB_DISABLE_XET": True,  # its protocol is that of a compiled library
-            "HF_TOKEN_PATH": str(tmp_path / "no-token"),
-        }
-        for name, value in settings.items():
-            monkeypatch.setattr(constants, name, value)
-        monkeypatch.setattr("huggingface_hub.hf_api.api.endpoint", hub.endpoint)
-        for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
-            monkeypatch.delenv(name, raising=False)
-        monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
-        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        talk_to(hub, monkeypatch, tmp_path, TOKEN)
         yield hub

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from loftq_cli.checkpoint import samples
+from loftq_cli.checkpoint import files, samples
 from loftq_cli.checkpoint.index import open_checkpoint
 from loftq_cli.checkpoint.safetensors import read_header
 from loftq_cli.engines import job, shards, tasks
@@ -199,13 +199,13 @@ def test_a_sample_has_a_part_of_every_tensor(source: Path, monkeypatch: pytest.M
     path = source / WEIGHTS
     whole, before = path.read_bytes(), samples.samples(open_checkpoint(source))
     read: list[int] = []
-    real = samples.read_at
+    real = files.read_at
 
     def counted(fd: int, into: bytearray, *args: Any) -> Any:
         read.append(len(into))
         return real(fd, into, *args)
 
-    monkeypatch.setattr(samples, "read_at", counted)
+    monkeypatch.setattr(files, "read_at", counted)
     for info in read_header(path).tensors.values():
         changed = bytearray(whole)
         changed[info.start : info.end] = bytes(byte ^ 1 for byte in whole[info.start : info.end])

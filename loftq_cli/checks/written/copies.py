@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from loftq_cli.checkpoint.adapter import ADAPTER_DIRECTORY, PREFIX
-from loftq_cli.checkpoint.index import INDEX_FILE, Checkpoint, open_checkpoint
+from loftq_cli.checkpoint.index import INDEX_FILE, Checkpoint
 from loftq_cli.checkpoint.safetensors import Header, TensorInfo, shown
 from loftq_cli.checkpoint.tensors import load_pieces
 from loftq_cli.checkpoint.writer import hash_file
@@ -34,7 +34,7 @@ def copies(written: Written, source: ResolvedModel | None) -> Finding:
     """Tensors, config and files are the source's, but for what quantizing adds."""
     if source is None:
         raise NothingToCheck("the source is not at hand")
-    original = open_checkpoint(source.directory)
+    original = source.checkpoint()
     # The same weights in other files may have been saved by another version: names that only one
     # of the two has are no matter then.
     strict = has_reported_files(written, original) is not False

@@ -14,7 +14,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from loftq_cli.checkpoint.adapter import lora_names
-from loftq_cli.checkpoint.index import Checkpoint, open_checkpoint
+from loftq_cli.checkpoint.index import Checkpoint
 from loftq_cli.checkpoint.tensors import load_tensor
 from loftq_cli.checks.battery import Finding, NothingToCheck
 from loftq_cli.checks.written.claims import ClaimedLayer
@@ -88,7 +88,7 @@ class Residuals:
                 f"the source, {self.written.claims.source}, is not on this disk, and nothing is "
                 "downloaded for this; name a directory or a cached model with --source MODEL"
             )
-        checkpoint = open_checkpoint(self.source.directory).cast(self.written.claims.settings.dtype)
+        checkpoint = self.source.checkpoint().cast(self.written.claims.settings.dtype)
         same_files = has_reported_files(self.written, checkpoint)
         inventory = self.written.architecture.inventory(checkpoint.infos)
         originals = {layer.module: layer for layer in inventory.layers}
