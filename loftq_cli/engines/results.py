@@ -88,7 +88,9 @@ def quantize_results(
                 name=name,
                 bytes=header.file_bytes,
                 header_sha256=header.sha256,
-                etag=header.source.etag if isinstance(header.source, HubFile) else None,
+                etag=header.source.etag
+                if outcomes and isinstance(header.source, HubFile)
+                else None,
             )
             for name, header in sorted(checkpoint.headers.items())
         ],

@@ -4,7 +4,7 @@ A task holds two weights at a time, the one that is worked on and the next, or l
 (`estimates.py`); what it keeps to its end are the adapters, which are small.
 
 What goes into a task and what comes out of it is plain data that can be pickled, so a task may run
-in any process that sees the checkpoint's files and the output directory.
+in any process that sees the checkpoint's files, or their hub, and the output directory.
 """
 
 from __future__ import annotations

@@ -43,12 +43,12 @@ def may_be_abandoned(abandoned: threading.Event) -> None:
     _thread.abandoned = abandoned
 
 
-def _require_wanted(seconds: float = 0.0) -> None:
-    """Waits so long, in a thread that may be abandoned for no longer than it is wanted."""
-    abandoned = getattr(_thread, "abandoned", None)
+def _wait(seconds: float) -> None:
+    """In a thread that may be abandoned, no longer than anyone waits for what it reads."""
+    abandoned: threading.Event | None = getattr(_thread, "abandoned", None)
     if abandoned is None:
         time.sleep(seconds)
-    elif abandoned.wait(seconds) if seconds else abandoned.is_set():
+    elif abandoned.wait(seconds):
         raise LoftqError("nobody waits for this any more")
 
 
@@ -79,7 +79,7 @@ class Patience:
         # A status that passes has been waited out by then (see `answered`).
         if isinstance(error, HfHubHTTPError) or self._failed > self._tries:
             raise self._gave_up(error) from error
-        _require_wanted(min(FIRST_WAIT * 2 ** (self._failed - 1), _LONGEST_WAIT))
+        _wait(min(FIRST_WAIT * 2 ** (self._failed - 1), _LONGEST_WAIT))
 
 
 class Said(NamedTuple):
@@ -184,7 +184,7 @@ class HubFile:
         with answered(url, start, end, retries=TRIES) as response:
             self._require_same(response.status_code, said(response), start)
             for chunk in response.iter_bytes(_PIECE_BYTES):
-                _require_wanted()
+                _wait(0)
                 if len(chunk) > end - start:
                     raise self._changed("it sends more bytes than it was asked for")
                 if len(chunk) < min(_PIECE_BYTES, end - start):

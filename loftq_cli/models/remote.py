@@ -155,6 +155,8 @@ class _Repository:
             skip = 0 if response.status_code == 206 else start
             body = _first(response.iter_bytes(), skip + length)[skip:]
             found = said(response)
+        if found.file_bytes is not None and len(body) < min(length, found.file_bytes - start):
+            raise EOFError("the answer ends before what was asked for")
         self.commit = self.commit or found.commit
         return _Answer(body, found.file_bytes, found.etag)
 

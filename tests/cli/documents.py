@@ -57,6 +57,7 @@ def integers(container: str = "gptq", **settings: Any) -> dict[str, Any]:
     form = {"container": container, "quant_type": "int", "block_size": -1, "double_quant": False}
     results["settings"] |= form | settings
     results["without_adapter"] = []
+    results["streamed_from"] = "https://hub.example"
     return whole
 
 
