@@ -202,7 +202,7 @@ def test_a_killed_run_goes_on_with_the_same_commit_only(
     assert not (tmp_path / "out").exists()
     monkeypatch.setattr(hub, "commit", COMMIT)
     hub.requests.clear()
-    again = loftq(*line)
+    again = loftq(*line, "--workers", 2)  # which read for themselves
     assert again.code == 0, again.err
     assert "going on with" in again.err
     same_as(tmp_path / "out", from_disk)
