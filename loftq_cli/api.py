@@ -14,7 +14,7 @@ from loftq_cli.options import QuantizeOptions, refuse_both, require_text, size
 if TYPE_CHECKING:
     from loftq_cli.engines.job import Job, Made
     from loftq_cli.engines.report_file import Report
-    from loftq_cli.formats import AdapterDtype, QuantStorage, QuantType, SvdMethod
+    from loftq_cli.formats import AdapterDtype, Experts, QuantStorage, QuantType, SvdMethod
     from loftq_cli.record import Listener, Record
     from loftq_cli.schema import Document, QuantizeResults, VerifyResults
 
@@ -30,6 +30,7 @@ def quantize(
     block_size: int = 64,
     double_quant: bool = False,
     quant_storage: QuantStorage = "uint8",
+    experts: Experts | None = None,
     init: str = "loftq",
     calibration_text: str | Path | None = None,
     rank: int = 16,

@@ -22,6 +22,7 @@ from loftq_cli.formats import (
     DEFAULT_STORAGE,
     DTYPE_NAMES,
     AdapterDtype,
+    Experts,
     QuantStorage,
     QuantType,
     SvdMethod,
@@ -79,6 +80,7 @@ class QuantizeOptions(Options):
     block_size: int = DEFAULT_BLOCK_SIZE
     double_quant: bool = False
     quant_storage: QuantStorage = DEFAULT_STORAGE
+    experts: Experts | None = None  # as the container has it
     init: str = "loftq"
     calibration_text: Path | None = None
     rank: int = 16

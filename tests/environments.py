@@ -57,7 +57,11 @@ BOTH = "tests/quantize/test_integer_containers.py"
 EXTRAS = {
     "compressed-tensors": (
         [["compressed-tensors==0.20.0"]],
-        ["tests/containers/test_compressed_tensors.py", BOTH],
+        [
+            "tests/containers/test_compressed_tensors.py",
+            "tests/containers/test_ct_experts.py",
+            BOTH,
+        ],
     ),
     "eval": ([["lm-eval==0.4.13"]], ["tests/commands/test_compare_tasks.py"]),
     "gptq": (

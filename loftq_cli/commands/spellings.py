@@ -19,6 +19,7 @@ from loftq_cli.formats import (
     ALL_LINEAR,
     BLOCK_SIZES,
     AdapterDtype,
+    Experts,
     QuantStorage,
     QuantType,
     SvdMethod,
@@ -178,6 +179,13 @@ OPTIONS = {
         metavar="uint8|bfloat16|float16|float32",
         help="What the tensors of packed 4-bit codes are called, the bytes being the same: FSDP "
         "shards only the dtype that it trains in.",
+    ),
+    "experts": option(
+        Experts | None,
+        "--experts",
+        metavar="quantize|keep",
+        help="What becomes of the matrices of experts. compressed-tensors quantizes them unless "
+        "told to keep them; bitsandbytes keeps them, as plain transformers 5 cannot load them.",
     ),
     "adapter_dtype": option(
         AdapterDtype,

@@ -52,7 +52,7 @@ def measure_errors(
         inputs = open_calibration(
             found.checkpoint.directory,
             text,
-            [each.layer.module for each in planned],
+            [each.layer.module for each in planned if not each.layer.expert],
             device=device,
             max_memory_bytes=hardware.memory_bytes(),
         )

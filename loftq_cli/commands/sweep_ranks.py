@@ -47,7 +47,8 @@ def sweep_ranks(run: Run, asked: SweepOptions) -> None:
     as well what each rank leaves of the error in the layers' outputs.
     """
     from loftq_cli.commands.sweep_errors import errors_at, measure_errors
-    from loftq_cli.engines.plan import make_plan
+    from loftq_cli.engines.experts import experts_of
+    from loftq_cli.engines.plan import as_asked, make_plan
     from loftq_cli.engines.settings import Settings
     from loftq_cli.models.lookup import fetch_model, find_model
     from loftq_cli.report.rank_verdict import verdict
@@ -80,6 +81,9 @@ def sweep_ranks(run: Run, asked: SweepOptions) -> None:
         found = replace(found, outline=outline_asked(found.outline, plan))
     else:
         plan = make_plan(found.outline.inventory, settings)
+    entries = [entry for task in plan.tasks for entry in task.entries]
+    inventory = as_asked(found.outline.inventory, settings)
+    found = replace(found, outline=replace(found.outline, inventory=inventory))
     planned = plan.layers
     _warn_of_large_ranks(run, planned, wanted)
     measured, calibration = None, None
@@ -103,6 +107,7 @@ def sweep_ranks(run: Run, asked: SweepOptions) -> None:
         base_parameters=found.outline.parameters,
         quantized_parameters=sum(each.layer.parameters * container.quantizes for each in planned),
         modules=sum(each.adapted for each in planned),
+        experts=experts_of(entries, settings, found.outline.parameters),
         settings=SweepSettings(
             target_modules=list(settings.target_modules),
             bits=asked.bits,

@@ -36,10 +36,13 @@ def targets(
     well-known models need no files at all. Layers are told by their names and shapes; with
     --preflight the model class, its loader and PEFT are asked, as `loftq quantize` asks them.
     """
+    from loftq_cli.engines.experts import experts_of
+    from loftq_cli.engines.plan import PlannedLayer, as_asked
     from loftq_cli.engines.settings import Settings
     from loftq_cli.models import presets
     from loftq_cli.models.costs import trainable_parameters
     from loftq_cli.models.kinds import kinds, skipped_modules
+    from loftq_cli.models.layers import LinearLayer
     from loftq_cli.models.lookup import find_model
     from loftq_cli.schema import LayerKind, TargetsResults
 
@@ -51,10 +54,15 @@ def targets(
         from loftq_cli.engines.preflight import ask_found, outline_asked
 
         with run.timing("plan"):
-            plan = ask_found(found, Settings(rank=1)).plan
+            plan = ask_found(found, Settings(rank=1, container_name=container)).plan
         outline = outline_asked(outline, plan)
     settings = Settings(rank=1, container_name=container)
-    inventory, held = _fitting(outline.inventory, settings)
+    inventory, held = _fitting(as_asked(outline.inventory, settings), settings)
+    planned = [
+        PlannedLayer(entry, settings.bits, 0) if isinstance(entry, LinearLayer) else entry
+        for entry in inventory.entries
+    ]
+    experts = experts_of(planned, settings, outline.parameters)
     outline = replace(outline, inventory=inventory.adaptable())
     elements = sum(layer.parameters for layer in inventory.layers)
     # Attention before the feed-forward part, in before out, and last what has no role.
@@ -86,6 +94,7 @@ def targets(
             _preset(preset, rank, outline.parameters) for preset in presets.presets(outline.layers)
         ],
         skipped=skipped_modules(outline),
+        experts=experts,
         guessed=[
             kind.name
             for kind in groups

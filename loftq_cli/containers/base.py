@@ -109,6 +109,12 @@ class Container(ABC):
     warning: ClassVar[str | None] = None
     # What has to be installed for transformers to load it, by the names that one imports.
     libraries: ClassVar[tuple[str, ...]] = ()
+    # Why experts stay in 16 bits unless it is said otherwise; None: they are quantized. And whether
+    # anything reads such ones.
+    why_experts_stay: ClassVar[str | None] = (
+        "an expert: nothing that loads this container takes quantized ones"
+    )
+    takes_experts: ClassVar[bool] = False
     # Whether servers want one width for the layers that they hold as one (`fused.py`).
     even_when_fused: ClassVar[bool] = False
     # Whether a model with an adapter keeps the codes as they are, in layers that `holds` knows.
@@ -150,6 +156,10 @@ class Container(ABC):
     def widths(self) -> tuple[int, ...]:
         """Bits that a code can tell in this format."""
         return self.all_widths
+
+    def skipped_stack(self, stack: str) -> str:
+        """What the skip list has for all experts of a block, by the module that holds them."""
+        return stack
 
     def code_bits(self, bits: int) -> int:
         """What a code of so many bits takes in the file."""

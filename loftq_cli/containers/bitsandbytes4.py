@@ -65,6 +65,7 @@ class Bitsandbytes4(Container):
     searches = True
     why_uncalibrated = None
     whole_bytes = None
+    why_experts_stay = "an expert: plain transformers 5 loads no quantized ones in bitsandbytes"
     layer_class = "Linear4bit"
     skip_list = "llm_int8_skip_modules"
 

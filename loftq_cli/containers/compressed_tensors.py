@@ -22,6 +22,7 @@ from loftq_cli.checkpoint.tensors import tensor_memory
 from loftq_cli.checkpoint.writer import PlannedTensor
 from loftq_cli.containers import packing
 from loftq_cli.containers.base import Damaged, StoredWeight, Tensors, Weight
+from loftq_cli.containers.fused import expert_pattern, expert_stack
 from loftq_cli.containers.integers import Integers, by_width
 from loftq_cli.formats import DTYPE_NAMES, WHOLE_ROW
 
@@ -37,6 +38,8 @@ class CompressedTensors(Integers):
     name = "compressed-tensors"
     libraries = ("compressed_tensors",)
     instead = "gptq"
+    why_experts_stay = None
+    takes_experts = True
     stays_packed = False  # PEFT wants a weight in every layer
     layer_class = "dequantized Linear"
     codes_part = "weight_packed"
@@ -46,6 +49,9 @@ class CompressedTensors(Integers):
     @classmethod
     def holds(cls, module: Any) -> bool:
         return hasattr(module, "quantization_scheme")
+
+    def skipped_stack(self, stack: str) -> str:
+        return expert_pattern(stack)
 
     def scale_bytes(self, shape: tuple[int, int], bits: int) -> int:
         return 2 * shape[0] * self._blocks(shape[1])
@@ -74,7 +80,7 @@ class CompressedTensors(Integers):
             "quantization_status": "compressed",
             "config_groups": {
                 f"group_{number}": {
-                    "targets": ["Linear"] if len(groups) == 1 else modules,
+                    "targets": ["Linear"] if len(groups) == 1 else _targets(modules),
                     "weights": self._scheme(bits),
                     "input_activations": None,
                     "output_activations": None,
@@ -147,6 +153,15 @@ class CompressedTensors(Integers):
             "dynamic": False,
             "actorder": None,
         }
+
+
+def _targets(modules: Sequence[str]) -> list[str]:
+    """The modules, all experts of a block as one pattern: their width is the same."""
+    named = {
+        module: module if (stack := expert_stack(module)) is None else expert_pattern(stack)
+        for module in modules
+    }
+    return list(dict.fromkeys(named.values()))
 
 
 CONTAINER = CompressedTensors

@@ -4,6 +4,7 @@ together (`packed_modules_mapping` of its models).
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 
 # The last part of a module's name, and what takes its place.
@@ -18,8 +19,28 @@ _FUSED = {
 }
 
 
+# experts.N.NAME of such as are apart, experts.NAME of such as are stacked.
+_EXPERT = re.compile(r"(.+\.experts)\.(\d+\.)?[^.]+")
+
+
+def expert_stack(module: str) -> str | None:
+    """The module that holds this matrix of an expert with those of all; None: it is no expert's."""
+    found = _EXPERT.fullmatch(module)
+    return None if found is None else found[1]
+
+
+def expert_pattern(stack: str) -> str:
+    """What compressed-tensors and vLLM know the matrices of all experts of a block by.
+
+    vLLM 0.33 asks for `stack.0.gate_proj`, whatever the matrices are called.
+    """
+    return f"re:{re.escape(stack)}\\.\\d+\\..*"
+
+
 def fused_name(module: str) -> str | None:
     """The module that this one becomes a part of; None where it stays one of its own."""
+    if (stack := expert_stack(module)) is not None:
+        return stack
     path, dot, last = module.rpartition(".")
     return f"{path}{dot}{_FUSED[last]}" if last in _FUSED else None
 

@@ -16,6 +16,7 @@ class Unquantized(Container):
     all_widths = (16,)
     number_types = ("none",)
     quantizes = False
+    why_experts_stay = "an expert, as it was"
 
     def planned(self, weight: Weight) -> list[PlannedTensor]:
         shape = weight.shape[::-1] if weight.transposed else weight.shape

@@ -11,6 +11,7 @@ from loftq_cli.checkpoint.index import INDEX_FILE
 from loftq_cli.containers import kind_of
 from loftq_cli.containers.base import Container, Weight
 from loftq_cli.containers.integers import Integers
+from loftq_cli.engines.plan import more_skipped
 from loftq_cli.engines.report_file import Report, read_report
 from loftq_cli.engines.written import (
     ADAPTER_CONFIG_NAME,
@@ -88,10 +89,20 @@ def plan_export(source: Path, container: str, *, trust_remote_code: bool = False
     report = read_report(source)
     before = reported_container(source, report)
     after = _container(source, report, before, container)
-    written, _ = open_written(source, report, before, trust_remote_code=trust_remote_code)
+    written, architecture = open_written(
+        source, report, before, trust_remote_code=trust_remote_code
+    )
+    experts = [each for each in written.weights if architecture.expert_shape(each.name)]
+    if experts and not after.takes_experts:
+        raise InvalidSetting(
+            f"{experts[0].module} does not fit into {container}",
+            cause=f"it is {after.why_experts_stay}",
+            hint="make the directory again: loftq quantize --experts keep",
+        )
     after.require_fit(written.weights)
     _require_dtype(written.weights, after, main_dtype(written.config))
-    return ExportPlan(written, _skipped(source, written.config, before), after)
+    skipped = _skipped(source, written.config, before)
+    return ExportPlan(written, _as_told(skipped, report, before, after), after)
 
 
 def _container(source: Path, report: Report, before: Container, name: str) -> Container:
@@ -129,6 +140,16 @@ def _require_dtype(weights: Sequence[Weight], container: Container, main: str) -
                 hint="make the directory again: loftq quantize --dtype "
                 f"{DTYPE_NAMES[main]} --container {container.name}",
             )
+
+
+def _as_told(
+    skipped: list[str], report: Report, before: Container, after: Container
+) -> Sequence[str]:
+    """The list as the readers of the other container want it (`plan.skip_list`)."""
+    left = {each.name: each.reason for each in report.results.untouched}
+    experts = report.results.settings.experts
+    told, wanted = (more_skipped(each, experts, left) for each in (before, after))
+    return skipped if told == wanted else sorted({*skipped} - told | wanted)
 
 
 def _skipped(source: Path, config: Mapping[str, Any], container: Container) -> list[str]:

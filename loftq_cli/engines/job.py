@@ -17,6 +17,7 @@ from loftq_cli.checkpoint.writer import require_free_space
 from loftq_cli.engines import estimates, output
 from loftq_cli.engines.allocation import allocate
 from loftq_cli.engines.engine import Engine, run_tasks
+from loftq_cli.engines.experts import tell_of_experts
 from loftq_cli.engines.fingerprint import (
     base_identity,
     digest,
@@ -196,6 +197,7 @@ def foresee_directory(
         plan = make_plan(linear_layers(checkpoint.infos, found.config), settings)
         described = {"architecture": found.outline.architecture, "counted_by": "names"}
     memory = _plan_memory(plan, memory_limit, workers, record)
+    tell_of_experts(plan, checkpoint, record)
     results = quantize_results(
         plan,
         checkpoint,
@@ -237,6 +239,7 @@ def _prepare(job: Job, record: Record) -> _Prepared:
         )
         _tell(asked, record)
         plan, checkpoint, architecture, _ = asked
+        tell_of_experts(plan, checkpoint, record)
         # More processes than tasks would have nothing to do.
         devices = devices[: len(plan.tasks)]
         memory = _plan_memory(plan, job.memory_limit, len(devices), record)
@@ -276,7 +279,7 @@ def _tell(asked: Asked, record: Record) -> None:
             f"{len(unused)} tensors belong to nothing in {asked.architecture.class_name} and are "
             f"only copied, {unused[0]} among them"
         )
-    reasons = Counter(each.reason for each in asked.plan.layers)
+    reasons = Counter(each.reason for each in asked.plan.layers if not each.layer.expert)
     for reason, count in reasons.items():
         if reason not in ("", NOT_A_TARGET):
             record.warn(f"no adapter on {units.plural(count, 'layer')}: {reason}")
@@ -360,7 +363,12 @@ def _calibration(ready: _Prepared, record: Record) -> Iterator[Calibration | Non
         return
     from loftq_cli.models.calibration import open_calibration
 
-    layers = [planned.layer for planned in ready.plan.layers]
+    layers = [planned.layer for planned in ready.plan.layers if not planned.layer.expert]
+    if experts := len(ready.plan.layers) - len(layers):
+        record.warn(
+            f"no moments of the inputs of {experts} matrices of experts, which the model holds as "
+            "one: there the errors of weights are what counts"
+        )
     with open_calibration(
         ready.found.directory,
         text,

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from loftq_cli.checkpoint.adapter import PREFIX
 from loftq_cli.checkpoint.safetensors import TensorInfo
 from loftq_cli.engines.adapter_settings import adapter_settings
-from loftq_cli.engines.plan import Plan
+from loftq_cli.engines.plan import Plan, skip_list
 from loftq_cli.errors import UnsupportedModel, first_line
 from loftq_cli.libraries import import_bitsandbytes
 from loftq_cli.models import layers as words
@@ -84,9 +84,10 @@ def _as_quantized(
 
     import_bitsandbytes()
     container = plan.settings.container
-    planned = {each.layer.module for each in plan.layers}
+    # Experts are none of its layers: it holds them as one, and other libraries load them.
+    planned = {each.layer.module for each in plan.layers if not each.layer.expert}
     config = container.quantization_config(
-        [each.weight for each in plan.layers], original.skip_modules(planned), None
+        [each.weight for each in plan.layers], skip_list(plan, original), None
     )
     quantizer = AutoHfQuantizer.from_config(config, pre_quantized=True)
     quantizer.preprocess_model(model=model, device_map={"": "cpu"}, checkpoint_files=None)

@@ -26,7 +26,7 @@ from loftq_cli.checkpoint.writer import (
     write_safetensors,
 )
 from loftq_cli.engines.adapter_settings import adapter_settings
-from loftq_cli.engines.plan import Plan
+from loftq_cli.engines.plan import Plan, skip_list
 from loftq_cli.formats import DTYPE_NAMES
 from loftq_cli.models.source import CONFIG_FILE, README_FILE, REPORT_FILE
 from loftq_cli.record import Record
@@ -104,7 +104,7 @@ def write_config(
     container = plan.settings.container
     if container.quantizes:
         weights = [planned.weight for planned in plan.layers]
-        skipped = architecture.skip_modules(weight.module for weight in weights)
+        skipped = skip_list(plan, architecture)
         dtypes = [weight.dtype for weight in weights]
         main = max(set(dtypes), key=dtypes.count)
         quantization = container.quantization_config(weights, skipped, main)

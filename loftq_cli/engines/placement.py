@@ -94,7 +94,7 @@ def measure(
     for planned in sorted(layers, key=lambda planned: places.get(planned.layer.module, 0)):
         layer = planned.layer
         progress.start(layer.module)
-        seen = None if inputs is None else inputs.moments(layer.module)
+        seen = None if inputs is None or layer.expert else inputs.moments(layer.module)
         try:
             W = read_weight(checkpoint, layer, device)
             found[layer.module] = with_fallback(partial(work, planned, seen), W, device)

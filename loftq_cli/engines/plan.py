@@ -11,15 +11,27 @@ import difflib
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from loftq_cli.checkpoint import adapter
 from loftq_cli.checkpoint.writer import PlannedTensor
-from loftq_cli.containers.base import Weight
+from loftq_cli.containers.base import Container, Weight
+from loftq_cli.containers.fused import expert_stack
 from loftq_cli.engines.settings import Settings
 from loftq_cli.engines.shards import shards
 from loftq_cli.errors import InvalidSetting, UnknownTargetModule, UnsupportedModel
 from loftq_cli.formats import ALL_LINEAR, SHORT_NAMES
-from loftq_cli.models.layers import Inventory, LeftTensor, LinearLayer, block_of, last_part
+from loftq_cli.models.layers import (
+    ROUTER,
+    Inventory,
+    LeftTensor,
+    LinearLayer,
+    block_of,
+    last_part,
+)
+
+if TYPE_CHECKING:
+    from loftq_cli.models.architecture import Architecture
 
 NOT_A_TARGET = "not among --target-modules"
 
@@ -102,11 +114,13 @@ class Plan:
         ]
 
     def in_order(self, modules: Sequence[str]) -> Plan:
-        """The same, to be worked on in this order of modules; what is only copied comes first."""
+        """The same, to be worked on in this order of modules; what it does not name comes first."""
         places = {module: place for place, module in enumerate(modules)}
         entries = [entry for task in self.tasks for entry in task.entries]
         entries.sort(
-            key=lambda entry: places[entry.layer.module] if isinstance(entry, PlannedLayer) else -1
+            key=lambda entry: (
+                places.get(entry.layer.module, -1) if isinstance(entry, PlannedLayer) else -1
+            )
         )
         return replace(self, tasks=tuple(_tasks(entries, self.settings)))
 
@@ -150,6 +164,7 @@ def make_plan(inventory: Inventory, settings: Settings) -> Plan:
         UnknownTargetModule: a target matches no layer.
         InvalidSetting: the rank is too large for an adapted layer.
     """
+    inventory = as_asked(inventory, settings)
     if not inventory.layers:
         reasons = sorted({left.reason for left in inventory.left if len(left.shape) == 2})
         raise UnsupportedModel(
@@ -159,9 +174,7 @@ def make_plan(inventory: Inventory, settings: Settings) -> Plan:
         )
     adapted = match_targets(inventory, settings.target_modules)
     entries = [
-        _planned(entry, settings, adapted, inventory.unadapted)
-        if isinstance(entry, LinearLayer)
-        else entry
+        _planned(entry, settings, adapted, inventory) if isinstance(entry, LinearLayer) else entry
         for entry in inventory.entries
     ]
     layers = [entry for entry in entries if isinstance(entry, PlannedLayer)]
@@ -180,11 +193,41 @@ def make_plan(inventory: Inventory, settings: Settings) -> Plan:
     return Plan(settings, tuple(_tasks(entries, settings)))
 
 
+def as_asked(inventory: Inventory, settings: Settings) -> Inventory:
+    """The same without experts among the layers where those are to stay as they are."""
+    reason = settings.why_experts_stay
+    return inventory if reason is None else inventory.keeping_experts(reason)
+
+
+def skip_list(plan: Plan, architecture: Architecture) -> list[str]:
+    """The modules that are not quantized, as the container's readers want them told."""
+    skipped = architecture.skip_modules(
+        planned.layer.module for planned in plan.layers if not planned.layer.expert
+    )
+    left = {each.tensor: each.reason for each in plan.left}
+    more = more_skipped(plan.settings.container, plan.settings.experts, left)
+    return sorted({*skipped, *more}) if more else skipped
+
+
+def more_skipped(container: Container, experts: str | None, left: Mapping[str, str]) -> set[str]:
+    """What is a layer only to readers that hold experts one by one: routers, and experts.
+
+    Those are servers and transformers 4; ``left`` are the tensors that stay as they are, with the
+    reasons.
+    """
+    if container.why_experts_stay is not None and experts != "quantize":
+        return set()
+    modules = {tensor.removesuffix(".weight"): reason for tensor, reason in left.items()}
+    routers = {module for module, reason in modules.items() if reason == ROUTER}
+    stacks = {stack for module in modules if (stack := expert_stack(module)) is not None}
+    return {*routers, *map(container.skipped_stack, stacks)}
+
+
 def _planned(
-    layer: LinearLayer, settings: Settings, adapted: set[str], unadapted: Mapping[str, str]
+    layer: LinearLayer, settings: Settings, adapted: set[str], inventory: Inventory
 ) -> PlannedLayer:
     bits = _bits_of(layer.module, settings)
-    reason = NOT_A_TARGET if layer.module not in adapted else unadapted.get(layer.module, "")
+    reason = NOT_A_TARGET if layer.module not in adapted else inventory.why_unadapted(layer)
     return PlannedLayer(layer, bits, 0 if reason else settings.rank, reason=reason)
 
 

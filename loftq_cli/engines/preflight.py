@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from loftq_cli.checkpoint.index import Checkpoint
 from loftq_cli.engines.objections import Refused, objections
-from loftq_cli.engines.plan import NOT_A_TARGET, Plan, make_plan
+from loftq_cli.engines.plan import NOT_A_TARGET, Plan, as_asked, make_plan
 from loftq_cli.engines.settings import Settings
 from loftq_cli.errors import UnsupportedModel, UsageError
 from loftq_cli.models.dtypes import require_numbers, runnable
@@ -63,7 +63,7 @@ def ask(
         return read_architecture(directory, config, trust_remote_code=trust_remote_code)
 
     def make(refused: Refused) -> tuple[Plan, Checkpoint]:
-        inventory = architecture.inventory(checkpoint.infos, refused.kept)
+        inventory = as_asked(architecture.inventory(checkpoint.infos, refused.kept), settings)
         read = checkpoint
         if settings.container.quantizes:
             quantized = {layer.tensor for layer in inventory.layers}

@@ -99,6 +99,7 @@ def plan_requantize(
     settings = _settings(merge, asked)
     container = settings.container
     layers = {}
+    expert_shape = merge.architecture.expert_shape
     for weight in merge.written.weights:
         bits = weight.bits if asked.bits is None else asked.bits
         if bits not in container.widths:
@@ -107,8 +108,19 @@ def plan_requantize(
                 hint=f"--bits {max(container.widths)}",
             )
         layer = LinearLayer(
-            weight.module, weight.name, *weight.shape, weight.transposed, _dtype(merge, weight)
+            weight.module,
+            weight.name,
+            *weight.shape,
+            weight.transposed,
+            _dtype(merge, weight),
+            expert_shape(weight.name) is not None,
         )
+        if layer.expert and (reason := settings.why_experts_stay) is not None:
+            raise UnsupportedModel(
+                f"{weight.module} cannot be written in {container.name}",
+                cause=f"it is {reason}",
+                hint="merge without --requantize, and give the result to loftq quantize --model",
+            )
         layers[weight.module] = PlannedLayer(layer, bits, 0, reason=MERGED)
     container.require_fit([each.weight for each in layers.values()])
     plan = RequantizePlan(merge, settings, layers)
@@ -140,6 +152,8 @@ def _settings(merge: MergePlan, asked: Asked) -> Settings:
     )
     if asked.bits is None:  # then they differ as they did
         settings = replace(settings, leading=reported.leading, target_bits=reported.target_bits)
+    if settings.container_name == reported.container:
+        settings = replace(settings, experts=reported.experts)
     return settings
 
 

@@ -8,6 +8,7 @@ from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from loftq_cli import schema
+from loftq_cli.engines.experts import experts_of
 from loftq_cli.engines.plan import Plan, stored
 from loftq_cli.engines.settings import Settings
 from loftq_cli.models.hub_files import HubFile
@@ -82,6 +83,11 @@ def quantize_results(
             )
             for left in plan.left
         ],
+        experts=experts_of(
+            (entry for task in plan.tasks for entry in task.entries),
+            settings,
+            sum(info.elements for info in checkpoint.infos),
+        ),
         files=[schema.WrittenFile(name=f.name, bytes=f.bytes, sha256=f.sha256) for f in files],
         source_files=[
             schema.SourceFile(
@@ -208,7 +214,11 @@ def _foreseen_bytes(plan: Plan) -> int:
 
 
 def _overall(outcomes: Sequence[LayerOutcome], field: str, norm: str) -> float | None:
-    """The relative error of all layers taken as one long vector; None where one is not known."""
+    """The relative error of all layers taken as one long vector; None where one is not known.
+
+    Experts are none of those whose outputs are known.
+    """
+    outcomes = [outcome for outcome in outcomes if getattr(outcome, norm) is not None]
     errors = [getattr(outcome, field) for outcome in outcomes]
     if not outcomes or None in errors:
         return None

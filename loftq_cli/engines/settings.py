@@ -18,6 +18,7 @@ from loftq_cli.formats import (
     DEFAULT_STORAGE,
     SCALINGS,
     AdapterDtype,
+    Experts,
     QuantType,
     SvdMethod,
 )
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from loftq_cli.core.steps import Quantizer
 
 
+KEPT_EXPERT = "an expert, kept as it is by --experts keep"
 FORMAT = ("quant_type", "block_size", "double_quant")  # the options of a number format
 _FORMAT = (*FORMAT, "quant_storage")  # and of how it lies in files
 
@@ -52,7 +54,8 @@ class Settings:
     ``rank_budget`` the ranks differ too, with as many parameters in all as ``rank`` everywhere
     would have; ``uniform_rank`` then pads them to the largest. ``dtype`` is that of all that is not
     quantized, and of the products with what is; ``quant_storage`` is what the tensors of 4-bit
-    codes are called, and ``adapter_dtype`` what A and B are rounded to.
+    codes are called, and ``adapter_dtype`` what A and B are rounded to. ``experts`` is None where
+    they are treated as the container has it.
     """
 
     bits: int = 4
@@ -76,6 +79,7 @@ class Settings:
     dtype: str | None = None  # None: each tensor's own
     quant_storage: str = DEFAULT_STORAGE
     adapter_dtype: str = "float32"
+    experts: Experts | None = None
 
     def __post_init__(self) -> None:
         if self.svd not in get_args(SvdMethod):
@@ -119,6 +123,13 @@ class Settings:
         return self.container.quantizer(bits, search=self.start.searches)
 
     @property
+    def why_experts_stay(self) -> str | None:
+        """Why the matrices of experts are not quantized; None: they are."""
+        if self.experts is None:
+            return self.container.why_experts_stay
+        return None if self.experts == "quantize" else KEPT_EXPERT
+
+    @property
     def is_measured(self) -> bool:
         """Whether bits or ranks follow from what the layers lose, which has to be seen first."""
         return self.target_bits is not None or self.rank_budget
@@ -130,7 +141,7 @@ class Settings:
             del fields["dtype"]
         if self.container_name == DEFAULT_CONTAINER:
             del fields["container_name"]
-        for name in ("quant_storage", "adapter_dtype"):
+        for name in ("quant_storage", "adapter_dtype", "experts"):
             if fields[name] == getattr(Settings, name):
                 del fields[name]
         return fields
@@ -160,6 +171,7 @@ def settings_of(asked: QuantizeOptions) -> Settings:
     wanted = options.iterations(asked.iterations)
     _require_format(asked, start, base, leading)
     _require_effect(asked, start, wanted)
+    experts = _experts(asked, start, base)
     return Settings(
         bits=base if start.quantizes else 16,
         container_name=asked.container,
@@ -182,6 +194,7 @@ def settings_of(asked: QuantizeOptions) -> Settings:
         dtype=options.dtype(asked.dtype),
         quant_storage=asked.quant_storage,
         adapter_dtype=asked.adapter_dtype,
+        experts=experts,
     )
 
 
@@ -219,6 +232,23 @@ def _require_format(
     named = asked.container != DEFAULT_CONTAINER
     if not start.quantizes and (given or named or average is not None):
         raise UsageError(f"--init {start.name} does not quantize: no bits and no number format")
+
+
+def _experts(asked: QuantizeOptions, start: Start, bits: int) -> Experts | None:
+    """What is asked for of experts, where that is not what the container has anyway."""
+    if asked.experts is None:
+        return None
+    options.choice(asked.experts, "--experts", get_args(Experts))
+    container = container_of(asked.container, bits, asked)
+    if not start.quantizes:
+        raise UsageError(f"--init {start.name} does not quantize: no --experts")
+    wanted = asked.experts == "quantize"
+    if wanted and not container.takes_experts:
+        raise UsageError(
+            f"nothing loads quantized experts in {container.name} at {bits} bits",
+            hint="--container compressed-tensors",
+        )
+    return None if wanted is (container.why_experts_stay is None) else asked.experts
 
 
 def _bits(value: str | int, container: str) -> tuple[int, tuple[int, int] | None]:

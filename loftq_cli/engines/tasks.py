@@ -172,7 +172,9 @@ class _RunningTask:
         _warm_up(self.settings, planned.adapted, planned.bits, W.dtype, W.device)
         began = time.perf_counter()
         layer = planned.layer
-        input_moments = None if self.input_moments is None else self.input_moments(layer.module)
+        input_moments = None
+        if self.input_moments is not None and not layer.expert:
+            input_moments = self.input_moments(layer.module)
 
         try:
             result = with_fallback(
@@ -240,7 +242,8 @@ def initialize(
     import torch
 
     start, rank = settings.start, planned.rank
-    if not (planned.adapted or start.needs_moments):
+    # An expert is no module whose inputs could be watched.
+    if planned.layer.expert or not (planned.adapted or start.needs_moments):
         start, rank = QLORA, 1  # quantized and no more
     given: dict[str, Any] = {}
     if start.needs_moments:

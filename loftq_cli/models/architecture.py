@@ -19,6 +19,7 @@ from loftq_cli.models import layers
 from loftq_cli.models.auto_classes import auto_class, has_own_code, task_type
 from loftq_cli.models.layers import Inventory, LeftTensor, LinearLayer
 from loftq_cli.models.raw_weights import read_directly
+from loftq_cli.models.stacking import stacked_shape
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -53,7 +54,7 @@ class Architecture:
         self.own_code = has_own_code(model)
         self.task_type = task_type(self.auto_class, model)
         self._state: dict[str, Tensor] = model.state_dict()
-        self._parameters: dict[str, tuple[str, bool]] = {}
+        self._parameters: dict[str, tuple[str, str | None]] = {}
         self._linear = _linear_modules(model)
         self._heads = _head_modules(model)
         self._read_directly = read_directly(model, self._linear)
@@ -72,7 +73,7 @@ class Architecture:
         """
         infos = {info.name: info for info in tensors}
         entries = tuple(self._entry(info, kept or {}) for info in infos.values())
-        return self._drop_unloadable(Inventory(entries), infos)
+        return self._drop_unloadable(Inventory(entries).evened(), infos)
 
     @property
     def module_names(self) -> list[str]:
@@ -119,7 +120,7 @@ class Architecture:
         several = False
         for info in tensors:
             parameter, assembled = self._parameter(info.name)
-            several |= assembled
+            several |= assembled is not None
             found.add(parameter)
         # One tensor that becomes several parameters is known by the first of them only.
         if several and any(len(rule.target_patterns) > 1 for rule in self._converters):
@@ -133,9 +134,8 @@ class Architecture:
         return {tensor: self._parameter(tensor)[0] for tensor in tensors}
 
     def weights_of_modules(self, weights: Iterable[str]) -> dict[str, str]:
-        """By module, these weights (`X.weight`) of a checkpoint."""
-        parameters = self.parameters_of(sorted(weights))
-        return {name.removesuffix(".weight"): tensor for tensor, name in parameters.items()}
+        """By module, these weights (`X.weight`) of a checkpoint; an expert's by its name in it."""
+        return {self._module(tensor): tensor for tensor in sorted(weights)}
 
     def placed(self, tensors: Iterable[TensorInfo]) -> dict[str, str]:
         """The tensors of a checkpoint that the class has a place for, each with its parameter."""
@@ -161,6 +161,14 @@ class Architecture:
             return None, False
         shape, transposed = tuple(found.weight.shape), type(found).__name__ == "Conv1D"
         return (shape[::-1] if transposed else shape), transposed
+
+    def expert_shape(self, tensor: str) -> tuple[int, int] | None:
+        """(out, in) of an expert's matrix in the files; None: the tensor is none."""
+        parameter, source = self._parameter(tensor)
+        if source is None:
+            return None
+        rule = next(rule for rule in self._converters if source in rule.source_patterns)
+        return stacked_shape(tensor, self._state.get(parameter), rule)
 
     def keeps_in_float32(self, parameter: str) -> bool:
         """Whether transformers keeps it in float32 when it casts a model."""
@@ -195,17 +203,22 @@ class Architecture:
             skipped | {name for name in others if not any(_matches(path, [name]) for path in paths)}
         )
 
-    def _parameter(self, tensor: str) -> tuple[str, bool]:
+    def _module(self, tensor: str) -> str:
+        """The module that a weight is of: an expert has none but its name in the files."""
+        name = tensor if self.expert_shape(tensor) is not None else self._parameter(tensor)[0]
+        return name.removesuffix(".weight")
+
+    def _parameter(self, tensor: str) -> tuple[str, str | None]:
         """The parameter that ``tensor`` becomes, by transformers' own renaming rules.
 
         Returns:
-            its name, and whether other tensors are merged into it.
+            its name, and the pattern of the rule that merges other tensors into it, if one does.
         """
         if tensor not in self._parameters:
             self._parameters[tensor] = self._renamed(tensor)
         return self._parameters[tensor]
 
-    def _renamed(self, tensor: str) -> tuple[str, bool]:
+    def _renamed(self, tensor: str) -> tuple[str, str | None]:
         from transformers.core_model_loading import rename_source_key
 
         prefix = self.model.base_model_prefix
@@ -214,22 +227,27 @@ class Architecture:
         )
         if name not in self._state and tensor in self._state:
             name, source = rename_source_key(tensor, [], [], prefix, self._state)
-        return name, source is not None
+        return name, source
 
     def _entry(self, info: TensorInfo, kept: Mapping[str, str]) -> LinearLayer | LeftTensor:
         parameter, assembled = self._parameter(info.name)
-        module = parameter.removesuffix(".weight")
+        module = self._module(info.name)
         transposed = type(self._linear.get(module)).__name__ == "Conv1D"
+        expert = self.expert_shape(info.name) is not None
         reason = self._reason_to_leave(info, parameter, assembled) or kept.get(module)
-        return layers.entry(info, module, transposed, reason)
+        return layers.entry(info, module, transposed, reason, expert=expert)
 
-    def _reason_to_leave(self, info: TensorInfo, parameter: str, assembled: bool) -> str | None:
+    def _reason_to_leave(
+        self, info: TensorInfo, parameter: str, assembled: str | None
+    ) -> str | None:
         from torch import nn
 
         if info.dtype not in FLOATS:
             return layers.NOT_FLOATING_POINT
         if parameter not in self._state:
             return NOT_IN_MODEL
+        if (shape := self.expert_shape(info.name)) is not None and shape == info.shape:
+            return None
         if ".experts" in parameter and self._state[parameter].ndim == 3:
             return layers.STACKED_EXPERTS
         if assembled:
@@ -262,7 +280,8 @@ class Architecture:
         `classifier` in the list, no layer called `…classifier` could be loaded.
         """
         skipped = sorted(set(self._linear) - {layer.module for layer in inventory.layers})
-        hit = {layer for layer in inventory.layers if _matches(layer.module, skipped)}
+        named = [layer for layer in inventory.layers if not layer.expert]
+        hit = {layer for layer in named if _matches(layer.module, skipped)}
         if not hit:
             return inventory
         entries = tuple(

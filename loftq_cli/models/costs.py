@@ -22,6 +22,8 @@ tokens in a step; V the vocabulary; all results are bytes.
 With gradient checkpointing the activations are 2 · T · hidden size for each block, and those of
 one block, which is computed again in the backward pass.
 
+Of experts, whose tokens are few and not known, activations are not counted.
+
 The counts are exact. The memory is an estimate: flash or memory-efficient attention, a base model
 in 16 bits, no dropout. Against what autograd really keeps, its activations were 0.6 to 1.4 times
 right over eight architectures (GPT-2, Llama, Qwen 3, Gemma 2, Phi-3, OPT, GPT-NeoX, BLOOM).
@@ -73,7 +75,8 @@ def memory(
     layers = outline.layers
     elements = sum(layer.parameters for layer in layers)
     trainable = trainable_parameters(adapted, rank)
-    kept = {layer.module: 2 * (layer.in_features + layer.out_features) for layer in layers}
+    passed = [layer for layer in layers if not layer.expert]
+    kept = {layer.module: 2 * (layer.in_features + layer.out_features) for layer in passed}
     for layer in adapted:
         kept[layer.module] += 4 * layer.in_features + 4 * rank
     blocks: Counter[str] = Counter()
@@ -81,7 +84,7 @@ def memory(
         blocks[_block(module)] += size
     largest = max((layer.parameters for layer in layers), default=0)
     activations = tokens * sum(kept.values())
-    checkpointed = 2 * _hidden_size(layers) * len(blocks) + max(blocks.values(), default=0)
+    checkpointed = 2 * _hidden_size(passed) * len(blocks) + max(blocks.values(), default=0)
     terms = {
         "weights_bytes": elements * held.code_bits(bits) // 8,
         "absmax_bytes": sum(

@@ -90,8 +90,10 @@ def _weights(
     parameters = architecture.parameters_of(sorted(kind.weights_in(checkpoint.tensors)))
     found = []
     for tensor, parameter in parameters.items():
-        module = parameter.removesuffix(".weight")
-        shape, transposed = architecture.linear_shape(module)
+        shape, transposed = architecture.expert_shape(tensor), False
+        module = (parameter if shape is None else tensor).removesuffix(".weight")
+        if shape is None:
+            shape, transposed = architecture.linear_shape(module)
         if shape is None:
             return []
         codes = checkpoint.tensors[kind.codes_of(tensor)][1]

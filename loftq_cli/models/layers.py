@@ -13,7 +13,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from loftq_cli.checkpoint.safetensors import TensorInfo
-from loftq_cli.formats import DEFAULT_BLOCK_SIZE, DTYPE_NAMES
+from loftq_cli.containers.fused import expert_stack
+from loftq_cli.formats import DEFAULT_BLOCK_SIZE, DTYPE_BITS, DTYPE_NAMES
 
 # Why a tensor is left as it was. The report and `targets` print these words.
 NOT_A_MATRIX = "not a matrix (norm, bias or convolution)"
@@ -21,6 +22,8 @@ NOT_FLOATING_POINT = "not float32, float16 or bfloat16"
 EMBEDDING = "embedding"
 OUTPUT_HEAD = "output head"
 STACKED_EXPERTS = "stacked experts: transformers and bitsandbytes have no 4-bit form for them"
+UNEVEN_EXPERTS = "an expert, of a block where a matrix of one cannot be quantized"
+EXPERT = "an expert: adapters are for the layers that every token passes"
 ROUTER = "expert router"
 KEPT_IN_FLOAT32 = "kept in float32 by transformers"
 SUBCLASSED_LINEAR = "a subclass of nn.Linear, which transformers does not replace"
@@ -47,7 +50,7 @@ _HEAD = re.compile(
     rf"^({'|'.join(HEADS)}|lm_heads)(\.|$)|(^|\.)lm_head$|^head$"
     r"|^(cls|lm_head|predictions|generator_predictions)\.(.*\.)?(decoder|seq_relationship)$"
 )
-_EXPERT = re.compile(r"\.experts\.\d+\.")
+_EXPERT = re.compile(r"\.experts\.\d+\.[^.]+$")
 # transformers' Conv1D stores its weight as (in, out).
 _CONV1D_MODEL_TYPES = {"gpt2", "gpt-sw3", "openai-gpt", "imagegpt", "decision_transformer"}
 _CONV1D_NAMES = {"c_attn", "c_proj", "c_fc", "q_attn"}
@@ -83,7 +86,8 @@ _SUBCLASSED = {"falcon"}
 class LinearLayer:
     """A linear layer whose weight the container can hold.
 
-    ``transposed`` says that the checkpoint stores (in, out), as Conv1D does.
+    ``transposed`` says that the checkpoint stores (in, out), as Conv1D does. An ``expert`` is one
+    of many that a model holds as one: no layer of its own, so ``module`` is its name in the files.
     """
 
     module: str
@@ -92,6 +96,7 @@ class LinearLayer:
     in_features: int
     transposed: bool
     dtype: str
+    expert: bool = False
 
     @property
     def parameters(self) -> int:
@@ -137,16 +142,41 @@ class Inventory:
     def left(self) -> list[LeftTensor]:
         return [entry for entry in self.entries if isinstance(entry, LeftTensor)]
 
+    def why_unadapted(self, layer: LinearLayer) -> str:
+        """Why a layer can have no adapter; empty where it can."""
+        return EXPERT if layer.expert else self.unadapted.get(layer.module, "")
+
     def adaptable(self) -> Inventory:
         """The same with every layer that can have no adapter as one of those that are left."""
         return Inventory(
             tuple(
                 leave_layer(entry, reason)
-                if isinstance(entry, LinearLayer) and (reason := self.unadapted.get(entry.module))
+                if isinstance(entry, LinearLayer) and (reason := self.why_unadapted(entry))
                 else entry
                 for entry in self.entries
             )
         )
+
+    def keeping_experts(self, reason: str) -> Inventory:
+        """The same with every expert as one of those that are left."""
+        return self._leaving({entry: reason for entry in self.layers if entry.expert})
+
+    def evened(self) -> Inventory:
+        """The same with all experts of a block left where one is: readers hold them as one."""
+        left = {expert_stack(each.tensor.removesuffix(".weight")) for each in self.left} - {None}
+        uneven = [each for each in self.layers if each.expert and expert_stack(each.module) in left]
+        return self._leaving(dict.fromkeys(uneven, UNEVEN_EXPERTS))
+
+    def _leaving(self, reasons: Mapping[LinearLayer, str]) -> Inventory:
+        if not reasons:
+            return self
+        entries = (
+            leave_layer(entry, reasons[entry])
+            if isinstance(entry, LinearLayer) and entry in reasons
+            else entry
+            for entry in self.entries
+        )
+        return replace(self, entries=tuple(entries))
 
 
 def linear_layers(tensors: Iterable[TensorInfo], config: dict[str, Any]) -> Inventory:
@@ -160,11 +190,12 @@ def linear_layers(tensors: Iterable[TensorInfo], config: dict[str, Any]) -> Inve
     for info in tensors:
         module = info.name.removesuffix(".weight")
         transposed = model_type in _CONV1D_MODEL_TYPES and last_part(module) in _CONV1D_NAMES
+        expert = _EXPERT.search(module) is not None
         reason = _reason_to_leave(info, model_type, names)
         if reason is None and block_of(module) is None and info.shape[0] == vocabulary:
             reason = EMBEDDING  # by another name
-        entries.append(entry(info, module, transposed, reason))
-    return unadapted_by_names(Inventory(tuple(entries)), model_type)
+        entries.append(entry(info, module, transposed, reason, expert=expert))
+    return unadapted_by_names(Inventory(tuple(entries)).evened(), model_type)
 
 
 def unadapted_by_names(inventory: Inventory, model_type: str) -> Inventory:
@@ -180,14 +211,16 @@ def is_read_directly(module: str, model_type: str) -> bool:
 
 
 def entry(
-    info: TensorInfo, module: str, transposed: bool, reason: str | None
+    info: TensorInfo, module: str, transposed: bool, reason: str | None, *, expert: bool = False
 ) -> LinearLayer | LeftTensor:
     """A linear layer, unless there is a ``reason`` or the default block size does not fit it."""
     if reason is not None:
         return leave(info, reason)
     rows, columns = info.shape
     out_features, in_features = (columns, rows) if transposed else (rows, columns)
-    layer = LinearLayer(module, info.name, out_features, in_features, transposed, info.dtype)
+    layer = LinearLayer(
+        module, info.name, out_features, in_features, transposed, info.dtype, expert
+    )
     return layer if layer.fits(DEFAULT_BLOCK_SIZE) else leave(info, AWKWARD_SHAPE)
 
 
@@ -197,7 +230,8 @@ def leave(info: TensorInfo, reason: str) -> LeftTensor:
 
 def leave_layer(layer: LinearLayer, reason: str) -> LeftTensor:
     """A layer's weight that stays as it was, though it could be quantized."""
-    return LeftTensor(layer.tensor, layer.stored_shape, layer.dtype, 0, reason)
+    nbytes = layer.parameters * DTYPE_BITS[layer.dtype] // 8
+    return LeftTensor(layer.tensor, layer.stored_shape, layer.dtype, nbytes, reason)
 
 
 def last_part(name: str) -> str:
@@ -209,7 +243,7 @@ def _reason_to_leave(info: TensorInfo, model_type: str, names: set[str]) -> str 
     parent = module.rpartition(".")[0]
     if info.dtype not in DTYPE_NAMES:
         return NOT_FLOATING_POINT
-    if _EXPERT.search(info.name) or (len(info.shape) == 3 and ".experts." in info.name):
+    if len(info.shape) == 3 and ".experts." in info.name:
         return STACKED_EXPERTS
     if len(info.shape) != 2 or 0 in info.shape or module == info.name:
         return NOT_A_MATRIX

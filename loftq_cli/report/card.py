@@ -9,6 +9,7 @@ from loftq_cli import starts
 from loftq_cli.report import integer_card, units
 from loftq_cli.report.another_head import another_head
 from loftq_cli.report.escape import code_span, shell_word, visible
+from loftq_cli.report.experts import told
 from loftq_cli.report.formats import (
     all_layers,
     bits_a_weight,
@@ -272,6 +273,8 @@ def _figures(results: QuantizeResults) -> str:
     bits = bits_a_weight(results)
     if bits is not None:
         rows.insert(2, ("precision", bits))
+    if results.experts is not None:
+        rows.append(("experts", told(results.experts)))
     changes = error_changes(results)
     rows += [(what, units.error_change(before, after)) for what, before, after in changes]
     parts = ["\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)])]

@@ -55,6 +55,11 @@ on them as they are:
 Nothing is rounded on the way. An adapter that was trained there is exact here, and the other way
 round."""
 
+_DEQUANTIZED_EXPERTS = """\
+So are its experts: no container has quantized ones that stay packed while PEFT trains. Made again
+with `--experts keep`, which leaves them in 16 bits, the directory goes into gptqmodel's container
+(`loftq export`), where the rest stays packed."""
+
 _PACKED = """\
 The weights stay packed while it trains. A LoRA of your own on them needs its `target_modules` by
 name: PEFT's "all-linear" looks for torch's layers, and finds none of gptqmodel's."""
@@ -147,7 +152,11 @@ def trained(results: QuantizeResults, here: str) -> str:
     export = export_line(here, GPTQ)
     if not can_take_adapter(results):
         return _MIXED.format(reason=why_not_by_transformers(results), export=export)
-    return _PACKED if results.settings.container == GPTQ else _TWIN.format(export=export)
+    if results.settings.container == GPTQ:
+        return _PACKED
+    if results.experts is not None and results.experts.quantized:
+        return _DEQUANTIZED_EXPERTS
+    return _TWIN.format(export=export)
 
 
 def merged(results: QuantizeResults, here: str) -> str | list[str]:

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 from loftq_cli.report import units
+from loftq_cli.report.experts import told
 from loftq_cli.report.formats import (
     ERRORS,
     adapter_of,
@@ -76,6 +77,8 @@ def _facts(results: QuantizeResults) -> list[tuple[str, str]]:
     bits = bits_a_weight(results)
     if bits is not None:
         facts.append(("precision", bits))
+    if results.experts is not None:
+        facts.append(("experts", told(results.experts)))
     if results.merged is None:
         trainable = units.plural(totals.trainable_parameters, "trainable parameter")
         facts.append(("adapter", f"{about}{units.size(totals.adapter_bytes)}, {trainable}"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from loftq_cli.formats import DEFAULT_CONTAINER
 from loftq_cli.report import units
+from loftq_cli.report.experts import told
 from loftq_cli.report.formats import code_bits
 from loftq_cli.report.parts import TOLD_BY, model_name
 from loftq_cli.report.sparks import bar
@@ -51,6 +52,7 @@ def _facts(results: SweepRanksResults) -> list[tuple[str, str]]:
         ("parameters", f"{units.number(results.base_parameters)} ({results.architecture})"),
         ("held in", held),
         ("targets", f"{', '.join(settings.target_modules)}: {modules}"),
+        *([] if results.experts is None else [("experts", told(results.experts))]),
         ("told by", TOLD_BY[results.counted_by]),
         ("training step", f"{step}; memory is an estimate"),
     ]

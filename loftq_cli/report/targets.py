@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from loftq_cli.report import units
+from loftq_cli.report.experts import told
 from loftq_cli.report.parts import TOLD_BY, model_name
 from loftq_cli.report.sparks import bar
 from loftq_cli.report.tables import Column, Facts, Records, Section, Table, View
@@ -42,6 +43,8 @@ def _facts(results: TargetsResults) -> list[tuple[str, str]]:
         size, bits = units.size(results.quantized_bytes), units.plain(results.stored_bits)
         how = f"{results.container} at {results.bits} bits, {bits} stored bits a weight"
         facts.append(("quantized", f"{size} in {how}"))
+    if results.experts is not None:
+        facts.append(("experts", told(results.experts)))
     return [*facts, ("told by", TOLD_BY[results.counted_by])]
 
 
@@ -83,7 +86,10 @@ def _skipped(results: TargetsResults) -> Table:
         Column("share_of_parameters", "of all", show=units.percent),
         Column("reason", "because", "prose"),
     ]
-    return Table("Left as they are", columns, results.skipped)
+    left = "Left as they are"
+    if results.experts is not None and results.experts.quantized:
+        left = "Without an adapter, and but for experts left as they are"
+    return Table(left, columns, results.skipped)
 
 
 def _notes(results: TargetsResults) -> list[tuple[str, str]]:

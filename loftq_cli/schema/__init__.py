@@ -44,6 +44,8 @@ from loftq_cli.schema.planning import (
 from loftq_cli.schema.quantizing import (
     AdaptedLayer,
     CalibratedOn,
+    Experts,
+    ExpertShape,
     ExportResults,
     MergedFrom,
     MergeResults,

@@ -6,7 +6,7 @@ from typing import Literal
 
 from loftq_cli.formats import DEFAULT_CONTAINER
 from loftq_cli.schema.envelope import Model
-from loftq_cli.schema.quantizing import CalibratedOn
+from loftq_cli.schema.quantizing import CalibratedOn, Experts
 
 
 class SweepSettings(Model):
@@ -85,6 +85,7 @@ class SweepRanksResults(Model):
     base_parameters: int
     quantized_parameters: int
     modules: int  # that get an adapter
+    experts: Experts | None = None
     settings: SweepSettings
     quantized_only_error_relative: float | None = None
     quantized_only_output_error_relative: float | None = None
@@ -117,7 +118,10 @@ class TargetPreset(Model):
 
 
 class SkippedModule(Model):
-    """What gets no adapter and stays as it is. `shape` is null where it is not one for all."""
+    """What gets no adapter and, but for experts, stays as it is.
+
+    `shape` is null where it is not one for all.
+    """
 
     name: str
     reason: str
@@ -147,5 +151,6 @@ class TargetsResults(Model):
     layers: list[LayerKind]
     presets: list[TargetPreset]
     skipped: list[SkippedModule]
+    experts: Experts | None = None
     guessed: list[str] = []
     without_role: list[str] = []

@@ -16,6 +16,31 @@ class CalibratedOn(Model):
     tokens: int | None = None
 
 
+class ExpertShape(Model):
+    """So many matrices of experts have this shape."""
+
+    out_features: int
+    in_features: int
+    count: int
+
+
+class Experts(Model):
+    """The matrices of a model's experts, one of each expert counted as one however files hold them.
+
+    Bytes are those of their tensors before and after; `reason` is why those that are not
+    `quantized` stay as they are, null where there are none.
+    """
+
+    matrices: int
+    quantized: int
+    shapes: list[ExpertShape]
+    parameters: int
+    share_of_parameters: float
+    input_bytes: int
+    output_bytes: int
+    reason: str | None = None
+
+
 class QuantizeSettings(Model):
     """`leading` is (blocks, bits) of the first blocks; `iterations` null: until it hardly pays."""
 
@@ -42,6 +67,7 @@ class QuantizeSettings(Model):
     seed: int
     dtype: str | None = None  # of all that is not quantized, where it is not the source's
     adapter_dtype: str = "float32"
+    experts: Literal["quantize", "keep"] | None = None  # null: as the container has it
 
 
 class AdaptedLayer(Model):
@@ -175,6 +201,7 @@ class QuantizeResults(Model):
     layers: list[AdaptedLayer]
     without_adapter: list[PlainLayer] = []
     untouched: list[UntouchedTensor] = []
+    experts: Experts | None = None
     files: list[WrittenFile] = []
     source_files: list[SourceFile] = []
     # The hub that the weights were read from by range requests; null where they were on a disk.

@@ -120,7 +120,7 @@ def _computed_in(written: Written) -> Collection[str]:
 
 def _require_skipped(written: Written, skipped: list[str]) -> None:
     """Exactly the layers that have codes to load must be replaced."""
-    quantized = {layer.name for layer in written.claims.layers}
+    quantized = {layer.name for layer in written.claims.layers} - written.experts
     container = written.claims.container
     skip_list = container.skip_list
     replaced = written.architecture.replaced_modules(

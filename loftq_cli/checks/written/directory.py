@@ -81,6 +81,12 @@ class Written:
         return self.architecture.weights_of_modules(weights_in(self.checkpoint.tensors))
 
     @cached_property
+    def experts(self) -> set[str]:
+        """Of those modules, the ones that the class holds as parts of a stack."""
+        shape_of = self.architecture.expert_shape
+        return {module for module, name in self.weights.items() if shape_of(name) is not None}
+
+    @cached_property
     def layer_tensors(self) -> set[str]:
         """The weights of the layers: all that are stored quantized, or those of the report."""
         if self.claims.container.quantizes:

@@ -1,0 +1,83 @@
+"""What a plan makes of the matrices of experts: how many there are, and how large."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable
+
+from loftq_cli.checkpoint.index import Checkpoint
+from loftq_cli.containers.fused import expert_stack
+from loftq_cli.engines.plan import Plan, PlannedLayer, stored
+from loftq_cli.engines.settings import Settings
+from loftq_cli.formats import DTYPE_BITS
+from loftq_cli.models.layers import LeftTensor
+from loftq_cli.record import Record
+from loftq_cli.report.experts import told
+from loftq_cli.schema import Experts, ExpertShape
+
+
+def experts_of(
+    entries: Iterable[PlannedLayer | LeftTensor], settings: Settings, parameters: int
+) -> Experts | None:
+    """The experts among the tensors of a model of so many ``parameters``; None: it has none.
+
+    A stack (experts, …) counts as one matrix an expert. Biases and scales are no matrices.
+    """
+    shapes: Counter[tuple[int, int]] = Counter()
+    reasons: Counter[str] = Counter()
+    quantized = before = after = 0
+    for entry in entries:
+        if not _is_expert(entry):
+            continue
+        shape = entry.shape
+        count, (rows, columns) = math.prod(shape[:-2]), shape[-2:]
+        shapes[rows, columns] += count
+        nbytes = _nbytes(entry)
+        before += nbytes
+        if isinstance(entry, PlannedLayer) and settings.container.quantizes:
+            quantized += count
+            after += sum(tensor.nbytes for tensor in stored(entry, settings))
+        else:
+            after += nbytes
+            reasons[entry.reason] += nbytes
+    if not shapes:
+        return None
+    held = sum(count * rows * columns for (rows, columns), count in shapes.items())
+    return Experts(
+        matrices=sum(shapes.values()),
+        quantized=quantized,
+        shapes=[
+            ExpertShape(out_features=rows, in_features=columns, count=count)
+            for (rows, columns), count in shapes.items()
+        ],
+        parameters=held,
+        share_of_parameters=held / max(parameters, 1),
+        input_bytes=before,
+        output_bytes=after,
+        reason=max(reasons, key=lambda reason: reasons[reason]) if reasons else None,
+    )
+
+
+def tell_of_experts(plan: Plan, checkpoint: Checkpoint, record: Record) -> None:
+    """Where most of the bytes stay as they were, that is said before hours are spent."""
+    entries = (entry for task in plan.tasks for entry in task.entries)
+    parameters = sum(info.elements for info in checkpoint.infos)
+    experts = experts_of(entries, plan.settings, parameters)
+    if plan.settings.container.quantizes and experts is not None and experts.reason is not None:
+        record.warn(f"experts: {told(experts)}")
+
+
+def _is_expert(entry: PlannedLayer | LeftTensor) -> bool:
+    if isinstance(entry, PlannedLayer):
+        return entry.layer.expert
+    module = entry.tensor.removesuffix(".weight")
+    if expert_stack(module) is None:
+        return False
+    return len(entry.shape) == 3 or (len(entry.shape) == 2 and module != entry.tensor)
+
+
+def _nbytes(entry: PlannedLayer | LeftTensor) -> int:
+    """Of the source's tensor, as it is read."""
+    dtype = entry.layer.dtype if isinstance(entry, PlannedLayer) else entry.dtype
+    return math.prod(entry.shape) * DTYPE_BITS[dtype] // 8
