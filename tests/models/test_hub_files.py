@@ -199,6 +199,17 @@ def test_another_version_of_a_file_is_not_read(
     assert f"its {named} was" in str(caught.value.cause)
 
 
+@pytest.mark.parametrize(("length", "named"), [(-1, "is truncated"), (1, "has trailing bytes")])
+def test_a_file_of_another_length_than_its_header_says(
+    length: int, named: str, hub: StandInHub
+) -> None:
+    file = hub.files[f"{REPOSITORY}/model-00002-of-00002.safetensors"]
+    file.total = file.size + length
+    with pytest.raises(CorruptCheckpoint, match="model-00002") as caught:
+        read_remote(REPOSITORY, None)
+    assert named in str(caught.value.cause)
+
+
 def test_a_change_in_the_middle_of_a_tensor(hub: StandInHub, remote: Checkpoint) -> None:
     header, info = remote.tensors["a"]
 
