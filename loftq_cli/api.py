@@ -14,7 +14,14 @@ from loftq_cli.options import QuantizeOptions, refuse_both, require_text, size
 if TYPE_CHECKING:
     from loftq_cli.engines.job import Job, Made
     from loftq_cli.engines.report_file import Report
-    from loftq_cli.formats import AdapterDtype, Experts, QuantStorage, QuantType, SvdMethod
+    from loftq_cli.formats import (
+        AdapterDtype,
+        EngineName,
+        Experts,
+        QuantStorage,
+        QuantType,
+        SvdMethod,
+    )
     from loftq_cli.record import Listener, Record
     from loftq_cli.schema import Document, QuantizeResults, VerifyResults
 
@@ -44,6 +51,8 @@ def quantize(
     adapter_dtype: AdapterDtype = "float32",
     device: str = "auto",
     dtype: str = "auto",
+    engine: EngineName = "local",
+    ray_address: str = "auto",
     workers: int | None = None,
     max_memory: int | str | None = None,
     stream: bool = False,
@@ -162,10 +171,12 @@ def run_quantize(asked: QuantizeOptions, record: Record) -> tuple[Report, Verify
         raise UsageError(
             "--preflight is for --dry-run", cause="a run always asks", hint="leave it out"
         )
+    from loftq_cli.engines.cluster import require_cluster_options
     from loftq_cli.engines.job import Job, foresee_directory, make_directory
     from loftq_cli.engines.settings import settings_of
     from loftq_cli.engines.workers import deal_out
 
+    require_cluster_options(asked)
     settings = settings_of(asked)
     if asked.stream and settings.calibration is not None:
         raise UsageError(
@@ -196,6 +207,8 @@ def run_quantize(asked: QuantizeOptions, record: Record) -> tuple[Report, Verify
         settings=settings,
         device=asked.device,
         calibration_text=asked.calibration_text,
+        engine=asked.engine,
+        ray_address=asked.ray_address,
         workers=asked.workers,
         memory_limit=limit,
         stream=asked.stream,

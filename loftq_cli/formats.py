@@ -36,6 +36,8 @@ INTEGER_BITS = (2, 3, 4, 8)
 WHOLE_ROW = -1
 INTEGER_BLOCK_SIZES = (32, 64, 128, WHOLE_ROW)
 
+# Where tasks run.
+EngineName: TypeAlias = Literal["local", "ray"]
 # What becomes of the matrices of experts, where a model has some.
 Experts: TypeAlias = Literal["quantize", "keep"]
 AdapterDtype: TypeAlias = Literal["float32", "bfloat16", "float16"]

@@ -6,6 +6,7 @@ import os
 import platform
 import re
 import sys
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -194,7 +195,7 @@ def environment() -> dict[str, Any]:
         "machine": platform.machine(),
         "cpu_count": _cpu_count(),
         "memory_bytes": memory_bytes(),
-        "packages": {name: version for name in PACKAGES if (version := _version(name))},
+        "packages": versions(PACKAGES),
         "accelerators": _accelerators(),
     }
 
@@ -210,6 +211,11 @@ def _version(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
+
+
+def versions(packages: Sequence[str]) -> dict[str, str]:
+    """Of those that are installed."""
+    return {name: version for name in packages if (version := _version(name))}
 
 
 def _accelerators() -> list[dict[str, Any]]:

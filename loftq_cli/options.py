@@ -22,6 +22,7 @@ from loftq_cli.formats import (
     DEFAULT_STORAGE,
     DTYPE_NAMES,
     AdapterDtype,
+    EngineName,
     Experts,
     QuantStorage,
     QuantType,
@@ -94,6 +95,8 @@ class QuantizeOptions(Options):
     adapter_dtype: AdapterDtype = "float32"
     device: str = "auto"
     dtype: str = "auto"
+    engine: EngineName = "local"
+    ray_address: str = "auto"
     workers: int | None = None  # 1, or one a GPU
     max_memory: str | int | None = None
     stream: bool = False

@@ -76,6 +76,7 @@ EXTRAS = {
         ],
         ["tests/containers/test_gptqmodel.py", "tests/quantize/test_integer_cards.py", BOTH],
     ),
+    "ray": ([["ray==2.60.0"]], ["tests/engines/test_ray.py"]),
     # What CUDA builds of torch bring: interpreted, the kernels of CUDA run here too.
     "triton": ([["triton==3.9.0"]], ["tests/core/test_triton.py"]),
 }  # fmt: skip

@@ -19,6 +19,7 @@ from loftq_cli.formats import (
     ALL_LINEAR,
     BLOCK_SIZES,
     AdapterDtype,
+    EngineName,
     Experts,
     QuantStorage,
     QuantType,
@@ -192,6 +193,21 @@ OPTIONS = {
         "--adapter-dtype",
         metavar="float32|bfloat16|float16",
         help="What the adapter is written in; errors are those of the rounded one.",
+    ),
+    "engine": option(
+        EngineName,
+        "--engine",
+        metavar="local|ray",
+        help="Who runs the tasks, an output file each: this machine, or a Ray cluster whose nodes "
+        "share the file system.",
+    ),
+    "ray_address": option(
+        str,
+        "--ray-address",
+        metavar="auto|local|HOST:PORT",
+        help="Of the cluster's head; auto finds the one that this machine is part of, local starts "
+        "one here.",
+        autocompletion=lambda: ["auto", "local"],
     ),
     "workers": option(
         int | None,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -16,7 +16,8 @@ from loftq_cli.checkpoint.staging import Staging
 from loftq_cli.checkpoint.writer import require_free_space
 from loftq_cli.engines import estimates, output
 from loftq_cli.engines.allocation import allocate
-from loftq_cli.engines.engine import Engine, run_tasks
+from loftq_cli.engines.cluster import Cluster, connected
+from loftq_cli.engines.engine import run_tasks
 from loftq_cli.engines.experts import tell_of_experts
 from loftq_cli.engines.fingerprint import (
     base_identity,
@@ -25,7 +26,6 @@ from loftq_cli.engines.fingerprint import (
     require_unchanged,
     state,
 )
-from loftq_cli.engines.local import InThisProcess
 from loftq_cli.engines.plan import NOT_A_TARGET, Plan, make_plan
 from loftq_cli.engines.preflight import Asked, ask, ask_found
 from loftq_cli.engines.report_file import (
@@ -34,11 +34,12 @@ from loftq_cli.engines.report_file import (
     refuse_output,
     write_report,
 )
+from loftq_cli.engines.resources import choose_devices, engine_of, memory_plan
 from loftq_cli.engines.results import calibrated_on, quantize_results
 from loftq_cli.engines.settings import Settings
 from loftq_cli.engines.tasks import TaskResult, TaskSpec
-from loftq_cli.engines.workers import Workers, deal_out
 from loftq_cli.errors import LoftqError
+from loftq_cli.formats import EngineName
 from loftq_cli.models.companions import Companions, companions
 from loftq_cli.models.layers import linear_layers
 from loftq_cli.models.lookup import find_model
@@ -65,6 +66,8 @@ class Job:
     settings: Settings
     device: str = "auto"
     calibration_text: Path | None = None
+    engine: EngineName = "local"
+    ray_address: str = "auto"
     workers: int | None = None
     memory_limit: int | None = None
     stream: bool = False  # the weights straight from the hub, none on this disk
@@ -98,6 +101,7 @@ class _Prepared:
     plan: Plan
     memory: estimates.MemoryPlan
     beside: Companions
+    cluster: Cluster | None
 
     @property
     def device(self) -> str:
@@ -121,7 +125,12 @@ def make_directory(job: Job, record: Record) -> Made:
     began = time.perf_counter()
     # Before a model is downloaded for nothing.
     refuse_output(job.output, force=job.force, resume=job.resume)
-    ready = _prepare(job, record)
+    with connected(job.ray_address) if job.engine == "ray" else nullcontext() as cluster:
+        return _make(_prepare(job, cluster, record), record, began)
+
+
+def _make(ready: _Prepared, record: Record, began: float) -> Made:
+    job = ready.job
     found, identity = ready.found, ready.fingerprint()
     if job.resume and (document := finished_run(job.output, identity)) is not None:
         record.note(f"{job.output} is already complete")
@@ -196,7 +205,7 @@ def foresee_directory(
     else:
         plan = make_plan(linear_layers(checkpoint.infos, found.config), settings)
         described = {"architecture": found.outline.architecture, "counted_by": "names"}
-    memory = _plan_memory(plan, memory_limit, workers, record)
+    memory = memory_plan(plan, memory_limit, workers, record)
     tell_of_experts(plan, checkpoint, record)
     results = quantize_results(
         plan,
@@ -219,17 +228,19 @@ def _described(architecture: Architecture) -> dict[str, Any]:
     }
 
 
-def _prepare(job: Job, record: Record) -> _Prepared:
+def _prepare(job: Job, cluster: Cluster | None, record: Record) -> _Prepared:
     """Finds the model and plans the run."""
     with record.timing("resolve"):
         find = stream_model if job.stream else resolve_model
         found = find(job.model, with_code=job.trust_remote_code)
         config = read_config(found.directory)
         refuse_quantized(found.directory, config)
+        if cluster is not None:  # a node's processes work elsewhere
+            found = replace(found, directory=found.directory.absolute())
         checkpoint = found.checkpoint().cast(job.settings.dtype)
         _tell_of_stream(found, checkpoint, record)
     with record.timing("plan"):
-        devices = _choose_devices(job, record)
+        devices = choose_devices(job, cluster, record)
         asked = ask(
             found.directory,
             config,
@@ -242,9 +253,11 @@ def _prepare(job: Job, record: Record) -> _Prepared:
         tell_of_experts(plan, checkpoint, record)
         # More processes than tasks would have nothing to do.
         devices = devices[: len(plan.tasks)]
-        memory = _plan_memory(plan, job.memory_limit, len(devices), record)
+        memory = memory_plan(plan, job.memory_limit, len(devices), record)
     beside = _beside(job, found, checkpoint, record)
-    return _Prepared(job, found, config, checkpoint, architecture, devices, plan, memory, beside)
+    return _Prepared(
+        job, found, config, checkpoint, architecture, devices, plan, memory, beside, cluster
+    )
 
 
 def _tell_of_stream(found: ResolvedModel, checkpoint: Checkpoint, record: Record) -> None:
@@ -285,32 +298,6 @@ def _tell(asked: Asked, record: Record) -> None:
             record.warn(f"no adapter on {units.plural(count, 'layer')}: {reason}")
 
 
-def _choose_devices(job: Job, record: Record) -> list[str]:
-    """The device of each worker; of one there is nothing to tell."""
-    chosen = hardware.resolve_devices(job.device)
-    if job.memory_limit is not None and chosen[0].value != "cpu":
-        chosen = [hardware.Choice("cpu", "--max-memory counts memory of the CPU")]
-        record.warn("--max-memory counts memory of the CPU: the GPU is not used")
-    names = [each.value for each in chosen]
-    record.resolved("device", ",".join(names), chosen[0].reason)
-    devices = deal_out(names, job.workers, job.settings.start)
-    if len(devices) > 1:
-        reason = "one for each GPU" if job.workers is None else "asked for"
-        record.resolved("workers", len(devices), reason)
-    return devices
-
-
-def _plan_memory(
-    plan: Plan, limit: int | None, workers: int, record: Record
-) -> estimates.MemoryPlan:
-    """How much is held at once, by the same rule for a run and for a dry run."""
-    threads = max(1, hardware.threads() // workers)
-    machine = estimates.Machine(hardware.product_bytes(), threads, hardware.memory_bytes())
-    memory = estimates.plan_memory(plan, limit, machine, workers)
-    record.resolved("memory_plan", memory.name, memory.reason)
-    return memory
-
-
 def _measured(ready: _Prepared, record: Record) -> Plan:
     """The plan with the bits and ranks that follow from what the layers lose."""
     plan = ready.plan
@@ -343,11 +330,10 @@ def _run_tasks(
     ):
         if inputs is not None:
             plan = plan.in_order(inputs.order)
-        engine: Engine
-        if len(ready.devices) > 1:
-            engine = Workers(spec, ready.devices)
-        else:
-            engine = InThisProcess(spec, None if inputs is None else inputs.moments)
+        input_moments = None if inputs is None else inputs.moments
+        engine = engine_of(
+            spec, plan, ready.devices, ready.memory, ready.cluster, input_moments, record
+        )
         with output.telling_what_is_kept(staging, [task.file_name for task in plan.tasks], record):
             done = run_tasks(plan, engine, staging, record, progress)
     calibration = None if inputs is None else calibrated_on(inputs)

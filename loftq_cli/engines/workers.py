@@ -55,14 +55,19 @@ def deal_out(devices: Sequence[str], workers: int | None, start: Start) -> list[
     return [devices[number % len(devices)] for number in range(count)]
 
 
+@dataclass(frozen=True)
 class Threads:
     """Of each worker: its ``share`` for the work itself, torch's number for what follows that."""
 
-    def __init__(self, workers: int) -> None:
+    torch: int
+    share: int
+
+    @classmethod
+    def of_each(cls, workers: int) -> Threads:
         import torch
 
-        self.torch = torch.get_num_threads()
-        self.share = max(1, self.torch // workers)
+        threads = torch.get_num_threads()
+        return cls(threads, max(1, threads // workers))
 
     def take(self) -> None:
         """In the worker: from now on it keeps to them."""
@@ -89,7 +94,7 @@ class Workers(Engine):
     def __init__(self, spec: TaskSpec, devices: Sequence[str]) -> None:
         self._spec = spec
         self._devices = devices
-        self._threads = Threads(len(devices))
+        self._threads = Threads.of_each(len(devices))
         self._workers: dict[int, _Worker] = {}
         self._peak_of_ended = 0
 
@@ -216,7 +221,7 @@ def _serve(pipe: Connection, spec: TaskSpec, threads: Threads) -> None:
             try:
                 result = run_task(task, spec, progress=told)
             except Exception as error:
-                pipe.send(("failed", _portable(error)))
+                pipe.send(("failed", portable(error)))
             else:
                 pipe.send(("done", (result, hardware.peak_memory_bytes())))
 
@@ -229,7 +234,7 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _portable(error: Exception) -> Exception:
+def portable(error: Exception) -> Exception:
     """The error, if it arrives in another process as what it is; else what it says."""
     try:
         pickle.loads(pickle.dumps(error))

@@ -9,7 +9,7 @@ import pytest
 
 from loftq_cli import quantize
 from loftq_cli.checkpoint.writer import TEMPORARY_SUFFIX
-from loftq_cli.engines import engine, job
+from loftq_cli.engines import engine, resources
 from loftq_cli.engines.engine import Lost
 from loftq_cli.engines.local import InThisProcess
 from loftq_cli.engines.plan import Task
@@ -53,7 +53,7 @@ def losing(monkeypatch: pytest.MonkeyPatch) -> list[Losing]:
         made.append(Losing(*arguments))
         return made[-1]
 
-    monkeypatch.setattr(job, "InThisProcess", make)
+    monkeypatch.setattr(resources, "InThisProcess", make)
     return made
 
 

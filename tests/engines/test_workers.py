@@ -5,63 +5,22 @@ from __future__ import annotations
 import multiprocessing
 import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from loftq_cli import quantize
-from loftq_cli.checkpoint.staging import Staging
 from loftq_cli.engines.workers import Threads, deal_out
 from loftq_cli.errors import UsageError
-from loftq_cli.record import Listener, Progress
 from loftq_cli.starts import STARTS
 from tests.conftest import Outcome
-from tests.engines.conftest import LINE, OPTIONS
+from tests.engines.conftest import LINE, OPTIONS, Watching, children
 from tests.quantize.test_killed import Loftq, contents, finished
 
 Command = Callable[..., Outcome]
-
-
-class Watching(Listener):
-    """Keeps what it is told; `at` is called when a layer of the third block is begun."""
-
-    def __init__(self, at: Callable[[], None] = lambda: None) -> None:
-        self.notes: list[str] = []
-        self.done: list[str] = []
-        self.at = at
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
-
-    @contextmanager
-    def progress(self, label: str, total: int) -> Iterator[Progress]:
-        told = Progress()
-        told.start = self._start  # type: ignore[method-assign]
-        told.advance = self.done.append  # type: ignore[method-assign]
-        yield told
-        assert len(self.done) == total
-
-    def _start(self, name: str) -> None:
-        if name == "model.layers.2.mlp.gate_proj":
-            self.at()
-
-
-@pytest.fixture
-def recorded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    names: list[str] = []
-    real = Staging.record
-
-    def record(self: Staging, name: str, *rest: Any) -> None:
-        names.append(name)
-        real(self, name, *rest)
-
-    monkeypatch.setattr(Staging, "record", record)
-    return names
 
 
 def test_two_write_what_one_writes_also_if_one_is_killed(
@@ -84,17 +43,6 @@ def test_two_write_what_one_writes_also_if_one_is_killed(
     assert len(weights) == len(set(weights)) == 9
     assert document.resolved["workers"].value == 2
     assert multiprocessing.active_children() == []
-
-
-def children(parent: int) -> set[int]:
-    """Processes that were started by this one, by the system's own list."""
-    found = set()
-    for status in Path("/proc").glob("[0-9]*/stat"):
-        with suppress(OSError):
-            number, _, rest = status.read_text().partition(" (")
-            if int(rest.rpartition(") ")[2].split()[1]) == parent:
-                found.add(int(number))
-    return found
 
 
 def gone(processes: set[int]) -> bool:
@@ -199,7 +147,7 @@ def test_threads_are_divided() -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(5)
     try:
-        assert [Threads(n).share for n in (1, 2, 5, 9)] == [5, 2, 1, 1]
-        assert Threads(2).torch == 5
+        assert [Threads.of_each(n).share for n in (1, 2, 5, 9)] == [5, 2, 1, 1]
+        assert Threads.of_each(2).torch == 5
     finally:
         torch.set_num_threads(before)
