@@ -65,7 +65,12 @@ class Bitsandbytes4(Container):
     searches = True
     why_uncalibrated = None
     whole_bytes = None
-    why_experts_stay = "an expert: plain transformers 5 loads no quantized ones in bitsandbytes"
+    # Its merge of experts comes before anything knows that they are packed (5.24).
+    why_experts_stay = (
+        "an expert: plain transformers 5 loads no quantized ones in bitsandbytes "
+        "(--experts quantize writes them for others)"
+    )
+    takes_experts = True
     layer_class = "Linear4bit"
     skip_list = "llm_int8_skip_modules"
 

@@ -66,6 +66,8 @@ def _target_modules(plan: Plan, architecture: Architecture) -> list[str] | str:
     adapted = {planned.layer.module for planned in plan.layers if planned.adapted}
     ends = {name.rpartition(".")[2] for name in adapted}
     others = [name for name in architecture.module_names if name not in adapted]
+    if plan.settings.experts == "quantize":  # for readers that hold each expert as a layer
+        others += [planned.layer.module for planned in plan.layers if planned.layer.expert]
     for names in (ends, adapted):
         tails = tuple(f".{name}" for name in names)
         if not any(other in names or other.endswith(tails) for other in others):

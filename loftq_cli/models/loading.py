@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from loftq_cli.checkpoint.index import Checkpoint, open_checkpoint
+from loftq_cli.containers.bitsandbytes4 import Bitsandbytes4
 from loftq_cli.errors import CorruptCheckpoint, UnsupportedModel, told_as
 from loftq_cli.formats import DEFAULT_CONTAINER
 from loftq_cli.libraries import import_bitsandbytes
@@ -81,6 +82,8 @@ def load_model(
     with clock("build"):
         architecture = read_architecture(directory, config, trust_remote_code=trust_remote_code)
         codes = integer_codes(architecture, config, checkpoint)
+        if codes is None:
+            _refuse_packed_experts(directory, architecture, checkpoint)
         tokenizer = load_tokenizer(directory, trust_remote_code)
     with clock("read"):
         place = {"device_map": {"": device}}
@@ -101,6 +104,21 @@ def load_model(
         elif own is not None:
             model, name = attach_adapter(model, own), own.name
     return LoadedModel(model.eval(), tokenizer, name, codes)
+
+
+def _refuse_packed_experts(
+    directory: Path, architecture: Architecture, checkpoint: Checkpoint
+) -> None:
+    """transformers 5 would stack codes as if they were numbers, and say that shapes do not fit."""
+    packed = sorted(Bitsandbytes4.weights_in(checkpoint.tensors))
+    experts = [name for name in packed if architecture.expert_shape(name) is not None]
+    if experts:
+        raise UnsupportedModel(
+            f"transformers 5 loads no quantized experts such as {experts[0]}",
+            cause=f"{len(experts)} of them in {directory} are in bitsandbytes' 4 bits, which its "
+            "merge of experts does not know",
+            hint="load it with transformers 4, or merge it: loftq merge writes 16 bits",
+        )
 
 
 def load_tokenizer(directory: Path, trust_remote_code: bool = False) -> Any:

@@ -26,6 +26,7 @@ from loftq_cli.report.loading import (
     adapter_lines,
     base_call,
     can_take_adapter,
+    for_other_readers,
     here_as_text,
     here_lines,
     is_causal,
@@ -63,6 +64,11 @@ _WHERE_IT_IS = """\
 The last line says where the backbone is. PEFT looks there when it saves embeddings that you
 resized (do that before the adapter goes on), and `AutoPeftModel...` when it loads what you
 trained."""
+
+_TRANSFORMERS_4 = """\
+These lines are for transformers 4 with PEFT 0.18 (4.57 and 0.18.1 were tried). transformers 5 loads
+no quantized experts in bitsandbytes: it stacks them before it knows that they are packed. For it,
+`loftq merge` writes what was trained in 16 bits."""
 
 _ADAPTER_LEFT_OUT = """\
 What loads the directory in one call, such as `pipeline`, loads the backbone without its adapter and
@@ -165,6 +171,8 @@ def _used(results: QuantizeResults, here: str) -> list[str]:
         ]
     if why_not_by_transformers(results) is None:
         notes.insert(1, _ADAPTER_LEFT_OUT)
+    if for_other_readers(results):
+        notes.insert(0, _TRANSFORMERS_4)
     return [
         *(["## Install", integer_card.install(results)] if integers else []),
         "## Load",

@@ -46,6 +46,13 @@ def quantization(results: QuantizeResults) -> tuple[str, dict[str, Any]] | None:
     return None
 
 
+def for_other_readers(results: QuantizeResults) -> bool:
+    """Whether experts are quantized as transformers 4 loads them, and 5 does not."""
+    experts = results.experts
+    packed = experts is not None and experts.quantized > 0
+    return packed and results.settings.container == "bitsandbytes"
+
+
 def why_not_by_transformers(results: QuantizeResults) -> str | None:
     """Why transformers (5.24) cannot load the backbone for an adapter; None: it can."""
     container = results.settings.container

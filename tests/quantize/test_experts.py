@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from bitsandbytes.functional import QuantState, dequantize_4bit
 from safetensors.torch import load_file, save_file
 
 from loftq_cli import api
@@ -284,3 +285,41 @@ def test_calibrated_by_the_errors_of_weights(tmp_path: Path, loftq: Loftq) -> No
     ]
     assert totals["output_error_relative"] < totals["quantized_only_output_error_relative"]
     assert loftq("verify", tmp_path / "calibrated", "--source", tmp_path / "source").code == 0
+
+
+def test_in_bitsandbytes_for_other_readers(
+    made: Callable[[str], Made], tmp_path: Path, loftq: Loftq
+) -> None:
+    """One by one, each as its library dequantizes it; what reads it not says so, and it merges."""
+    source, out = made("Qwen2-MoE").source, tmp_path / "out"
+    line = ("quantize", "-m", source, "--rank", 4, "--iterations", 1, "-o", out)
+    done = loftq(*line, "--experts", "quantize", "--json")
+    assert done.code == 0, done.err
+    results = json.loads(done.out)["results"]
+    stored = load_file(out / "model.safetensors")
+    names = [layer["name"] for layer in results["without_adapter"] if ".experts." in layer["name"]]
+    assert len(names) == len(experts_of(made("Qwen2-MoE").original))
+    original = load_file(source / "model.safetensors")
+    for name in names:
+        parts = {
+            each: tensor for each, tensor in stored.items() if each.startswith(f"{name}.weight.")
+        }
+        Q = dequantize_4bit(stored[f"{name}.weight"], QuantState.from_dict(parts, "cpu"))
+        assert relative(Q.float(), original[f"{name}.weight"]) < 0.12
+    config = json.loads((out / "config.json").read_text())["quantization_config"]
+    assert "model.layers.1.mlp.gate" in config["llm_int8_skip_modules"]
+    targets = json.loads((out / "loftq_init" / "adapter_config.json").read_text())
+    ends = targets["target_modules"]
+    assert not any(f"{name}".endswith(f".{end}") for name in names for end in ends)
+    assert "transformers 4" in (out / "README.md").read_text()
+
+    assert loftq("verify", out, "--source", source).code == 0
+    done = loftq("load", "-m", out)
+    assert done.code == 1
+    assert "transformers 5 loads no quantized experts" in done.err
+    merged = tmp_path / "merged"
+    assert loftq("merge", out, "-o", merged).code == 0
+    plain = load_model(merged, device="cpu", dtype="float32").model
+    with torch.no_grad():
+        expected = made("Qwen2-MoE").original(tokens()).logits
+        assert relative(plain(tokens()).logits, expected) < 0.2

@@ -17,6 +17,7 @@ from loftq_cli.models.auto_classes import class_named
 from loftq_cli.models.loading import keep_layout
 from loftq_cli.report.loading import (
     auto_class,
+    for_other_readers,
     keeps_adapter_dtype,
     quantization,
     why_not_by_transformers,
@@ -137,6 +138,11 @@ def _require_loadable(written: Written) -> None:
         raise NothingToCheck(
             f"transformers loads {container.name} with {' and '.join(container.libraries)}: "
             f"pip install {names}"
+        )
+    if for_other_readers(written.claims.results):
+        raise NothingToCheck(
+            "plain transformers 5 loads no quantized experts in bitsandbytes: what reads them "
+            "are transformers 4 and others"
         )
     if (reason := why_not_by_transformers(written.claims.results)) is not None:
         told = ", ".join(map(str, sorted({layer.bits for layer in written.claims.quantized})))
