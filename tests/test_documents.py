@@ -136,3 +136,12 @@ def test_every_start_is_explained() -> None:
     rows = re.findall(r"^\| (`[a-z-]+`(?:, `[a-z-]+`)*)", guide.partition("`--init`")[2], re.M)
     named = {name for row in rows for name in re.findall(r"`([a-z-]+)`", row)}
     assert set(STARTS) <= named
+
+
+def test_the_arithmetic_of_a_cluster_is_what_its_block_prints() -> None:
+    document = reference.REFERENCE.parent / "CLUSTER.md"
+    (block,) = (each for each in blocks(document) if each.language == "python")
+    done = subprocess.run([sys.executable, "-c", block.text], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout
+    assert done.stdout in document.read_text("utf-8"), done.stdout
