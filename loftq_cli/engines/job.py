@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -125,7 +125,11 @@ def make_directory(job: Job, record: Record) -> Made:
     began = time.perf_counter()
     # Before a model is downloaded for nothing.
     refuse_output(job.output, force=job.force, resume=job.resume)
-    with connected(job.ray_address) if job.engine == "ray" else nullcontext() as cluster:
+    with ExitStack() as stack:
+        cluster = None
+        if job.engine == "ray":
+            with record.timing("connect", "connecting to Ray"):
+                cluster = stack.enter_context(connected(job.ray_address))
         return _make(_prepare(job, cluster, record), record, began)
 
 

@@ -74,6 +74,7 @@ def test_two_nodes_write_what_one_process_writes(
     said = document.resolved["engine"]
     assert said.value == "ray"
     assert "2 nodes, 2 at once" in said.reason
+    assert document.timings_seconds["connect"] > 0
     assert signal.getsignal(signal.SIGTERM) is handler
     assert not ray.is_initialized()
 
