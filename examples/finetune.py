@@ -3,7 +3,8 @@
     loftq quantize --output demo-loftq
     python examples/finetune.py demo-loftq --text train.txt --held-out held-out.txt -o trained
 
-Prints the held-out loss (nats a token) before and after, and saves the adapter. Only the adapter is
+Prints the held-out loss (nats a token) before and after, and saves the adapter. On two cores a step
+of the built-in model takes seconds: begin with `--steps 20 --batch 2`. Only the adapter is
 trained; where the backbone is kept in other containers than bitsandbytes', `README.md` in the
 directory says how it is loaded.
 """
@@ -23,8 +24,10 @@ from transformers import (
 
 def windows(tokenizer, text: Path, length: int) -> list[dict]:
     """The text in pieces of so many tokens, each its own label."""
-    tokens = tokenizer(text.read_text(encoding="utf-8")).input_ids
+    tokens = tokenizer(text.read_text(encoding="utf-8"), verbose=False).input_ids
     pieces = [tokens[at : at + length] for at in range(0, len(tokens) - length + 1, length)]
+    if not pieces:
+        raise SystemExit(f"{text} has {len(tokens)} tokens: --length takes at least one piece")
     return [{"input_ids": piece, "labels": piece} for piece in pieces]
 
 
@@ -41,6 +44,9 @@ def main() -> None:
     options = parser.parse_args()
 
     tokenizer = AutoTokenizer.from_pretrained(options.directory)
+    train, held_out = (
+        windows(tokenizer, text, options.length) for text in (options.text, options.held_out)
+    )
     model = AutoModelForCausalLM.from_pretrained(options.directory)
     for layer in model.modules():  # before anything else: the directory's README says why
         layer.support_avx512bf16_for_cpu = False
@@ -56,10 +62,10 @@ def main() -> None:
             learning_rate=options.learning_rate,
             save_strategy="no",
             report_to=[],
-            disable_tqdm=True,
+            logging_steps=max(options.steps // 20, 1),
         ),
-        train_dataset=windows(tokenizer, options.text, options.length),
-        eval_dataset=windows(tokenizer, options.held_out, options.length),
+        train_dataset=train,
+        eval_dataset=held_out,
         data_collator=default_data_collator,
     )
     before = trainer.evaluate()["eval_loss"]

@@ -20,6 +20,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 def windows(tokenizer, text: Path, length: int) -> torch.Tensor:
     """The text in pieces of so many tokens: (pieces, length)."""
     tokens = tokenizer(text.read_text(encoding="utf-8"), return_tensors="pt").input_ids[0]
+    if len(tokens) < length:
+        raise SystemExit(f"{text} has {len(tokens)} tokens: --length takes at least one piece")
     return tokens[: len(tokens) // length * length].view(-1, length)
 
 
@@ -56,15 +58,16 @@ def main() -> None:
     options = parser.parse_args()
 
     tokenizer = AutoTokenizer.from_pretrained(options.directory)
+    text, held_out = (
+        windows(tokenizer, each, options.length) for each in (options.text, options.held_out)
+    )
     model = AutoModelForCausalLM.from_pretrained(options.directory)
     for layer in model.modules():  # before anything else: the directory's README says why
         layer.support_avx512bf16_for_cpu = False
     model = PeftModel.from_pretrained(
         model, options.directory, subfolder="loftq_init", is_trainable=True
     )
-    held_out = windows(tokenizer, options.held_out, options.length)
     before = loss(model, held_out)
-    text = windows(tokenizer, options.text, options.length)
     train(model, text, options.steps, options.batch, options.learning_rate)
     after = loss(model, held_out)
     adapter, merged = options.output / "adapter", options.output / "merged"

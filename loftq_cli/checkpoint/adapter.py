@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from loftq_cli.checkpoint.writer import PlannedTensor
@@ -105,6 +106,21 @@ def base_of(config: Mapping[str, Any]) -> str | None:
     base = mapping.get(_BASE) if isinstance(mapping, Mapping) else None
     is_digest = isinstance(base, str) and re.fullmatch("[0-9a-f]{64}", base, re.ASCII)
     return base if is_digest else None
+
+
+def other_base(config: Mapping[str, Any], own: Mapping[str, Any], backbone: Path) -> str | None:
+    """Why an adapter with this ``config`` is not for the ``backbone``, whose start has ``own``.
+
+    None if it is, or if one of them does not say.
+    """
+    base, here = base_of(config), base_of(own)
+    if base is None or here is None or base == here:
+        return None
+    return (
+        f"it was trained on another base: one of {base[:12]}…, by {AUTO_MAPPING} in its "
+        f"{ADAPTER_CONFIG}, and {backbone} is {here[:12]}…: quantized from other weights, with "
+        "other settings, or by another version"
+    )
 
 
 def _plain(alpha: float) -> float:

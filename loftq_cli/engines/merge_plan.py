@@ -19,7 +19,13 @@ from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
 from loftq_cli import __version__
-from loftq_cli.checkpoint.adapter import ADAPTER_CONFIG, ADAPTER_DIRECTORY, ADAPTER_NAME, base_of
+from loftq_cli.checkpoint.adapter import (
+    ADAPTER_CONFIG,
+    ADAPTER_DIRECTORY,
+    ADAPTER_NAME,
+    base_of,
+    other_base,
+)
 from loftq_cli.checkpoint.index import INDEX_FILE, cast_info, load_json
 from loftq_cli.checkpoint.safetensors import Header, TensorInfo, shown
 from loftq_cli.checkpoint.writer import PlannedTensor, hash_file
@@ -176,15 +182,13 @@ def _require_base(written: Written, adapter: TrainedAdapter) -> None:
 
     Names are those that the directory has, or had at first.
     """
-    base, here = _bases(written, adapter)
-    if base is not None and here is not None:
-        if base == here:
+    if None not in _bases(written, adapter):
+        cause = other_base(adapter.config, _own_config(written), written.source)
+        if cause is None:
             return
         raise cannot_merge(
             adapter.directory,
-            f"it was trained on another base: one of {base[:12]}…, by auto_mapping in its "
-            f"{ADAPTER_CONFIG}, and {written.source} is {here[:12]}…: quantized from other "
-            "weights, with other settings, or by another version",
+            cause,
             hint="give the directory that it was trained on; quantized again in the same way, it "
             "is known again",
         )

@@ -73,6 +73,13 @@ def _no_report(directory: Path) -> ModelNotFound:
         return ModelNotFound(what, cause="there is no such directory", hint=hint)
     if not any(directory.glob("*.safetensors")):
         return ModelNotFound(what, cause=why, hint=NOT_OURS)
+    if (directory / MERGE_FILE).is_file():
+        return ModelNotFound(
+            f"{directory} is no quantized directory",
+            cause=f"it is a merged model, by its {MERGE_FILE}: `merge` held it against the adapted "
+            "one when it wrote it",
+            hint=f"loftq load -m {shlex.quote(str(directory))}",
+        )
     return ModelNotFound(
         what,
         cause=f"{why}, and there are weights in it",

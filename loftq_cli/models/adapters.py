@@ -9,7 +9,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from loftq_cli.checkpoint.adapter import ADAPTER_CONFIG, ADAPTER_DIRECTORY, ADAPTER_WEIGHTS
+from loftq_cli.checkpoint.adapter import (
+    ADAPTER_CONFIG,
+    ADAPTER_DIRECTORY,
+    ADAPTER_WEIGHTS,
+    other_base,
+)
 from loftq_cli.checkpoint.index import load_json
 from loftq_cli.checkpoint.safetensors import read_header, shown
 from loftq_cli.errors import (
@@ -39,6 +44,26 @@ def _is_merged(report: Path) -> bool:
         results = load_json(report, MAX_REPORT_BYTES).get("results")
         return isinstance(results, dict) and bool(results.get("merged"))
     return False
+
+
+def require_same_base(directory: Path, backbone: Path) -> None:
+    """Refuses the adapter in ``directory`` on the ``backbone`` if it says that it is of another.
+
+    Where one of them does not say which base it is, that is for PEFT and the shapes to find.
+
+    Raises:
+        CorruptCheckpoint: it was made or trained for other codes than these.
+    """
+    own = backbone / ADAPTER_DIRECTORY / ADAPTER_CONFIG
+    theirs = directory / ADAPTER_CONFIG
+    if not own.is_file() or not theirs.is_file():
+        return
+    if cause := other_base(load_json(theirs), load_json(own), backbone):
+        raise CorruptCheckpoint(
+            f"the adapter in {directory} does not belong to this model",
+            cause=cause,
+            hint="give the directory that it was trained on as the model",
+        )
 
 
 def attach_adapter(model: Any, directory: Path) -> Any:

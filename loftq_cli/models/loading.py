@@ -14,7 +14,12 @@ from loftq_cli.containers.bitsandbytes4 import Bitsandbytes4
 from loftq_cli.errors import CorruptCheckpoint, UnsupportedModel, told_as
 from loftq_cli.formats import DEFAULT_CONTAINER
 from loftq_cli.libraries import import_bitsandbytes
-from loftq_cli.models.adapters import attach_adapter, attach_fresh, own_adapter
+from loftq_cli.models.adapters import (
+    attach_adapter,
+    attach_fresh,
+    own_adapter,
+    require_same_base,
+)
 from loftq_cli.models.architecture import Architecture, read_architecture
 from loftq_cli.models.dequantized import IntegerCodes, integer_codes
 from loftq_cli.models.source import CONFIG_FILE, quantization_method, read_config
@@ -70,6 +75,8 @@ def load_model(
     config = read_config(directory)
     checkpoint = open_checkpoint(directory)  # its errors name the file; the libraries' often do not
     own = own_adapter(directory)
+    if adapter is not None:
+        require_same_base(adapter, directory)
     with clock("import"):
         import torch
         from transformers import modeling_utils  # noqa: F401

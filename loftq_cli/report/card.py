@@ -112,8 +112,9 @@ runtime that reads it reads these. The size of the files is that of 4 bits."""
 
 _WHERE_TO_MERGE = """\
 The adapter corrects the *quantized* weights. Merge it into what they dequantize to, never into the
-original model: there it would add the quantization error instead of taking it away. Quantizing the
-merged model again loses the correction again."""
+original model: there it would add the quantization error instead of taking it away. `loftq merge`
+does that one tensor at a time, from this directory and the one of the trained adapter. Quantizing
+the merged model again loses the correction again; `loftq merge --requantize` says how much."""
 
 _A_COPY = """\
 Python needs no more than the name of this repository. The command lines below are for a copy on the

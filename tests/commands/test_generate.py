@@ -234,6 +234,17 @@ def test_an_adapter_of_another_shape(tmp_path: Path, loftq: Loftq, refused: Refu
     assert "base_model_name_or_path" in error
 
 
+def test_an_adapter_of_another_base(quantized: Path, tmp_path: Path, refused: Refused) -> None:
+    """Of the same shapes: nothing but what it says of its base tells it from the right one."""
+    other = Path(shutil.copytree(quantized / "loftq_init", tmp_path / "other"))
+    config = json.loads((other / "adapter_config.json").read_text())
+    config["auto_mapping"]["loftq_base"] = "0" * 64
+    (other / "adapter_config.json").write_text(json.dumps(config))
+    error = refused("generate", "-p", PROMPT, "-m", quantized, "--adapter", other)
+    assert f"error: the adapter in {other} does not belong to this model" in error
+    assert "cause: it was trained on another base: one of 000000000000…" in error
+
+
 # --- models -------------------------------------------------------------------------------------
 
 
