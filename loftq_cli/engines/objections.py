@@ -73,7 +73,23 @@ def loader_objections(
     asked = container.quantizes and container.stays_packed
     if asked and not container.missing_libraries():
         return _as_quantized(plan, model, original, tensors)
+    if container.quantizes:
+        _require_as_it_is(container.name, model, original)
     return Refused()
+
+
+def _require_as_it_is(method: str, model: Any, original: Architecture) -> None:
+    """Refuses modules that transformers takes apart, dequantized or not: Llama 4's experts.
+
+    It knows them by the names of their classes.
+    """
+    from transformers.quantizers.base import MODULES_TO_PATCH_FOR_QUANTIZATION
+
+    for name, module in model.named_modules():
+        patch = MODULES_TO_PATCH_FOR_QUANTIZATION.get(type(module).__name__)
+        if patch is not None and method in patch["quantization_methods"]:
+            cause = f"its loader wants every expert of {name} as layers of its own"
+            raise _unloadable(original, f"{cause}, and the files have them stacked")
 
 
 def _as_quantized(
