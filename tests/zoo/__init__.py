@@ -1,4 +1,4 @@
-"""Small random models of every architecture that the README's table names.
+"""Small random models of every architecture that the results' table names.
 
 The battery (`tests.battery`) is what single properties are tested on; here is breadth. How an entry
 is quantized, loaded and judged is in `tests.zoo.proof`; `python -m tests.zoo` does it.

@@ -2,7 +2,7 @@
 
 python -m tests.zoo
 python -m tests.zoo "Llama 4" Mamba          # these
-python -m tests.zoo --write README.md        # all, as the table between the README's marks
+python -m tests.zoo --write examples/RESULTS.md   # all, as the table between its marks
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ import torch
 from tests.zoo import ZOO
 from tests.zoo.proof import Outcome, outcome_of
 
-BEGIN, END = "<!-- python -m tests.zoo --write README.md -->\n", "<!-- the end of it -->\n"
+BEGIN = "<!-- python -m tests.zoo --write examples/RESULTS.md -->\n"
+END = "<!-- the end of it -->\n"
 _TABLE = """\
 <details>
 <summary>{loaded} that load, and {refused} that are refused</summary>
@@ -29,7 +30,7 @@ _TABLE = """\
 
 
 def row(name: str, outcome: Outcome) -> str:
-    """A line of the README's table."""
+    """A line of the table."""
     begin = f"| {name} | {ZOO[name].model_class} |"
     if outcome.refused is not None:
         return f"{begin} refused: {outcome.refused} | | | |\n"
@@ -38,14 +39,14 @@ def row(name: str, outcome: Outcome) -> str:
 
 
 def rows_of(readme: Path) -> list[str]:
-    """The lines of the table in a README."""
+    """The lines of the table in a document."""
     section = readme.read_text("utf-8").partition(BEGIN)[2].partition(END)[0]
     _, *rows = (line for line in section.splitlines(keepends=True) if line.startswith("| "))
     return rows
 
 
 def write(readme: Path, rows: list[str]) -> None:
-    """Puts the table between the README's marks."""
+    """Puts the table between the marks of a document."""
     before, _, rest = readme.read_text("utf-8").partition(BEGIN)
     refused = sum("refused: " in each for each in rows)
     table = _TABLE.format(loaded=len(rows) - refused, refused=refused, rows="".join(rows))
@@ -55,7 +56,7 @@ def write(readme: Path, rows: list[str]) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", help="of the zoo; all without")
-    parser.add_argument("--write", type=Path, help="a README whose table is replaced")
+    parser.add_argument("--write", type=Path, help="a document whose table is replaced")
     options = parser.parse_args()
     torch.set_num_threads(1)
     rows, amiss = [], 0
