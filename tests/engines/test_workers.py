@@ -53,6 +53,7 @@ def gone(processes: set[int]) -> bool:
     return False
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_the_same_line_goes_on_and_no_worker_outlives_the_run(
     number: signal.Signals,
