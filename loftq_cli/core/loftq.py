@@ -62,7 +62,7 @@ MOMENTUM, MONOTONE_MOMENTUM = (0.6, 0.0), (0.8, 0.7)
 STARTS = ("zero", "weight")
 # Unless a number is asked for, the iterations end with the first that takes less than this off the
 # error; and after so many.
-ENOUGH, MOST_ITERATIONS = 3e-3, 50
+ENOUGH, MOST_ITERATIONS = 5e-3, 50
 # What another pass of the SVD must take off the square of the error: while there are more steps to
 # come, and at the end.
 _UNDERWAY, _AT_THE_END = 5e-3, 2e-4
