@@ -82,12 +82,13 @@ class Preset:
 
 
 def presets(layers: Sequence[LinearLayer]) -> list[Preset]:
-    """Every preset in this model's own names."""
+    """Every preset in this model's own names. Experts get no adapter."""
+    adaptable = tuple(layer for layer in layers if not layer.expert)
     found = []
     for name, roles in PRESETS.items():
-        chosen = tuple(layer for layer in layers if role_of(layer.module) in roles)
+        chosen = tuple(layer for layer in adaptable if role_of(layer.module) in roles)
         found.append(Preset(name, shortest_names(chosen, layers), chosen))
-    return [*found, Preset(ALL_LINEAR, [ALL_LINEAR], tuple(layers))]
+    return [*found, Preset(ALL_LINEAR, [ALL_LINEAR], adaptable)]
 
 
 def role_of(module: str) -> Role | None:

@@ -199,7 +199,7 @@ def test_what_is_there_beside_the_weights(loftq: Loftq, whole: Trained, tmp_path
     again = loftq("quantize", "-m", out, "-o", tmp_path / "again", "--init", "qlora", "--rank", 4)
     assert again.code == 0, again.err
     assert not (tmp_path / "again" / "loftq_merge.json").exists()
-    assert "has no loftq_report.json" in loftq("verify", out).err
+    assert "it is a merged model, by its loftq_merge.json" in loftq("verify", out).err
 
 
 def test_the_start_itself_unless_an_adapter_is_given(
