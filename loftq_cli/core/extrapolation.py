@@ -7,7 +7,7 @@ before. So what is quantized next is not W − L_t but W − y_{t+1}, where
 
 μ is momentum, and ω goes further the way from what the last step aimed at to what it found: it
 relaxes the fixed point L = y too far, as SOR does. The difference of two matrices of rank r is not
-of rank r, and is not made so: that costs a third of what the extrapolation gains. With
+of rank r, and is not made so: projected, it left 1.5 % more of a 1024×1024 weight at rank 32. With
 
     M_t = −μ·L_{t−1} − ω·y_t            y_{t+1} = (1 + μ + ω)·L_t + M_t
 

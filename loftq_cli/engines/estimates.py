@@ -21,11 +21,9 @@ all together they have to fit into this machine where no other limit is given.
 
 Measured on two cores (VmHWM, MB) against these estimates, with the reading ahead and without:
 
-    the demo, rank 16                               513  608     513  608
-    GPT-2 (124M, Conv1D, bfloat16), rank 16         577  659     601  654
-    one block of a 7B Llama, bfloat16, rank 64      922 1036     822  946
-    the same with float32 sketches                 1036 1135     955 1045
-    the same in 8 bits                             1742 1907    1647 1817
+    the demo, rank 16                                   536  610
+    GPT-2 (124M, Conv1D, bfloat16), rank 16             640  674
+    one block of a 7B Llama, rank 64, float32 sketches 1242 1315    1132 1225
 
 Time is a rate that was measured on two cores (README, "How fast"); other machines differ by their
 own factor.
