@@ -2,7 +2,9 @@
 
     python examples/make_checkpoint.py gpt2 ./gpt2-shaped
     python examples/make_checkpoint.py llama-7b ./7b-shaped            # 13 GB
+    python examples/make_checkpoint.py qwen3-30b-a3b ./30b-a3b         # 61 GB, most of it experts
     python examples/make_checkpoint.py llama-405b ./405b --headers-only # sparse files, no weights
+    python examples/make_checkpoint.py deepseek-v3 ./671b --headers-only
 
 Every matrix is W = 0.02·N(0, 1) + 0.002·(rank 128), in bfloat16: a flat spectrum with a low-rank
 part, about what trained weights look like to a quantizer. One tensor is in memory at a time.
@@ -15,7 +17,7 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
@@ -78,7 +80,50 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "num_attention_heads": 128,
         "num_key_value_heads": 8,
     },
+    "qwen3-30b-a3b": {
+        **LLAMA,
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "model_type": "qwen3_moe",
+        "vocab_size": 151936,
+        "hidden_size": 2048,
+        "intermediate_size": 6144,
+        "num_hidden_layers": 48,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "moe_intermediate_size": 768,
+        "norm_topk_prob": True,
+    },
+    "deepseek-v3": {
+        **LLAMA,
+        "architectures": ["DeepseekV3ForCausalLM"],
+        "model_type": "deepseek_v3",
+        "vocab_size": 129280,
+        "hidden_size": 7168,
+        "intermediate_size": 18432,
+        "num_hidden_layers": 61,
+        "num_attention_heads": 128,
+        "num_key_value_heads": 128,
+        "q_lora_rank": 1536,
+        "kv_lora_rank": 512,
+        "qk_nope_head_dim": 128,
+        "qk_rope_head_dim": 64,
+        "v_head_dim": 128,
+        "first_k_dense_replace": 3,
+        "n_routed_experts": 256,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 8,
+        "moe_intermediate_size": 2048,
+        "n_group": 8,
+        "topk_group": 4,
+        "norm_topk_prob": True,
+        "routed_scaling_factor": 2.5,
+    },
 }
+
+Shapes: TypeAlias = Iterator[tuple[str, tuple[int, ...]]]
 
 
 def gpt2_tensors(config: dict[str, Any]) -> Iterator[PlannedTensor]:
@@ -101,28 +146,73 @@ def gpt2_tensors(config: dict[str, Any]) -> Iterator[PlannedTensor]:
     yield PlannedTensor("ln_f.bias", "BF16", (d,))
 
 
-def llama_tensors(config: dict[str, Any]) -> Iterator[PlannedTensor]:
-    d, wide, vocabulary = (
-        config[key] for key in ("hidden_size", "intermediate_size", "vocab_size")
-    )
-    kv = d // config["num_attention_heads"] * config["num_key_value_heads"]
+def decoder_tensors(config: dict[str, Any]) -> Iterator[PlannedTensor]:
+    """Of Llama, of Qwen3 with experts, and of DeepSeek-V3."""
+    d, vocabulary = config["hidden_size"], config["vocab_size"]
     yield PlannedTensor("model.embed_tokens.weight", "BF16", (vocabulary, d))
     for block in range(config["num_hidden_layers"]):
-        prefix = f"model.layers.{block}"
-        for name, rows, columns in (
-            ("self_attn.q_proj", d, d),
-            ("self_attn.k_proj", kv, d),
-            ("self_attn.v_proj", kv, d),
-            ("self_attn.o_proj", d, d),
-            ("mlp.gate_proj", wide, d),
-            ("mlp.up_proj", wide, d),
-            ("mlp.down_proj", d, wide),
-        ):
-            yield PlannedTensor(f"{prefix}.{name}.weight", "BF16", (rows, columns))
-        yield PlannedTensor(f"{prefix}.input_layernorm.weight", "BF16", (d,))
-        yield PlannedTensor(f"{prefix}.post_attention_layernorm.weight", "BF16", (d,))
+        for part in (attention(config), feed_forward(config, block), norms(config)):
+            for name, shape in part:
+                yield PlannedTensor(f"model.layers.{block}.{name}", "BF16", shape)
     yield PlannedTensor("model.norm.weight", "BF16", (d,))
     yield PlannedTensor("lm_head.weight", "BF16", (vocabulary, d))
+
+
+def attention(config: dict[str, Any]) -> Shapes:
+    d, heads = config["hidden_size"], config["num_attention_heads"]
+    if "kv_lora_rank" in config:
+        yield from latent_attention(config)
+        return
+    head = config.get("head_dim", d // heads)
+    kv = head * config["num_key_value_heads"]
+    yield "self_attn.q_proj.weight", (head * heads, d)
+    yield "self_attn.k_proj.weight", (kv, d)
+    yield "self_attn.v_proj.weight", (kv, d)
+    yield "self_attn.o_proj.weight", (d, head * heads)
+    if config["model_type"] == "qwen3_moe":
+        yield "self_attn.q_norm.weight", (head,)
+        yield "self_attn.k_norm.weight", (head,)
+
+
+def latent_attention(config: dict[str, Any]) -> Shapes:
+    d, heads = config["hidden_size"], config["num_attention_heads"]
+    q, kv, rope = (config[key] for key in ("q_lora_rank", "kv_lora_rank", "qk_rope_head_dim"))
+    nope, value = config["qk_nope_head_dim"], config["v_head_dim"]
+    yield "self_attn.q_a_proj.weight", (q, d)
+    yield "self_attn.q_a_layernorm.weight", (q,)
+    yield "self_attn.q_b_proj.weight", (heads * (nope + rope), q)
+    yield "self_attn.kv_a_proj_with_mqa.weight", (kv + rope, d)
+    yield "self_attn.kv_a_layernorm.weight", (kv,)
+    yield "self_attn.kv_b_proj.weight", (heads * (nope + value), kv)
+    yield "self_attn.o_proj.weight", (d, heads * value)
+
+
+def feed_forward(config: dict[str, Any], block: int) -> Shapes:
+    """One for every token, or a router with experts, with those that all tokens share."""
+    d = config["hidden_size"]
+    experts = config.get("num_experts", config.get("n_routed_experts", 0))
+    if not experts or block < config.get("first_k_dense_replace", 0):
+        yield from gated("mlp", d, config["intermediate_size"])
+        return
+    wide = config["moe_intermediate_size"]
+    yield "mlp.gate.weight", (experts, d)
+    if "n_group" in config:
+        yield "mlp.gate.e_score_correction_bias", (experts,)
+    for number in range(experts):
+        yield from gated(f"mlp.experts.{number}", d, wide)
+    if shared := config.get("n_shared_experts"):
+        yield from gated("mlp.shared_experts", d, shared * wide)
+
+
+def gated(path: str, d: int, wide: int) -> Shapes:
+    yield f"{path}.gate_proj.weight", (wide, d)
+    yield f"{path}.up_proj.weight", (wide, d)
+    yield f"{path}.down_proj.weight", (d, wide)
+
+
+def norms(config: dict[str, Any]) -> Shapes:
+    for name in ("input_layernorm", "post_attention_layernorm"):
+        yield f"{name}.weight", (config["hidden_size"],)
 
 
 def weights(planned: list[PlannedTensor], generator: torch.Generator) -> Iterator[tuple[str, Any]]:
@@ -181,7 +271,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     config = CONFIGS[arguments.shape]
-    tensors = gpt2_tensors(config) if arguments.shape == "gpt2" else llama_tensors(config)
+    tensors = gpt2_tensors(config) if arguments.shape == "gpt2" else decoder_tensors(config)
     groups = shards(list(tensors))
     arguments.output.mkdir(parents=True)
     (arguments.output / "config.json").write_text(json.dumps(config, indent=2))

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import random
 import re
+import runpy
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from math import prod
 from pathlib import Path
 
 import pytest
@@ -142,3 +144,18 @@ def test_classification(loftq: Loftq, tmp_path: Path) -> None:
     before, after = change(said)
     assert before < 0.75
     assert after > 0.9, said
+
+
+@pytest.mark.parametrize(
+    ("shape", "parameters"),
+    [
+        ("llama-7b", 6_738_415_616),
+        ("qwen3-30b-a3b", 30_532_122_624),
+        ("deepseek-v3", 671_026_404_352 + 58 * 256),  # what corrects its routers is no parameter
+    ],
+)
+def test_shapes_are_those_that_were_published(shape: str, parameters: int) -> None:
+    found = runpy.run_path(str(EXAMPLES / "make_checkpoint.py"))
+    planned = list(found["decoder_tensors"](found["CONFIGS"][shape]))
+    assert sum(prod(each.shape) for each in planned) == parameters
+    assert len({each.name for each in planned}) == len(planned)
