@@ -2,6 +2,6 @@
 
 __version__ = "0.1.0"
 
-from loftq_cli.api import quantize, verify
+from loftq_cli.api import load, quantize, verify
 
-__all__ = ["__version__", "quantize", "verify"]
+__all__ = ["__version__", "load", "quantize", "verify"]

@@ -12,6 +12,9 @@ from loftq_cli.errors import UsageError
 from loftq_cli.options import QuantizeOptions, refuse_both, require_text, size
 
 if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
     from loftq_cli.engines.job import Job, Made
     from loftq_cli.engines.report_file import Report
     from loftq_cli.formats import (
@@ -136,6 +139,63 @@ def verify(
         )
     require_passed(document.results, document)
     return document
+
+
+def load(
+    model: str | Path,
+    *,
+    adapter: str | Path | None = None,
+    trainable: bool = False,
+    device: str = "auto",
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+) -> PreTrainedModel | PeftModel:
+    """The model that `quantize` wrote, with its adapter, in evaluation mode: `model.train()` next.
+
+    Layers in bitsandbytes' 4 or 8 bits stay packed, as transformers loads them, and so do experts,
+    which transformers 5 does not load: bitsandbytes' own parametrization dequantizes those of a
+    block when it runs. Autograd keeps what a forward pass dequantized until the backward pass, so
+    train with `model.gradient_checkpointing_enable()`. PEFT's adapters go on attention and shared
+    layers as ever; on packed experts they are refused, since PEFT 0.21.2 would add them once more
+    in every forward pass. Integer codes (gptq, compressed-tensors) become weights in ``dtype``.
+
+    Args:
+        model: a directory, or the name of one on the hub.
+        adapter: the directory of one that was trained on it; None: the start beside the model, if
+            there is one.
+        trainable: whether the adapter is to be trained further.
+        device: "auto", "cpu", "cuda" or "cuda:N"; the whole model goes there.
+        dtype: to compute in, "float32", "bfloat16" or "float16"; "auto": that of the files.
+
+    Raises:
+        LoftqError: as `loftq load` reports it (see `loftq_cli.errors`).
+    """
+    from loftq_cli import hardware, options
+    from loftq_cli.libraries import quietly
+    from loftq_cli.models.dtypes import stored_dtype
+    from loftq_cli.models.loading import load_model
+    from loftq_cli.models.source import read_config
+    from loftq_cli.models.spec import resolve_model
+
+    options.dtype(dtype)
+    with quietly():
+        source = resolve_model(str(model), with_code=trust_remote_code)
+        directory, on_hub = source.directory, source.identity.source == "hub"
+        place = hardware.resolve_device(device).value
+        stored = stored_dtype(read_config(directory))
+        loaded = load_model(
+            directory,
+            device=place,
+            dtype=hardware.resolve_dtype(dtype, place, stored).value,
+            adapter=None if adapter is None else Path(adapter),
+            trainable=trainable,
+            trust_remote_code=trust_remote_code,
+        )
+    if loaded.adapter is not None:  # what is trained names it, and PEFT looks there
+        base = str(model) if on_hub else str(directory.resolve())
+        loaded.model.peft_config["default"].base_model_name_or_path = base
+    found: PreTrainedModel | PeftModel = loaded.model
+    return found
 
 
 def run_quantize(asked: QuantizeOptions, record: Record) -> tuple[Report, VerifyResults | None]:

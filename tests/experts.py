@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from safetensors.torch import load_file
@@ -15,7 +16,9 @@ from tests.zoo import ZOO
 # One whose experts have names of their own, with shared experts, with dense layers before them.
 NAMES = ["Mixtral", "Qwen2-MoE", "Qwen3-MoE", "DeepSeek-V3"]
 BITS, BLOCK_SIZE = 4, 64
-_PACKED = re.compile(r"(.+\.experts)\.(\d+)\.([^.]+)\.weight_packed")
+# By block, stack, expert and part of its rows.
+Place: TypeAlias = tuple[str, str, int, int]
+_MATRIX = re.compile(r".+\.(layers\.\d+)\..+\.experts\.(\d+)\.([^.]+)")
 # The stack that each matrix becomes a part of, and which part of its rows.
 _PLACES = {
     **dict.fromkeys(("gate_proj", "w1"), ("gate_up_proj", 0)),
@@ -41,30 +44,36 @@ def unpacked(tensors: dict[str, torch.Tensor], module: str) -> torch.Tensor:
     return (codes.flatten(1) - 8) * scale
 
 
-def experts_in(directory: Path) -> dict[tuple[str, str, int, int], torch.Tensor]:
-    """By block, stack, expert and part of it: Q of every expert in a directory."""
+def matrices_in(tensors: Iterable[str], end: str) -> Iterator[tuple[Place, str]]:
+    """The experts that have a tensor with this end, each with its place in a loaded model."""
+    for name in tensors:
+        match = _MATRIX.fullmatch(name.removesuffix(end)) if name.endswith(end) else None
+        if match is not None:
+            layer, number, kind = match.groups()
+            stack, part = _PLACES[kind]
+            yield (layer, stack, int(number), part), name.removesuffix(end)
+
+
+def experts_in(directory: Path) -> dict[Place, torch.Tensor]:
+    """Q of every expert in a directory of compressed-tensors."""
     tensors = load_file(directory / "model.safetensors")
-    found = {}
-    for match in filter(None, map(_PACKED.fullmatch, tensors)):
-        block, number, name = match.groups()
-        layer = re.search(r"layers\.\d+", block)
-        assert layer is not None
-        stack, part = _PLACES[name]
-        found[layer[0], stack, int(number), part] = unpacked(tensors, f"{block}.{number}.{name}")
-    return found
+    return {
+        place: unpacked(tensors, module) for place, module in matrices_in(tensors, ".weight_packed")
+    }
 
 
-def experts_of(model: Any) -> dict[tuple[str, str, int, int], torch.Tensor]:
+def experts_of(model: Any) -> dict[Place, torch.Tensor]:
     """The same of a model that transformers holds, whose stacks have gate above up."""
     found = {}
-    for name, stack in model.named_parameters():
-        if stack.ndim != 3 or ".experts." not in name:
+    for name, module in model.named_modules():
+        if not name.endswith(".experts"):
             continue
-        layer, kind = re.search(r"layers\.\d+", name), name.rpartition(".")[2]
+        layer = re.search(r"layers\.\d+", name)
         assert layer is not None
-        for number, matrix in enumerate(stack.detach()):
-            for part, rows in enumerate(matrix.chunk(2 if kind == "gate_up_proj" else 1)):
-                found[layer[0], kind, number, part] = rows
+        for kind, parts in (("gate_up_proj", 2), ("down_proj", 1)):
+            for number, matrix in enumerate(getattr(module, kind).detach()):
+                for part, rows in enumerate(matrix.chunk(parts)):
+                    found[layer[0], kind, number, part] = rows
     return found
 
 

@@ -1,8 +1,10 @@
-"""`from loftq_cli import quantize, verify`: what the commands do, called from Python."""
+"""`from loftq_cli import load, quantize, verify`: what the commands do, called from Python."""
 
 from __future__ import annotations
 
 import inspect
+import json
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -11,8 +13,8 @@ from typing import Any
 import pytest
 import typer
 
-from loftq_cli import cli, quantize, verify
-from loftq_cli.errors import CheckFailed, OutputExists, UsageError
+from loftq_cli import cli, load, quantize, verify
+from loftq_cli.errors import CheckFailed, ModelNotFound, OutputExists, UsageError
 from loftq_cli.record import Listener, Progress
 from tests.conftest import Outcome
 
@@ -95,6 +97,31 @@ def steady(document: Any) -> Any:
         return [kept(each) for each in value] if isinstance(value, list) else value
 
     return kept(document.model_dump())
+
+
+@pytest.mark.parametrize("container", ["bitsandbytes", "compressed-tensors"])
+def test_load_gives_what_the_command_loads(
+    container: str, tmp_path: Path, loftq: Callable[..., Outcome], capfd: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    quantize(output=out, container=container, init="qlora", rank=4)
+    arguments = inspect.signature(load).parameters
+    command = typer.main.get_command(cli.app).get_command(None, "load")
+    options = {each.name: each.default for each in command.params}
+    for name in ("device", "dtype", "trust_remote_code"):
+        assert arguments[name].default == options[name]
+    model: Any = load(out, trainable=True)
+    assert capfd.readouterr() == ("", "")
+    trained = {name for name, each in model.named_parameters() if each.requires_grad}
+    assert trained == {name for name, _ in model.named_parameters() if ".lora_" in name}
+    results = json.loads(loftq("load", "-m", out, "--json").out)["results"]
+    held = Counter(str(each.dtype).removeprefix("torch.") for each in model.parameters())
+    assert held.keys() == results["bytes_by_dtype"].keys()
+    assert sum(each.nbytes for each in model.parameters()) == results["parameter_bytes"]
+    with pytest.raises(UsageError, match="--dtype takes"):
+        load(out, dtype="int8")
+    with pytest.raises(ModelNotFound):
+        load(tmp_path / "elsewhere")
 
 
 def test_what_is_wrong_is_raised(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "__init__": "api",
     "__main__": "cli",
     "cli": "commands console signals errors",
-    "api": "record engines checks schema options formats libraries errors",
+    "api": "record engines checks models hardware schema options formats libraries errors",
     "commands": (
         "api record engines checks containers models checkpoint core report hardware console "
         "schema options starts formats libraries errors"

@@ -116,6 +116,8 @@ def _results(
     layers = sum(
         holds_codes(module) for module in loaded.base.modules() if not hasattr(module, "base_layer")
     )
+    if loaded.experts is not None:
+        layers += loaded.experts.matrices
     if (codes := loaded.codes) is not None:
         method, layers = codes.container.name, len(codes.weights)
     tokenizer = loaded.tokenizer

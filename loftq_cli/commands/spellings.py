@@ -187,7 +187,7 @@ OPTIONS = {
         metavar="quantize|keep",
         help="What becomes of the matrices of experts. compressed-tensors quantizes them unless "
         "told to keep them. bitsandbytes keeps them, as plain transformers 5 cannot load them, and "
-        "quantizes them in 4 bits, for transformers 4 and others, if it is told to.",
+        "quantizes them in 4 bits, for loftq_cli.load and transformers 4, if it is told to.",
     ),
     "adapter_dtype": option(
         AdapterDtype,

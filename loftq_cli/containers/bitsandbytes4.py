@@ -68,7 +68,7 @@ class Bitsandbytes4(Container):
     # Its merge of experts comes before anything knows that they are packed (5.24).
     why_experts_stay = (
         "an expert: plain transformers 5 loads no quantized ones in bitsandbytes "
-        "(--experts quantize writes them for others)"
+        "(--experts quantize writes them for loftq_cli.load and others)"
     )
     takes_experts = True
     layer_class = "Linear4bit"

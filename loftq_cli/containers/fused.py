@@ -20,13 +20,19 @@ _FUSED = {
 
 
 # experts.N.NAME of such as are apart, experts.NAME of such as are stacked.
-_EXPERT = re.compile(r"(.+\.experts)\.(\d+\.)?[^.]+")
+_EXPERT = re.compile(r"(.+\.experts)\.(?:(\d+)\.)?[^.]+")
 
 
 def expert_stack(module: str) -> str | None:
     """The module that holds this matrix of an expert with those of all; None: it is no expert's."""
     found = _EXPERT.fullmatch(module)
     return None if found is None else found[1]
+
+
+def expert_number(module: str) -> int | None:
+    """Which of its block's experts a matrix is of; None where it is none's, or that of all."""
+    found = _EXPERT.fullmatch(module)
+    return None if found is None or found[2] is None else int(found[2])
 
 
 def expert_pattern(stack: str) -> str:

@@ -66,8 +66,8 @@ def require_same_base(directory: Path, backbone: Path) -> None:
         )
 
 
-def attach_adapter(model: Any, directory: Path) -> Any:
-    """``model`` with the adapter in ``directory``, as PEFT loads it.
+def attach_adapter(model: Any, directory: Path, trainable: bool = False) -> Any:
+    """``model`` with the adapter in ``directory``, as PEFT loads it, ``trainable`` or frozen.
 
     Raises:
         ModelNotFound: there is no adapter.
@@ -80,7 +80,7 @@ def attach_adapter(model: Any, directory: Path) -> Any:
     try:
         # Which keys are missing is found below, where it is an error and not a warning.
         with _silent():
-            adapted = PeftModel.from_pretrained(model, directory)
+            adapted = PeftModel.from_pretrained(model, directory, is_trainable=trainable)
             wanted = get_peft_model_state_dict(adapted, save_embedding_layers=False)
     except Exception as error:  # whatever PEFT, or torch below it, may object to
         reason = " ".join(str(error).split())

@@ -170,6 +170,17 @@ class Architecture:
         rule = next(rule for rule in self._converters if source in rule.source_patterns)
         return stacked_shape(tensor, self._state.get(parameter), rule)
 
+    def expert_part(self, tensor: str) -> int | None:
+        """Which of the matrices of one expert it is, by their order in the stack's rows.
+
+        None where transformers has no rule that makes the tensor a part of a stack.
+        """
+        _, source = self._parameter(tensor)
+        if source is None or self.expert_shape(tensor) is None:
+            return None
+        rule = next(rule for rule in self._converters if source in rule.source_patterns)
+        return rule.source_patterns.index(source)
+
     def keeps_in_float32(self, parameter: str) -> bool:
         """Whether transformers keeps it in float32 when it casts a model."""
         names = {*self._kept_in_float32, *(self.model._keep_in_fp32_modules_strict or ())}

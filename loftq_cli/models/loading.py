@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from loftq_cli.checkpoint.index import Checkpoint, open_checkpoint
-from loftq_cli.containers.bitsandbytes4 import Bitsandbytes4
 from loftq_cli.errors import CorruptCheckpoint, UnsupportedModel, told_as
 from loftq_cli.formats import DEFAULT_CONTAINER
 from loftq_cli.libraries import import_bitsandbytes
@@ -22,6 +21,11 @@ from loftq_cli.models.adapters import (
 )
 from loftq_cli.models.architecture import Architecture, read_architecture
 from loftq_cli.models.dequantized import IntegerCodes, integer_codes
+from loftq_cli.models.packed_experts import (
+    PackedExperts,
+    packed_experts,
+    require_no_adapter_on_experts,
+)
 from loftq_cli.models.source import CONFIG_FILE, quantization_method, read_config
 
 Clock: TypeAlias = Callable[[str], AbstractContextManager[object]]
@@ -33,13 +37,15 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model"
 class LoadedModel:
     """A model in evaluation mode, its tokenizer if it has one, and what its adapter is called.
 
-    ``codes`` are those of the files that plain weights were made of, if any were.
+    ``codes`` are those of the files that plain weights were made of, if any were; ``experts`` are
+    those that are packed in memory too.
     """
 
     model: Any
     tokenizer: Any
     adapter: str | None
     codes: IntegerCodes | None = None
+    experts: PackedExperts | None = None
 
     @property
     def base(self) -> Any:
@@ -54,6 +60,7 @@ def load_model(
     dtype: str,
     adapter: Path | None = None,
     fresh_rank: int | None = None,
+    trainable: bool = False,
     trust_remote_code: bool = False,
     clock: Clock = nullcontext,
 ) -> LoadedModel:
@@ -65,6 +72,7 @@ def load_model(
     Args:
         device: `cpu` or `cuda:N`; the whole model goes there.
         dtype: torch's name of the dtype to compute in, and of everything that is not quantized.
+        trainable: whether an adapter from files is to be trained further.
         clock: told the time of `import`, `build` (the class without memory, the tokenizer)
             and `read` (weights and adapter into memory, on the device).
 
@@ -89,43 +97,32 @@ def load_model(
     with clock("build"):
         architecture = read_architecture(directory, config, trust_remote_code=trust_remote_code)
         codes = integer_codes(architecture, config, checkpoint)
-        if codes is None:
-            _refuse_packed_experts(directory, architecture, checkpoint)
+        experts = packed_experts(architecture, checkpoint) if codes is None else None
+        found = adapter or own
+        if experts is not None and found is not None and fresh_rank is None:
+            require_no_adapter_on_experts(found)
         tokenizer = load_tokenizer(directory, trust_remote_code)
     with clock("read"):
         place = {"device_map": {"": device}}
         if codes is not None:
             model = _read_dequantized(directory, architecture, dtype, codes, checkpoint, **place)
         else:
-            model = read_weights(directory, architecture, dtype, **place)
+            model = read_weights(directory, architecture, dtype, experts, **place)
         if "quantization_config" in config and codes is None:
             _unify(model, getattr(torch, dtype))
             _compute_in(model, getattr(torch, dtype))
             keep_layout(model)
+        if experts is not None:
+            experts.put_into(model, device, dtype)
         name = None
         if adapter is not None:
-            model, name = attach_adapter(model, adapter), str(adapter)
+            model, name = attach_adapter(model, adapter, trainable), str(adapter)
         elif fresh_rank is not None:
             model = attach_fresh(model, fresh_rank, architecture.task_type)
             name = f"new, rank {fresh_rank}"
         elif own is not None:
-            model, name = attach_adapter(model, own), own.name
-    return LoadedModel(model.eval(), tokenizer, name, codes)
-
-
-def _refuse_packed_experts(
-    directory: Path, architecture: Architecture, checkpoint: Checkpoint
-) -> None:
-    """transformers 5 would stack codes as if they were numbers, and say that shapes do not fit."""
-    packed = sorted(Bitsandbytes4.weights_in(checkpoint.tensors))
-    experts = [name for name in packed if architecture.expert_shape(name) is not None]
-    if experts:
-        raise UnsupportedModel(
-            f"transformers 5 loads no quantized experts such as {experts[0]}",
-            cause=f"{len(experts)} of them in {directory} are in bitsandbytes' 4 bits, which its "
-            "merge of experts does not know",
-            hint="load it with transformers 4, or merge it: loftq merge writes 16 bits",
-        )
+            model, name = attach_adapter(model, own, trainable), own.name
+    return LoadedModel(model.eval(), tokenizer, name, codes, experts)
 
 
 def load_tokenizer(directory: Path, trust_remote_code: bool = False) -> Any:
@@ -142,18 +139,27 @@ def load_tokenizer(directory: Path, trust_remote_code: bool = False) -> Any:
         return AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
 
 
-def read_weights(directory: Path, architecture: Architecture, dtype: str, **options: Any) -> Any:
+def read_weights(
+    directory: Path,
+    architecture: Architecture,
+    dtype: str,
+    experts: PackedExperts | None = None,
+    **options: Any,
+) -> Any:
     """The directory's model as transformers loads it; ``options`` are those of from_pretrained.
 
     With a `state_dict` among them the weights are those, and nothing is read from the directory.
+    Stacks of ``experts`` are left out.
 
     Raises:
         CorruptCheckpoint: it cannot be loaded, or not all weights are there.
     """
     import torch
 
+    model_class = type(architecture.model)
+    read_class = model_class if experts is None else experts.without_stacks(model_class)
     with told_as(CorruptCheckpoint, f"{directory} cannot be loaded"):
-        model, info = type(architecture.model).from_pretrained(
+        model, info = read_class.from_pretrained(
             None if "state_dict" in options else directory,
             dtype=getattr(torch, dtype),
             output_loading_info=True,
@@ -167,6 +173,7 @@ def read_weights(directory: Path, architecture: Architecture, dtype: str, **opti
             hint="name the class that the weights belong to in config.json's architectures, or "
             "download the checkpoint again",
         )
+    model.__class__ = model_class
     return model
 
 

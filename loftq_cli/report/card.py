@@ -34,6 +34,7 @@ from loftq_cli.report.loading import (
     keeping_layout,
     load_lines,
     python_block,
+    quoted,
     why_not_by_transformers,
 )
 from loftq_cli.report.merge import requantized_card
@@ -67,8 +68,14 @@ trained."""
 
 _TRANSFORMERS_4 = """\
 These lines are for transformers 4 with PEFT 0.18 (4.57 and 0.18.1 were tried). transformers 5 loads
-no quantized experts in bitsandbytes: it stacks them before it knows that they are packed. For it,
-`loftq merge` writes what was trained in 16 bits."""
+no quantized experts in bitsandbytes: it stacks them before it knows that they are packed. There
+loftq has a loader of its own, with which experts stay packed too:
+
+{load}
+
+Train with `model.gradient_checkpointing_enable()`, or each block's experts stay dequantized from
+the forward pass to the backward. What was trained goes on with `adapter="trained-adapter"`, and
+`loftq merge` writes it in 16 bits."""
 
 _ADAPTER_LEFT_OUT = """\
 What loads the directory in one call, such as `pipeline`, loads the backbone without its adapter and
@@ -173,7 +180,7 @@ def _used(results: QuantizeResults, here: str) -> list[str]:
     if why_not_by_transformers(results) is None:
         notes.insert(1, _ADAPTER_LEFT_OUT)
     if for_other_readers(results):
-        notes.insert(0, _TRANSFORMERS_4)
+        notes.insert(0, _TRANSFORMERS_4.format(load=_by_our_loader(results)))
     return [
         *(["## Install", integer_card.install(results)] if integers else []),
         "## Load",
@@ -208,6 +215,16 @@ def _loading(results: QuantizeResults) -> str:
         'model.peft_config["default"].base_model_name_or_path = ' + here_as_text(results),
     ]
     return python_block("\n".join(lines))
+
+
+def _by_our_loader(results: QuantizeResults) -> str:
+    place = quoted(results.repository or PurePath(results.output).name)
+    own_code = ", trust_remote_code=True" if results.own_code else ""
+    return python_block(f"""
+        import loftq_cli
+
+        model = loftq_cli.load({place}, trainable=True{own_code})
+        """)
 
 
 def _backbone(results: QuantizeResults) -> str:

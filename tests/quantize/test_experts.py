@@ -313,10 +313,13 @@ def test_in_bitsandbytes_for_other_readers(
     assert not any(f"{name}".endswith(f".{end}") for name in names for end in ends)
     assert "transformers 4" in (out / "README.md").read_text()
 
-    assert loftq("verify", out, "--source", source).code == 0
-    done = loftq("load", "-m", out)
-    assert done.code == 1
-    assert "transformers 5 loads no quantized experts" in done.err
+    done = loftq("verify", out, "--source", source, "--json")
+    assert done.code == 0, done.err
+    tests = {test["name"]: test for test in json.loads(done.out)["results"]["tests"]}
+    assert tests["forward"]["status"] == "passed"
+    assert "loftq_cli.load" in tests["forward"]["detail"]
+    loaded = json.loads(loftq("load", "-m", out, "--json").out)["results"]
+    assert loaded["quantized_layers"] == len(results["layers"]) + len(results["without_adapter"])
     merged = tmp_path / "merged"
     assert loftq("merge", out, "-o", merged).code == 0
     plain = load_model(merged, device="cpu", dtype="float32").model

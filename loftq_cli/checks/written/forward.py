@@ -14,7 +14,8 @@ from loftq_cli.containers import holds_codes
 from loftq_cli.errors import CheckFailed, told_as
 from loftq_cli.models.adapters import attach_fresh
 from loftq_cli.models.auto_classes import class_named
-from loftq_cli.models.loading import keep_layout
+from loftq_cli.models.dtypes import stored_dtype
+from loftq_cli.models.loading import keep_layout, load_model
 from loftq_cli.report.loading import (
     auto_class,
     for_other_readers,
@@ -44,8 +45,9 @@ def forward(written: Written) -> Finding:
     claims = written.claims
     kind = claims.container.layer_class or "layers as they were"
     labels = f" with {' and '.join(inputs.labels)}" if inputs.labels else ""
+    loader = "loftq_cli.load" if for_other_readers(claims.results) else auto_class(claims.results)
     return Finding(
-        f"{auto_class(claims.results)} and PEFT load it: {len(claims.layers)} {kind}, "
+        f"{loader} and PEFT load it: {len(claims.layers)} {kind}, "
         f"{len(claims.adapted) or 'each'} with {'an' if claims.adapted else 'a new'} adapter; "
         f"{shapes}{labels} give {done.values:,} finite "
         f"values, and {done.reached} adapters a finite gradient",
@@ -55,6 +57,22 @@ def forward(written: Written) -> Finding:
 
 
 def _load(written: Written) -> Any:
+    """As its README says, and what that made of the layers."""
+    if for_other_readers(written.claims.results):
+        with told_as(CheckFailed, "loftq_cli.load cannot load it", hint=written.remedy):
+            model = load_model(
+                written.directory,
+                device=written.device,
+                dtype=written.dtype or stored_dtype(written.config) or "float32",
+                trainable=True,
+                trust_remote_code=written.trust_remote_code,
+            ).model
+        _require_layers(written, "adapted", set(adapters_of(model.get_base_model())))
+        return model
+    return _load_by_transformers(written)
+
+
+def _load_by_transformers(written: Written) -> Any:
     """The README's lines: the same calls in the same order, and what they made of the layers."""
     import torch
     import transformers
@@ -138,11 +156,6 @@ def _require_loadable(written: Written) -> None:
         raise NothingToCheck(
             f"transformers loads {container.name} with {' and '.join(container.libraries)}: "
             f"pip install {names}"
-        )
-    if for_other_readers(written.claims.results):
-        raise NothingToCheck(
-            "plain transformers 5 loads no quantized experts in bitsandbytes: what reads them "
-            "are transformers 4 and others"
         )
     if (reason := why_not_by_transformers(written.claims.results)) is not None:
         told = ", ".join(map(str, sorted({layer.bits for layer in written.claims.quantized})))
