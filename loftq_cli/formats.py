@@ -49,3 +49,5 @@ SCALINGS = (1e-6, 1e6)
 MOST_RANKS = 4
 # As a target module: every linear layer but the output head.
 ALL_LINEAR = "all-linear"
+# The same of the parameters that experts are held as.
+ALL_EXPERTS = "experts"

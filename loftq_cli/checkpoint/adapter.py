@@ -7,7 +7,7 @@ an adapter name; PEFT adds that when it loads them (peft.utils.save_and_load).
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,7 @@ def adapter_config(
     rank_pattern: dict[str, int],
     alpha_pattern: dict[str, float],
     fan_in_fan_out: bool,
+    target_parameters: Sequence[str] = (),
 ) -> dict[str, Any]:
     """What `LoraConfig` needs to put the adapter back exactly as it was computed.
 
@@ -89,6 +90,7 @@ def adapter_config(
         "alpha_pattern": {name: _plain(alpha) for name, alpha in alpha_pattern.items()},
         "use_rslora": use_rslora,
         "target_modules": target_modules,
+        **({"target_parameters": list(target_parameters)} if target_parameters else {}),
         "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": fan_in_fan_out,

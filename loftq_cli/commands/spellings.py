@@ -128,7 +128,8 @@ OPTIONS = {
         str,
         "--target-modules",
         metavar="a,b|all-linear",
-        help="Layers that get an adapter, by the end of their names, or all but the output head.",
+        help="Layers that get an adapter, by the end of their names, or all but the output head; "
+        "`all-linear,experts` is those and experts.",
         autocompletion=lambda: [(ALL_LINEAR, "every linear layer but the output head")],
     ),
     "lora_alpha": option(

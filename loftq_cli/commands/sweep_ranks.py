@@ -15,8 +15,8 @@ from loftq_cli.options import SweepOptions, choice, items, ranks, size
 if TYPE_CHECKING:
     from loftq_cli import schema
     from loftq_cli.containers.base import Container
-    from loftq_cli.engines.plan import PlannedLayer
     from loftq_cli.engines.settings import Settings
+    from loftq_cli.models.layers import LinearLayer
     from loftq_cli.models.lookup import FoundModel
 
 SEQUENCE_LENGTH = 1024
@@ -85,7 +85,11 @@ def sweep_ranks(run: Run, asked: SweepOptions) -> None:
     inventory = as_asked(found.outline.inventory, settings)
     found = replace(found, outline=replace(found.outline, inventory=inventory))
     planned = plan.layers
-    _warn_of_large_ranks(run, planned, wanted)
+    adapted = [
+        *(each.layer for each in planned if each.adapted),
+        *(layer for stack in plan.stacks for layer in stack.layers),
+    ]
+    _warn_of_large_ranks(run, adapted, wanted)
     measured, calibration = None, None
     if asked.error:
         measured, calibration = measure_errors(
@@ -94,7 +98,7 @@ def sweep_ranks(run: Run, asked: SweepOptions) -> None:
     tokens = _sequence_length(run, asked.sequence_length, found.outline.context)
     in_step = asked.batch_size * tokens
     costs = [
-        _rank_cost(found, planned, rank, settings, in_step, vram_bytes, errors_at(measured, place))
+        _rank_cost(found, adapted, rank, settings, in_step, vram_bytes, errors_at(measured, place))
         for place, rank in enumerate(wanted)
     ]
     plain_error = None if measured is None else measured.weights.quantized_only
@@ -189,21 +193,20 @@ def _sequence_length(run: Run, asked: int | None, context: int | None) -> int:
     return asked
 
 
-def _warn_of_large_ranks(run: Run, planned: list[PlannedLayer], ranks: list[int]) -> None:
-    adapted = [each for each in planned if each.adapted]
-    smallest = min(adapted, key=lambda each: min(each.shape))
-    limit = min(smallest.shape)
+def _warn_of_large_ranks(run: Run, adapted: list[LinearLayer], ranks: list[int]) -> None:
+    smallest = min(adapted, key=lambda each: min(each.stored_shape))
+    rows, columns = smallest.out_features, smallest.in_features
+    limit = min(rows, columns)
     if max(ranks) > limit:
-        rows, columns = smallest.shape
         run.warn(
-            f"a rank above {limit} is more than {smallest.layer.module} ({rows} × {columns}) can "
+            f"a rank above {limit} is more than {smallest.module} ({rows} × {columns}) can "
             "use: `loftq quantize` refuses it"
         )
 
 
 def _rank_cost(
     found: FoundModel,
-    planned: list[PlannedLayer],
+    adapted: list[LinearLayer],
     rank: int,
     settings: Settings,
     tokens: int,
@@ -213,7 +216,6 @@ def _rank_cost(
     from loftq_cli.models.costs import memory, trainable_parameters
     from loftq_cli.schema import RankCost
 
-    adapted = [each.layer for each in planned if each.adapted]
     base = found.outline.parameters
     trainable = trainable_parameters(adapted, rank)
     needed = memory(

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from typing import NamedTuple
 
 # The last part of a module's name, and what takes its place.
 _FUSED = {
@@ -17,6 +18,22 @@ _FUSED = {
     **dict.fromkeys(("in_proj_qkv", "in_proj_z"), "in_proj_qkvz"),
     **dict.fromkeys(("in_proj_b", "in_proj_a"), "in_proj_ba"),
 }
+
+
+# The parameter of transformers 5 that an expert's matrix is rows of, and which, from above.
+_STACKED = {
+    **dict.fromkeys(("gate_proj", "w1"), ("gate_up_proj", 0)),
+    **dict.fromkeys(("up_proj", "w3"), ("gate_up_proj", 1)),
+    **dict.fromkeys(("down_proj", "w2"), ("down_proj", 0)),
+}
+
+
+class StackPart(NamedTuple):
+    """An expert's matrix, as a part of a stack of all experts."""
+
+    stack: str
+    expert: int
+    part: int
 
 
 # experts.N.NAME of such as are apart, experts.NAME of such as are stacked.
@@ -33,6 +50,16 @@ def expert_number(module: str) -> int | None:
     """Which of its block's experts a matrix is of; None where it is none's, or that of all."""
     found = _EXPERT.fullmatch(module)
     return None if found is None or found[2] is None else int(found[2])
+
+
+def stack_part(module: str) -> StackPart | None:
+    """Where transformers 5 puts an expert's matrix, by its name; None where that is not known."""
+    path, number = expert_stack(module), expert_number(module)
+    found = _STACKED.get(module.rpartition(".")[2])
+    if path is None or number is None or found is None:
+        return None
+    name, part = found
+    return StackPart(f"{path}.{name}", number, part)
 
 
 def expert_pattern(stack: str) -> str:

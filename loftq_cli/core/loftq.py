@@ -288,6 +288,33 @@ class _Alternation:
         )
 
 
+@torch.no_grad()
+def start_of_residual(
+    R: Tensor,
+    rank: int,
+    *,
+    scaling: float,
+    svd: str = "auto",
+    adapter_dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+) -> tuple[Tensor, Tensor, float]:
+    """The adapter of this rank that leaves least of R = W − Q (out × in), whose codes are chosen.
+
+    Returns:
+        A (rank, in) and B (out, rank) in float32, rounded to ``adapter_dtype``, and what they
+        leave: ‖R − scaling · B·A‖².
+    """
+    generator = torch.Generator().manual_seed(seed)
+    with nullcontext() if svd == "exact" else one_thread_each():
+        low_rank = truncated_svd(
+            Residual.of(R), rank, method=svd, tolerance=_AT_THE_END, generator=generator
+        )
+        A, B = split(low_rank, scaling)
+        randomize_unused(A, B, low_rank.S, generator)
+        A, B = rounded_to(adapter_dtype, A, B)
+        return A, B, sum_of_squares(R.addmm(B, A, alpha=-scaling))
+
+
 def plain_adapter(
     shape: tuple[int, int], rank: int, seed: int | torch.Generator = 0
 ) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from loftq_cli.checkpoint.adapter import adapter_config
+from loftq_cli.engines.expert_starts import target_parameters
 from loftq_cli.engines.plan import Plan, PlannedLayer
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ def adapter_settings(
         alpha_pattern={name: settings.alpha_of(other) for name, other in others.items()},
         fan_in_fan_out=not settings.container.quantizes
         and any(planned.layer.transposed for planned in adapted),
+        target_parameters=target_parameters(plan, architecture),
     )
 
 

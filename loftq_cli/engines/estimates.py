@@ -166,7 +166,9 @@ def memory_bytes(plan: Plan, machine: Machine, *, ahead: bool) -> int:
     adapters = max(
         sum(tensor.nbytes for tensor in plan.adapter_tensors(task.layers)) for task in plan.tasks
     )
-    return LIBRARY_BYTES + _COPYING_BYTES + layer + adapters
+    dtype = plan.settings.adapter_dtype
+    stack = max((sum(t.nbytes for t in each.planned("", dtype)) for each in plan.stacks), default=0)
+    return LIBRARY_BYTES + _COPYING_BYTES + layer + max(adapters, stack)
 
 
 def _calibration_bytes(plan: Plan, limit: int | None) -> int:

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from loftq_cli.checkpoint.index import Checkpoint
 from loftq_cli.containers.fused import expert_stack
+from loftq_cli.engines.expert_stacks import ExpertStack
 from loftq_cli.engines.plan import Plan, PlannedLayer, stored
 from loftq_cli.engines.settings import Settings
 from loftq_cli.formats import DTYPE_BITS
 from loftq_cli.models.layers import LeftTensor
 from loftq_cli.record import Record
 from loftq_cli.report.experts import told
-from loftq_cli.schema import Experts, ExpertShape
+from loftq_cli.schema import ExpertAdapters, Experts, ExpertShape
 
 
 def experts_of(
@@ -56,6 +57,31 @@ def experts_of(
         input_bytes=before,
         output_bytes=after,
         reason=max(reasons, key=lambda reason: reasons[reason]) if reasons else None,
+    )
+
+
+def expert_adapters(
+    stacks: Sequence[ExpertStack],
+    settings: Settings,
+    target_parameters: Sequence[str],
+    errors: Sequence[float] | None,
+) -> ExpertAdapters | None:
+    """The adapters of experts; None: there are none.
+
+    Without ``target_parameters`` it is told by the names of files how PEFT finds them.
+    """
+    if not stacks:
+        return None
+    tensors = [each for stack in stacks for each in stack.planned("", settings.adapter_dtype)]
+    before, after = errors or (None, None)
+    return ExpertAdapters(
+        target_parameters=list(target_parameters)
+        or sorted({".".join(stack.name.split(".")[-2:]) for stack in stacks}),
+        experts=sum(len(stack.experts) for stack in stacks),
+        rank=settings.rank,
+        parameters=sum(math.prod(tensor.shape) for tensor in tensors),
+        backbone_error_relative=before,
+        weight_error_relative=after,
     )
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from loftq_cli import hardware
+from loftq_cli.checkpoint.adapter import ADAPTER_NAME
 from loftq_cli.checkpoint.index import Checkpoint
 from loftq_cli.checkpoint.staging import Staging
 from loftq_cli.checkpoint.writer import require_free_space
@@ -18,6 +19,7 @@ from loftq_cli.engines import estimates, output
 from loftq_cli.engines.allocation import allocate
 from loftq_cli.engines.cluster import Cluster, connected
 from loftq_cli.engines.engine import run_tasks
+from loftq_cli.engines.expert_starts import target_parameters
 from loftq_cli.engines.experts import tell_of_experts
 from loftq_cli.engines.fingerprint import (
     base_identity,
@@ -152,7 +154,14 @@ def _make(ready: _Prepared, record: Record, began: float) -> Made:
         with record.timing("commit"):
             base = base_identity(identity, job.settings)
             output.join_adapter(
-                plan, ready.checkpoint, staging, ready.architecture, job.output.name, base
+                plan,
+                ready.checkpoint,
+                staging,
+                ready.architecture,
+                base_model=job.output.name,
+                base=base,
+                device=ready.device,
+                record=record,
             )
             output.write_model_files(plan, staging, ready.architecture, ready.config, ready.beside)
             require_unchanged(found, ready.checkpoint, identity)
@@ -162,6 +171,8 @@ def _make(ready: _Prepared, record: Record, began: float) -> Made:
             output=str(job.output),
             **_described(ready.architecture),
             outcomes=[outcome for result in done for outcome in result.outcomes],
+            target_parameters=target_parameters(plan, ready.architecture),
+            expert_errors=staging.finished[ADAPTER_NAME].payload,
             files=output.written_files(staging),
             not_copied=ready.beside.left_out,
             fingerprint=digest(identity),

@@ -47,6 +47,7 @@ from loftq_cli.models.trained_adapter import (
     cannot_merge,
     missing_modules,
     read_trained,
+    with_experts,
 )
 
 if TYPE_CHECKING:
@@ -141,6 +142,7 @@ def plan_merge(
             source / ADAPTER_NAME, hash_file(source / ADAPTER_NAME), written.listed[ADAPTER_NAME]
         )
     _require_base(written, trained)
+    trained = with_experts(trained, architecture, [weight.name for weight in written.weights])
     _require_layers(written, trained)
     if dtype is not None:
         written = _cast(written, dtype)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from loftq_cli.checkpoint.adapter import PREFIX
 from loftq_cli.checkpoint.safetensors import TensorInfo
 from loftq_cli.engines.adapter_settings import adapter_settings
+from loftq_cli.engines.expert_starts import places
 from loftq_cli.engines.plan import Plan, skip_list
 from loftq_cli.errors import UnsupportedModel, first_line
 from loftq_cli.libraries import import_bitsandbytes
@@ -57,7 +58,7 @@ def objections(
         adapted = _as_adapted(model, settings)
     except Exception as error:  # PEFT, torch and bitsandbytes have types of their own
         return _refused_kinds(plan, build, settings, error), ()
-    return _held_against(plan, adapted)
+    return _held_against(plan, adapted, original)
 
 
 def loader_objections(
@@ -149,7 +150,9 @@ def _as_adapted(model: Any, settings: Mapping[str, Any]) -> Any:
         return get_peft_model(model, config, adapter_name=_ADAPTER, low_cpu_mem_usage=True)
 
 
-def _held_against(plan: Plan, adapted: Any) -> tuple[Refused, tuple[str, ...]]:
+def _held_against(
+    plan: Plan, adapted: Any, original: Architecture
+) -> tuple[Refused, tuple[str, ...]]:
     """Where PEFT put adapters and where their tensors went, against the plan."""
     import torch
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
@@ -159,13 +162,19 @@ def _held_against(plan: Plan, adapted: Any) -> tuple[Refused, tuple[str, ...]]:
     heads = _trained_heads(state)
     if in_head := _in_heads(plan, heads):
         return Refused(kept=in_head), ()
+    dtype = plan.settings.adapter_dtype
+    stacks = [
+        tensor
+        for place in places(plan, original)
+        for tensor in place.stack.planned(place.module, dtype)
+    ]
     attached = {_module(name) for name in state if ".lora_" in name}
     # As it is loaded: PEFT may give the tensors other names first.
     tensors = {
         **{name: tensor for name, tensor in state.items() if ".lora_" not in name},
         **{
             each.name: torch.empty(each.shape, device="meta")
-            for each in plan.adapter_tensors(plan.layers)
+            for each in [*plan.adapter_tensors(plan.layers), *stacks]
         },
     }
     with warnings.catch_warnings():
@@ -174,7 +183,14 @@ def _held_against(plan: Plan, adapted: Any) -> tuple[Refused, tuple[str, ...]]:
             adapted, tensors, adapter_name=_ADAPTER, low_cpu_mem_usage=True
         )
     unplaced = {_module(name) for name in loaded.unexpected_keys}
-    beyond = attached - planned
+    on_experts = {_module(each.name) for each in stacks}
+    if on_experts - attached or on_experts & unplaced:
+        raise UnsupportedModel(
+            "PEFT puts no adapter on experts of this model",
+            cause=f"there is none at {min(on_experts - attached or on_experts & unplaced)}",
+            hint="leave experts out of --target-modules",
+        )
+    beyond = attached - planned - on_experts
     lost = planned - attached | planned & unplaced
     if beyond and not lost:
         raise UnsupportedModel(

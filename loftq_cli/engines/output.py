@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from loftq_cli.checkpoint.adapter import (
@@ -26,10 +26,11 @@ from loftq_cli.checkpoint.writer import (
     write_safetensors,
 )
 from loftq_cli.engines.adapter_settings import adapter_settings
+from loftq_cli.engines.expert_starts import ExpertStarts, places
 from loftq_cli.engines.plan import Plan, skip_list
 from loftq_cli.formats import DTYPE_NAMES
 from loftq_cli.models.source import CONFIG_FILE, README_FILE, REPORT_FILE
-from loftq_cli.record import Record
+from loftq_cli.record import Progress, Record
 
 if TYPE_CHECKING:
     from loftq_cli.models.architecture import Architecture
@@ -41,12 +42,16 @@ def join_adapter(
     checkpoint: Checkpoint,
     staging: Staging,
     architecture: Architecture,
+    *,
     base_model: str,
     base: str,
+    device: str,
+    record: Record,
 ) -> None:
     """Joins the tasks' shares to one `adapter_model.safetensors`, tensor by tensor.
 
-    After them come the heads that PEFT trains beside the adapter, as they are in the checkpoint.
+    After them come the adapters of experts, which are computed now on ``device``, and the heads
+    that PEFT trains beside the adapter, as they are in the checkpoint.
     """
     tensors_of = {
         parameter: tensor
@@ -57,23 +62,31 @@ def join_adapter(
         for parameter in plan.trained_heads
     }
 
-    def tensors() -> Iterator[tuple[str, memoryview | bytes]]:
+    stacks = places(plan, architecture)
+    count = sum(len(place.stack.experts) for place in stacks)
+
+    def tensors(experts: ExpertStarts) -> Iterator[tuple[str, memoryview | bytes]]:
         for task in plan.tasks:
             header = read_header(staging.path(adapter_part(task.file_name)))
             for tensor, info in header.tensors.items():
                 yield tensor, read_tensor(header, info)
+        yield from experts.tensors()
         for name, (header, info) in heads.items():
             for piece in load_pieces(header, info):
                 yield name, bytes(piece)  # the piece's buffer is used again
 
     if ADAPTER_NAME not in staging.finished:
-        planned = [
-            *plan.adapter_tensors(plan.layers),
-            *(PlannedTensor(name, info.dtype, info.shape) for name, (_, info) in heads.items()),
-        ]
-        staging.record(
-            ADAPTER_NAME, write_safetensors(staging.path(ADAPTER_NAME), planned, tensors())
-        )
+        shown = record.progress("starting experts", count) if count else nullcontext(Progress())
+        with shown as progress:
+            experts = ExpertStarts(plan, checkpoint, staging, stacks, device, progress)
+            planned = [
+                *plan.adapter_tensors(plan.layers),
+                *experts.planned,
+                *(PlannedTensor(name, info.dtype, info.shape) for name, (_, info) in heads.items()),
+            ]
+            path = staging.path(ADAPTER_NAME)
+            joined = write_safetensors(path, planned, tensors(experts))
+        staging.record(ADAPTER_NAME, joined, experts.relative_errors())
     for task in plan.tasks:
         staging.path(adapter_part(task.file_name)).unlink(missing_ok=True)
     config = adapter_settings(plan, architecture, base_model, base)

@@ -17,6 +17,7 @@ from loftq_cli.checkpoint import adapter
 from loftq_cli.checkpoint.writer import PlannedTensor
 from loftq_cli.containers.base import Container, Weight
 from loftq_cli.containers.fused import expert_stack
+from loftq_cli.engines.expert_stacks import ExpertStack, expert_stacks, is_of_experts
 from loftq_cli.engines.settings import Settings
 from loftq_cli.engines.shards import shards
 from loftq_cli.errors import InvalidSetting, UnknownTargetModule, UnsupportedModel
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from loftq_cli.models.architecture import Architecture
 
 NOT_A_TARGET = "not among --target-modules"
+ADAPTED_TOGETHER = "an expert: its adapter is one of the parameter that holds all of them"
 
 
 @dataclass(frozen=True)
@@ -95,13 +97,14 @@ class Plan:
 
     ``trained_heads`` are the parameters that PEFT trains beside the adapter and keeps with it,
     ``evened`` the groups whose layers would have had different bits if servers did not hold each
-    group as one.
+    group as one, ``stacks`` the experts with adapters.
     """
 
     settings: Settings
     tasks: tuple[Task, ...]
     trained_heads: tuple[str, ...] = ()
     evened: tuple[tuple[str, ...], ...] = ()
+    stacks: tuple[ExpertStack, ...] = ()
 
     @property
     def layers(self) -> list[PlannedLayer]:
@@ -145,12 +148,20 @@ class Plan:
         return sum(tensor.nbytes for task in self.tasks for tensor in self.model_tensors(task))
 
     @property
+    def stack_tensors(self) -> list[PlannedTensor]:
+        """The A and B of experts, by the names of files."""
+        dtype = self.settings.adapter_dtype
+        return [tensor for stack in self.stacks for tensor in stack.planned(stack.name, dtype)]
+
+    @property
     def adapter_bytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self.adapter_tensors(self.layers))
+        tensors = [*self.adapter_tensors(self.layers), *self.stack_tensors]
+        return sum(tensor.nbytes for tensor in tensors)
 
     @property
     def trainable_parameters(self) -> int:
-        return sum(math.prod(tensor.shape) for tensor in self.adapter_tensors(self.layers))
+        tensors = [*self.adapter_tensors(self.layers), *self.stack_tensors]
+        return sum(math.prod(tensor.shape) for tensor in tensors)
 
 
 def make_plan(inventory: Inventory, settings: Settings) -> Plan:
@@ -164,6 +175,7 @@ def make_plan(inventory: Inventory, settings: Settings) -> Plan:
         UnknownTargetModule: a target matches no layer.
         InvalidSetting: the rank is too large for an adapted layer.
     """
+    stacks = expert_stacks(inventory, settings)
     inventory = as_asked(inventory, settings)
     if not inventory.layers:
         reasons = sorted({left.reason for left in inventory.left if len(left.shape) == 2})
@@ -172,9 +184,17 @@ def make_plan(inventory: Inventory, settings: Settings) -> Plan:
             cause="; ".join(reasons) or "it has no matrices",
             hint="PEFT alone can adapt it in 16 bits, from the original",
         )
-    adapted = match_targets(inventory, settings.target_modules)
+    targets = [target for target in settings.target_modules if not is_of_experts(target)]
+    adapted = match_targets(inventory, targets)
+    together = {part.module for stack in stacks for parts in stack.experts for part in parts}
+
+    def why_unadapted(layer: LinearLayer) -> str:
+        if layer.module in together:
+            return ADAPTED_TOGETHER
+        return NOT_A_TARGET if layer.module not in adapted else inventory.why_unadapted(layer)
+
     entries = [
-        _planned(entry, settings, adapted, inventory) if isinstance(entry, LinearLayer) else entry
+        _planned(entry, settings, why_unadapted(entry)) if isinstance(entry, LinearLayer) else entry
         for entry in inventory.entries
     ]
     layers = [entry for entry in entries if isinstance(entry, PlannedLayer)]
@@ -190,7 +210,7 @@ def make_plan(inventory: Inventory, settings: Settings) -> Plan:
     settings.container.require_fit([planned.weight for planned in layers])
     if settings.leading is not None:
         _require_others(inventory.layers, *settings.leading, settings.bits)
-    return Plan(settings, tuple(_tasks(entries, settings)))
+    return Plan(settings, tuple(_tasks(entries, settings)), stacks=stacks)
 
 
 def as_asked(inventory: Inventory, settings: Settings) -> Inventory:
@@ -223,11 +243,9 @@ def more_skipped(container: Container, experts: str | None, left: Mapping[str, s
     return {*routers, *map(container.skipped_stack, stacks)}
 
 
-def _planned(
-    layer: LinearLayer, settings: Settings, adapted: set[str], inventory: Inventory
-) -> PlannedLayer:
+def _planned(layer: LinearLayer, settings: Settings, reason: str) -> PlannedLayer:
+    """With an adapter, unless there is a ``reason`` against it."""
     bits = _bits_of(layer.module, settings)
-    reason = NOT_A_TARGET if layer.module not in adapted else inventory.why_unadapted(layer)
     return PlannedLayer(layer, bits, 0 if reason else settings.rank, reason=reason)
 
 

@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from loftq_cli import schema
-from loftq_cli.engines.experts import experts_of
+from loftq_cli.engines.experts import expert_adapters, experts_of
 from loftq_cli.engines.plan import Plan, stored
 from loftq_cli.engines.settings import Settings
 from loftq_cli.models.hub_files import HubFile
@@ -43,6 +43,8 @@ def quantize_results(
     task_type: str | None = None,
     counted_by: Literal["class", "names"] = "class",
     outcomes: Sequence[LayerOutcome] = (),
+    target_parameters: Sequence[str] = (),
+    expert_errors: Sequence[float] | None = None,
     files: Sequence[WrittenFile] = (),
     not_copied: Sequence[LeftOut] = (),
     merged: schema.MergedFrom | None = None,
@@ -88,6 +90,7 @@ def quantize_results(
             settings,
             sum(info.elements for info in checkpoint.infos),
         ),
+        expert_adapters=expert_adapters(plan.stacks, settings, target_parameters, expert_errors),
         files=[schema.WrittenFile(name=f.name, bytes=f.bytes, sha256=f.sha256) for f in files],
         source_files=[
             schema.SourceFile(

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,12 +18,16 @@ from loftq_cli.checkpoint.adapter import ADAPTER_CONFIG, PREFIX, lora_names
 from loftq_cli.checkpoint.index import load_json
 from loftq_cli.checkpoint.safetensors import Header, TensorInfo, read_header, shown
 from loftq_cli.checkpoint.tensors import load_tensor
+from loftq_cli.containers.fused import expert_number
 from loftq_cli.errors import CorruptCheckpoint, NonFiniteWeight, UnsupportedModel
 from loftq_cli.formats import DTYPE_NAMES
 from loftq_cli.models.adapters import adapter_weights
+from loftq_cli.models.expert_parameters import adapter_modules, is_targeted
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from loftq_cli.models.architecture import Architecture
 
 _LORA = re.compile(re.escape(PREFIX) + r"(.+)\.lora_[AB]\.weight")
 
@@ -33,7 +37,7 @@ _KNOWN = {
     "exclude_modules", "fan_in_fan_out", "inference_mode", "init_lora_weights", "layers_pattern",
     "layers_to_transform", "loftq_config", "lora_alpha", "lora_dropout", "megatron_core",
     "modules_to_save", "peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern",
-    "revision", "target_modules", "task_type", "use_rslora",
+    "revision", "target_modules", "target_parameters", "task_type", "use_rslora",
 }  # fmt: skip
 # With any other start PEFT changes the weights of the base too, in the training's memory only.
 _STARTS: tuple[object, ...] = (True, False, "gaussian", "eva", "orthogonal")
@@ -41,7 +45,6 @@ _WHY_NOT = {
     "use_dora": "DoRA also scales the columns of the sum, by what was trained",
     "lora_bias": "it has a bias beside B, which needs a place in the layer",
     "bias": "the biases of the base were trained with it",
-    "target_parameters": "it is on stacks of experts, not on layers",
     "trainable_token_indices": "it has embeddings of single tokens",
 }
 
@@ -61,11 +64,35 @@ class Pair:
 
 
 @dataclass(frozen=True)
+class ExpertPair(Pair):
+    """A and B of all of so many ``experts`` (see `engines.expert_stacks`), for a matrix of one.
+
+    The matrix is those ``rows`` (from, to) of what the model holds as one.
+    """
+
+    expert: int
+    experts: int
+    rows: tuple[int, int]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        first, end = self.rows
+        return end - first, self.A.shape[1]
+
+    def of_one(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+        """Of all A and B those of this matrix."""
+        first, end = self.rows
+        own = B.view(len(B), -1, self.experts)[first:end, :, self.expert]
+        return A.view(self.experts, -1, A.shape[1])[self.expert], own
+
+
+@dataclass(frozen=True)
 class TrainedAdapter:
     """The adapter in ``directory``: ``pairs`` by module, ``heads`` by parameter of the model.
 
-    Heads are whatever was trained in place of the model's own. (`modules_to_save` need not name
-    them: PEFT adds those of its task types by itself.)
+    ``stacks`` are A and B that PEFT has on parameters, by where it has them: of experts, which
+    `with_experts` tells from each other. Heads are whatever was trained in place of the model's
+    own. (`modules_to_save` need not name them: PEFT adds those of its task types by itself.)
     """
 
     directory: Path
@@ -73,11 +100,14 @@ class TrainedAdapter:
     header: Header
     pairs: Mapping[str, Pair]
     heads: Mapping[str, TensorInfo]
+    stacks: Mapping[str, tuple[TensorInfo, TensorInfo]] = field(default_factory=dict)
 
     def factors(self, module: str) -> tuple[Tensor, Tensor, float]:
         """A (r, in) and B (out, r) in float32, and the scaling of their product."""
         pair = self.pairs[module]
         A, B = (load_tensor(self.header, info).float() for info in (pair.A, pair.B))
+        if isinstance(pair, ExpertPair):
+            A, B = pair.of_one(A, B)
         return A, B, pair.scaling
 
     def folded_into(self, Q: Tensor, module: str) -> Tensor:
@@ -123,8 +153,80 @@ def read_trained(directory: Path) -> TrainedAdapter:
             )
     if not modules:
         raise _damaged(directory, "it has no pair of A and B")
-    pairs = {module: _pair(directory, config, header, module) for module in modules}
-    return TrainedAdapter(directory, config, header, pairs, heads)
+    targets = _target_parameters(directory, config)
+    on_parameters = {module for module in modules if _is_owner(module, targets)}
+    stacks = {module: _factors(directory, header, module) for module in on_parameters}
+    pairs = {
+        module: _pair(directory, config, header, module)
+        for module in modules
+        if module not in on_parameters
+    }
+    return TrainedAdapter(directory, config, header, pairs, heads, stacks)
+
+
+def _target_parameters(directory: Path, config: Mapping[str, Any]) -> list[str]:
+    targets = config.get("target_parameters") or []
+    if not (isinstance(targets, list) and all(isinstance(each, str) for each in targets)):
+        raise _damaged(directory, f"its target_parameters are {targets!r:.60}")
+    return targets
+
+
+def _is_owner(module: str, target_parameters: Sequence[str]) -> bool:
+    """Whether PEFT would have A and B of one of these parameters at this module."""
+    path = re.sub(r"(\.base_layer)+$", "", module)
+    return is_targeted(path, [each.rpartition(".")[0] for each in target_parameters])
+
+
+def with_experts(
+    adapter: TrainedAdapter, architecture: Architecture, tensors: Iterable[str]
+) -> TrainedAdapter:
+    """The same with a pair for each matrix of an expert among the ``tensors`` of a model.
+
+    Raises:
+        UnsupportedModel: it has A and B of other parameters.
+        CorruptCheckpoint: A and B do not have the rank of its config.
+    """
+    directory, config = adapter.directory, adapter.config
+    targets = _target_parameters(directory, config)
+    if not targets:
+        return adapter
+    parameters = architecture.parameters_of(
+        tensor for tensor in tensors if architecture.expert_part(tensor) is not None
+    )
+    targeted = {each for each in parameters.values() if is_targeted(each, targets)}
+    modules = {
+        parameter: module.removeprefix(PREFIX)
+        for parameter, module in adapter_modules(architecture.model, targeted).items()
+    }
+    if not modules or adapter.stacks.keys() != set(modules.values()):
+        raise cannot_merge(
+            directory,
+            f"its target_parameters are {targets!r:.100}, and it has A and B for other experts "
+            "than those that are quantized here",
+            hint="into weights in 16 bits PEFT itself merges them: merge_and_unload()",
+        )
+    pairs: dict[str, Pair] = dict(adapter.pairs)
+    for tensor, parameter in parameters.items():
+        if parameter not in modules:
+            continue
+        A, B = adapter.stacks[modules[parameter]]
+        experts, rows, columns = architecture.model.get_parameter(parameter).shape
+        rank, alpha = _of_config(directory, config, parameter)
+        if (A.shape, B.shape) != ((rank * experts, columns), (rows, rank * experts)):
+            raise _damaged(
+                directory,
+                f"A and B of {shown(parameter)} are {list(A.shape)} and {list(B.shape)}, which "
+                f"is not rank {rank} for {experts} experts",
+            )
+        module = tensor.removesuffix(".weight")
+        shape, part = architecture.expert_shape(tensor), architecture.expert_part(tensor)
+        number = expert_number(module)
+        assert shape is not None
+        assert part is not None
+        assert number is not None
+        own = (part * shape[0], (part + 1) * shape[0])
+        pairs[module] = ExpertPair(A, B, _scaling(config, rank, alpha), number, experts, own)
+    return replace(adapter, pairs=pairs)
 
 
 def missing_modules(adapter: TrainedAdapter, modules: Iterable[str]) -> list[str]:
@@ -185,23 +287,36 @@ def _require_plain_lora(directory: Path, config: Mapping[str, Any]) -> None:
 
 
 def _pair(directory: Path, config: Mapping[str, Any], header: Header, module: str) -> Pair:
-    tensors = [header.tensors.get(name) for name in lora_names(module)]
-    A, B = tensors
-    if A is None or B is None:
-        raise _damaged(directory, f"{shown(module)} has only one of A and B")
-    if any(len(info.shape) != 2 or info.dtype not in DTYPE_NAMES for info in (A, B)):
-        raise cannot_merge(directory, f"A and B of {shown(module)} are no matrices of numbers")
-    rank, alpha = (
-        _of_pattern(directory, config, *keys, module)
-        for keys in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha"))
-    )
+    A, B = _factors(directory, header, module)
+    rank, alpha = _of_config(directory, config, module)
     if not (A.shape[0] == B.shape[1] == rank >= 1):
         raise _damaged(
             directory,
             f"A and B of {shown(module)} have ranks {A.shape[0]} and {B.shape[1]}, and by its "
             f"config it is {rank}",
         )
-    return Pair(A, B, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
+    return Pair(A, B, _scaling(config, rank, alpha))
+
+
+def _factors(directory: Path, header: Header, module: str) -> tuple[TensorInfo, TensorInfo]:
+    A, B = (header.tensors.get(name) for name in lora_names(module))
+    if A is None or B is None:
+        raise _damaged(directory, f"{shown(module)} has only one of A and B")
+    if any(len(info.shape) != 2 or info.dtype not in DTYPE_NAMES for info in (A, B)):
+        raise cannot_merge(directory, f"A and B of {shown(module)} are no matrices of numbers")
+    return A, B
+
+
+def _of_config(directory: Path, config: Mapping[str, Any], name: str) -> tuple[float, float]:
+    """Rank and lora_alpha of a module or a parameter."""
+    return (
+        _of_pattern(directory, config, "rank_pattern", "r", name),
+        _of_pattern(directory, config, "alpha_pattern", "lora_alpha", name),
+    )
+
+
+def _scaling(config: Mapping[str, Any], rank: float, alpha: float) -> float:
+    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
 def _of_pattern(

@@ -9,7 +9,7 @@ from loftq_cli import starts
 from loftq_cli.report import integer_card, units
 from loftq_cli.report.another_head import another_head
 from loftq_cli.report.escape import code_span, shell_word, visible
-from loftq_cli.report.experts import told
+from loftq_cli.report.experts import adapters_told, told
 from loftq_cli.report.formats import (
     all_layers,
     bits_a_weight,
@@ -301,6 +301,8 @@ def _figures(results: QuantizeResults) -> str:
         rows.insert(2, ("precision", bits))
     if results.experts is not None:
         rows.append(("experts", told(results.experts)))
+    if (adapters := results.expert_adapters) is not None:
+        rows.append(("adapters of experts", adapters_told(adapters, totals.trainable_parameters)))
     changes = error_changes(results)
     rows += [(what, units.error_change(before, after)) for what, before, after in changes]
     parts = ["\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)])]

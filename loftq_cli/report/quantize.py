@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 from loftq_cli.report import units
-from loftq_cli.report.experts import told
+from loftq_cli.report.experts import adapters_told, told
 from loftq_cli.report.formats import (
     ERRORS,
     adapter_of,
@@ -79,6 +79,8 @@ def _facts(results: QuantizeResults) -> list[tuple[str, str]]:
         facts.append(("precision", bits))
     if results.experts is not None:
         facts.append(("experts", told(results.experts)))
+    if (adapters := results.expert_adapters) is not None:
+        facts.append(("on experts", adapters_told(adapters, totals.trainable_parameters)))
     if results.merged is None:
         trainable = units.plural(totals.trainable_parameters, "trainable parameter")
         facts.append(("adapter", f"{about}{units.size(totals.adapter_bytes)}, {trainable}"))

@@ -23,6 +23,11 @@ _OTHER_STORAGE = (
     "that you trained on this one."
 )
 
+_ON_PARAMETERS = (
+    "- The adapter is on parameters of experts too (`target_parameters`). Whether a server takes "
+    "that was not tried: merge it, or leave experts out of `--target-modules`."
+)
+
 
 def serving(results: QuantizeResults, here: str) -> str:
     """Markdown: a list, and before it the command line where that has options of its own."""
@@ -40,6 +45,8 @@ def serving(results: QuantizeResults, here: str) -> str:
         else:
             lines.append(_OTHER_STORAGE)
         lines += [f"- {each}" for each in _mis_scaled(results)]
+        if results.expert_adapters is not None:
+            lines.append(_ON_PARAMETERS)
     lines.append(_llama_cpp(results))
     return command + "\n".join(
         textwrap.fill(

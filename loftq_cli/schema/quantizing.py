@@ -41,6 +41,21 @@ class Experts(Model):
     reason: str | None = None
 
 
+class ExpertAdapters(Model):
+    """Adapters on the parameters that a model holds its experts as, by PEFT's `target_parameters`.
+
+    `experts` counts each of a parameter's, `parameters` what is trained. Errors are those of all of
+    them, without and with the adapters: null in a dry run, and where nothing is corrected.
+    """
+
+    target_parameters: list[str]
+    experts: int
+    rank: int
+    parameters: int
+    backbone_error_relative: float | None = None
+    weight_error_relative: float | None = None
+
+
 class QuantizeSettings(Model):
     """`leading` is (blocks, bits) of the first blocks; `iterations` null: until it hardly pays."""
 
@@ -202,6 +217,7 @@ class QuantizeResults(Model):
     without_adapter: list[PlainLayer] = []
     untouched: list[UntouchedTensor] = []
     experts: Experts | None = None
+    expert_adapters: ExpertAdapters | None = None
     files: list[WrittenFile] = []
     source_files: list[SourceFile] = []
     # The hub that the weights were read from by range requests; null where they were on a disk.

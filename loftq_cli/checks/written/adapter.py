@@ -28,6 +28,7 @@ from loftq_cli.checkpoint.safetensors import Header, read_header, shown
 from loftq_cli.checkpoint.tensors import load_tensor
 from loftq_cli.checks.battery import Finding
 from loftq_cli.checks.written.directory import WRITE_AGAIN, Written
+from loftq_cli.checks.written.passes import adapters_of
 from loftq_cli.errors import CheckFailed, first_line
 from loftq_cli.formats import SHORT_NAMES
 from loftq_cli.report.serving import cautions
@@ -44,17 +45,18 @@ def adapter(written: Written) -> Finding:
     _require_config(written)
     header = read_header(written.directory / ADAPTER_NAME)
     _require_tensors(written, header)
-    _require_as_peft(written, header)
+    stacks = _require_as_peft(written, header)
     _require_finite(header)
     _require_zeros(written, header)
     claims = written.claims
     parameters = sum(info.elements for info in header.tensors.values())
-    heads = len(header.tensors) - 2 * len(claims.adapted)
+    heads = len(header.tensors) - 2 * (len(claims.adapted) + stacks)
     ranks = [layer.stored_rank for layer in claims.adapted]
     rank = f"rank {ranks[0]}" if len(set(ranks)) == 1 else f"ranks {min(ranks)} to {max(ranks)}"
     return Finding(
         f"{rank} on {len(ranks)} layers, {parameters:,} finite values; PEFT "
         "puts them on the same layers with the same scaling"
+        + (f"; {stacks} parameters of experts have one too" if stacks else "")
         + (f"; {heads} tensors of the trained head" if heads else ""),
         {"layers": len(claims.adapted), "parameters": parameters, "scaling": claims.scaling},
         # Integers are there to be served.
@@ -75,6 +77,7 @@ def _none(written: Written) -> Finding:
 
 def _require_config(written: Written) -> None:
     claims = written.claims
+    on_experts = claims.results.expert_adapters
     found = load_json(written.directory / ADAPTER_DIRECTORY / ADAPTER_CONFIG)
     expected = adapter_config(
         base_model=claims.results.repository or PurePath(claims.results.output).name,
@@ -88,6 +91,7 @@ def _require_config(written: Written) -> None:
         rank_pattern={},
         alpha_pattern={},
         fan_in_fan_out=_transposed(written),
+        target_parameters=[] if on_experts is None else on_experts.target_parameters,
     )
     if AUTO_MAPPING not in found:  # as earlier versions wrote it
         del expected[AUTO_MAPPING]
@@ -145,23 +149,33 @@ def _require_tensors(written: Written, header: Header) -> None:
                 )
 
 
-def _require_as_peft(written: Written, header: Header) -> None:
-    """What PEFT expects to find for this config, on the layers that the report names."""
+def _require_as_peft(written: Written, header: Header) -> int:
+    """What PEFT expects to find for this config, on the layers that the report names.
+
+    Returns:
+        how many parameters of experts it finds.
+    """
     model = _on_meta(written)
     from peft import get_peft_model_state_dict
 
-    adapted = {
+    adapted = {name.removeprefix(PREFIX): each for name, each in adapters_of(model).items()}
+    stacks = {
         name.removeprefix(PREFIX): module
         for name, module in model.named_modules()
-        if hasattr(module, "lora_A")
+        if hasattr(module, "parameter_name")
     }
+    on_experts = written.claims.results.expert_adapters
+    experts = 0 if on_experts is None else on_experts.experts
+    if sum(module.num_experts for module in stacks.values()) != experts:
+        cause = f"target_parameters in {_CONFIG_NAME} choose others than the report's {experts}"
+        raise _damaged("experts", cause, written.remedy)
     claimed = {layer.name for layer in written.claims.adapted}
     for name in sorted(adapted.keys() ^ claimed):
         whose = "only the report has" if name in claimed else "the report does not have"
         cause = f"target_modules in {_CONFIG_NAME} choose layers of which {whose} it"
         raise _damaged(name, cause, written.remedy)
     scaling = written.claims.scaling
-    for name, module in adapted.items():
+    for name, module in [*adapted.items(), *stacks.items()]:
         (found,) = module.scaling.values()
         if not math.isclose(found, scaling, rel_tol=1e-6):
             cause = f"PEFT scales it by {found:.6g}, the report by {scaling:.6g}"
@@ -177,6 +191,7 @@ def _require_as_peft(written: Written, header: Header) -> None:
                 f"{_shape(wanted.get(name))} for PEFT",
                 hint=written.remedy,
             )
+    return len(stacks)
 
 
 def _on_meta(written: Written) -> Any:

@@ -114,7 +114,12 @@ def _forth_and_back(model: Any, inputs: Inputs, device: str) -> int:
 
 
 def adapters_of(base: Any) -> dict[str, Any]:
-    return {name: module for name, module in base.named_modules() if hasattr(module, "lora_A")}
+    """The layers with an adapter; those on parameters, as of experts, are none."""
+    return {
+        name: module
+        for name, module in base.named_modules()
+        if hasattr(module, "lora_A") and not hasattr(module, "parameter_name")
+    }
 
 
 def _require_finite(outputs: Any) -> int:
