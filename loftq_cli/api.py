@@ -155,9 +155,9 @@ def load(
     Layers in bitsandbytes' 4 or 8 bits stay packed, as transformers loads them, and so do experts,
     which transformers 5 does not load: bitsandbytes' own parametrization dequantizes those of a
     block when it runs. Autograd keeps what a forward pass dequantized until the backward pass, so
-    train with `model.gradient_checkpointing_enable()`. PEFT's adapters go on attention and shared
-    layers as ever; on packed experts they are refused, since PEFT 0.21.2 would add them once more
-    in every forward pass. Integer codes (gptq, compressed-tensors) become weights in ``dtype``.
+    train with activation checkpointing. PEFT's adapters go on attention and shared layers as ever;
+    on packed experts they are refused, since PEFT 0.21.2 would add them once more in every forward
+    pass. Integer codes (gptq, compressed-tensors) become weights in ``dtype``.
 
     Args:
         model: a directory, or the name of one on the hub.

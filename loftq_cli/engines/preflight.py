@@ -63,10 +63,10 @@ def ask(
         return read_architecture(directory, config, trust_remote_code=trust_remote_code)
 
     def make(refused: Refused) -> tuple[Plan, Checkpoint]:
-        inventory = as_asked(architecture.inventory(checkpoint.infos, refused.kept), settings)
+        inventory = architecture.inventory(checkpoint.infos, refused.kept)
         read = checkpoint
         if settings.container.quantizes:
-            quantized = {layer.tensor for layer in inventory.layers}
+            quantized = {layer.tensor for layer in as_asked(inventory, settings).layers}
             read = runnable(checkpoint, architecture, quantized)
             inventory = architecture.inventory(read.infos, refused.kept)
         # What another version of PEFT would move is left out as well: it may be the one that loads.

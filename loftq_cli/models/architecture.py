@@ -179,7 +179,7 @@ class Architecture:
         if source is None or self.expert_shape(tensor) is None:
             return None
         rule = next(rule for rule in self._converters if source in rule.source_patterns)
-        return rule.source_patterns.index(source)
+        return list(rule.source_patterns).index(source)
 
     def keeps_in_float32(self, parameter: str) -> bool:
         """Whether transformers keeps it in float32 when it casts a model."""

@@ -78,6 +78,8 @@ def memory(
     passed = [layer for layer in layers if not layer.expert]
     kept = {layer.module: 2 * (layer.in_features + layer.out_features) for layer in passed}
     for layer in adapted:
+        if layer.expert:
+            continue
         kept[layer.module] += 4 * layer.in_features + 4 * rank
     blocks: Counter[str] = Counter()
     for module, size in kept.items():

@@ -101,13 +101,9 @@ class PackedExperts:
         from torch.nn.utils.parametrize import register_parametrization
 
         computed = getattr(torch, dtype)
-
-        class Computed(torch.nn.Module):
-            """Q as it is stored, rounded to the dtype of the files, in that of the products."""
-
-            def forward(self, Q: torch.Tensor) -> torch.Tensor:
-                return Q.to(computed)
-
+        # Q rounded to the dtype that the files have it in, then in that of the products.
+        in_dtype = torch.nn.Module()
+        in_dtype.forward = partial(torch.Tensor.to, dtype=computed)
         for parameter, stack in self.stacks.items():
             module, name = _place(model, parameter)
             codes, state = self._stacked(stack, device)
@@ -116,7 +112,7 @@ class PackedExperts:
                 module, name, state.as_dict(packed=True), torch.device(device)
             )
             if state.dtype != computed:
-                register_parametrization(module, name, Computed(), unsafe=True)
+                register_parametrization(module, name, in_dtype, unsafe=True)
             held = module.parametrizations[name]
             held.original.quant_state = held[0].quant_state  # as Params4bit has it, to be counted
             module.register_forward_pre_hook(partial(_refuse_what_is_added_again, name))

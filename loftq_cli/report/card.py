@@ -73,8 +73,8 @@ loftq has a loader of its own, with which experts stay packed too:
 
 {load}
 
-Train with `model.gradient_checkpointing_enable()`, or each block's experts stay dequantized from
-the forward pass to the backward. What was trained goes on with `adapter="trained-adapter"`, and
+Train with activation checkpointing, or each block's experts stay dequantized from the forward pass
+to the backward. What was trained goes on with `adapter="trained-adapter"`, and
 `loftq merge` writes it in 16 bits."""
 
 _ADAPTER_LEFT_OUT = """\
