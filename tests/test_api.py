@@ -99,7 +99,7 @@ def steady(document: Any) -> Any:
     return kept(document.model_dump())
 
 
-@pytest.mark.parametrize("container", ["bitsandbytes", "compressed-tensors"])
+@pytest.mark.parametrize("container", ["bitsandbytes", "gptq"])
 def test_load_gives_what_the_command_loads(
     container: str, tmp_path: Path, loftq: Callable[..., Outcome], capfd: pytest.CaptureFixture[str]
 ) -> None:
