@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 # an approximate reciprocal. The two levels are then equally near.
 _TIE = 2.0**-20
 _COMPILED_VALUES = 1 << 17
+# Of the sizes of blocks the one with which the column loops are compared: they do not depend on it.
+_COLUMNS = 64
 
 
 def quantization(device: str) -> Finding:
@@ -109,21 +111,19 @@ def compiled(device: str) -> Finding:
 
     values = count = 0
     for fmt, dtype in formats():
-        values += _compiled(
-            Blockwise(fmt),
-            edge_cases(fmt, dtype).view(-1, 4096).to(device),
-            {"code pair": "packed", "scale": "absmax"},
-            _named(fmt, dtype),
-        )
+        W = edge_cases(fmt, dtype).view(-1, 4096).to(device)
+        parts = {"code pair": "packed", "scale": "absmax"}
+        values += _compiled(Blockwise(fmt), W, parts, _named(fmt, dtype))
+        if fmt.block_size == _COLUMNS:
+            values += _columns(Blockwise(fmt), W, _named(fmt, dtype))
         count += 1
     for whole, dtype in integer_formats():
         size = whole.block_size or "of a row"
-        values += _compiled(
-            Integers(whole),
-            integer_edge_cases(whole, dtype).to(device),
-            {"code": "codes", "scale": "scales"},
-            f"int{whole.bits}, block size {size}, {short(dtype)}",
-        )
+        W = integer_edge_cases(whole, dtype).to(device)
+        named = f"int{whole.bits}, block size {size}, {short(dtype)}"
+        values += _compiled(Integers(whole), W, {"code": "codes", "scale": "scales"}, named)
+        if whole.block_size == _COLUMNS:
+            values += _columns(Integers(whole), W, named)
         count += 1
     return Finding(
         f"{values:,} codes, scales and residuals equal the reference's in {count} formats",
@@ -133,8 +133,6 @@ def compiled(device: str) -> Finding:
 
 def _compiled(quantizer: BlocksQuantizer, W: Tensor, parts: Mapping[str, str], named: str) -> int:
     """The values of a weight whose stored ``parts`` and residual are those of the reference."""
-    import torch
-
     from loftq_cli.core.steps import ReferenceSteps
 
     # A small weight is left to the reference itself.
@@ -152,16 +150,53 @@ def _compiled(quantizer: BlocksQuantizer, W: Tensor, parts: Mapping[str, str], n
         (what, getattr(stored, name), getattr(expected, name)) for what, name in parts.items()
     ]
     for what, ours, reference in (*compared, ("residual", residual.matrix, rest.matrix)):
-        if not torch.equal(ours, reference):
-            at = int((ours != reference).view(-1).int().argmax())
-            raise CheckFailed(
-                "loftq's compiled loops and the reference disagree",
-                cause=f"{what} {at} of {named}: {float(ours.view(-1)[at]):.9g} and "
-                f"{float(reference.view(-1)[at]):.9g}",
-                hint="please report it, with this processor's name",
-            )
+        _check_same(ours, reference, what, named)
     count: int = W.numel()
     return count
+
+
+def _columns(quantizer: BlocksQuantizer, W: Tensor, named: str) -> int:
+    """The codes of a weight for which the column loops of calibrated starts are the reference's.
+
+    Columns pass nothing on here, so there are no sums that could be added up in another order.
+    """
+    import torch
+
+    from loftq_cli.core import columns
+    from loftq_cli.core.gptq import Grid, column_loops
+
+    blocks = W.float().reshape(-1, _COLUMNS).t().contiguous()
+    grid = Grid.of(quantizer.levels, _COLUMNS, blocks, quantizer.largest(W.dtype))
+    scales = grid.possible(blocks.abs().amax(dim=0) / grid.book.outermost)
+    scales = scales.clamp_(1e-30).expand_as(blocks).contiguous()
+    alone, zero = torch.eye(_COLUMNS, device=W.device), int((grid.levels == 0).int().argmax())
+    found = []
+    for loops in (column_loops(W.repeat(-(-_COMPILED_VALUES // W.numel()), 1), grid), columns):
+        codes = torch.zeros_like(blocks, dtype=torch.uint8)
+        values = loops.pass_on(blocks, scales, alone, grid, codes)
+        better = torch.full_like(codes, zero)
+        moved, _ = loops.improve(blocks, scales, alone, grid, better)
+        found.append((codes, values, better, moved))
+    whats = "rounded code", "rounded value", "improved code", "improved value"
+    for what, ours, reference in zip(whats, *found, strict=True):
+        _check_same(ours, reference, what, named)
+    count: int = blocks.numel()
+    return count
+
+
+def _check_same(ours: Tensor, reference: Tensor, what: str, named: str) -> None:
+    """Raise unless they are equal, with the first place where they are not."""
+    import torch
+
+    if torch.equal(ours, reference):
+        return
+    at = int((ours != reference).view(-1).int().argmax())
+    raise CheckFailed(
+        "loftq's compiled loops and the reference disagree",
+        cause=f"{what} {at} of {named}: {float(ours.view(-1)[at]):.9g} and "
+        f"{float(reference.view(-1)[at]):.9g}",
+        hint="please report it, with this processor's name",
+    )
 
 
 def _no_loops(W: Tensor) -> str:

@@ -190,20 +190,20 @@ def _first_rounding(
     problem: _Problem, inputs: DampedMoments, T: Tensor
 ) -> tuple[Rounding, QuantizedBlockwise | None]:
     """``T`` rounded by GPTQ; and the absmax as stored, if they are to stay."""
-    U, grid, quantizer = inputs.inverse_root(), problem.grid, problem.quantizer
+    grid, quantizer = problem.grid, problem.quantizer
     if grid.aligned:
-        rounding = gptq(T, U, grid)
+        rounding = gptq(T, inputs.root, grid)
     else:
         assert isinstance(quantizer, Blockwise)
         fmt = replace(quantizer.format, double_quant=False)
         by_block = quantize_blockwise(T, fmt, search=quantizer.search)
-        rounding = gptq(T, U, grid, by_block.absmax.clamp_(-grid.largest, grid.largest))
+        rounding = gptq(T, inputs.root, grid, by_block.absmax.clamp_(-grid.largest, grid.largest))
     if not quantizer.rounds_together:
         return rounding, None
     # They are as good as they will be before they are rounded themselves.
     rounding = descend(T, inputs.moments, rounding, grid, sweeps=_SWEEPS, free=True)
     kept = problem.stored(rounding, None)
-    return gptq(T, U, grid, restore_absmax(kept) * problem.unit), kept
+    return gptq(T, inputs.root, grid, restore_absmax(kept) * problem.unit), kept
 
 
 def _result(

@@ -1,4 +1,5 @@
-"""The column loops of ``gptq.py``, launched on CUDA: a kernel each, with the same arguments."""
+"""The column loops of ``gptq.py``, launched on CUDA: a kernel each, with the
+arguments of ``columns.py``."""
 
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -22,39 +23,37 @@ def takes(X: Tensor, grid: "Grid") -> bool:
 
 
 def pass_on(target: Tensor, scales: Tensor, U: Tensor, grid: "Grid", chosen: Tensor) -> Tensor:
-    """``gptq._pass_on``."""
+    """``columns.pass_on``."""
     from loftq_cli.core import triton_columns as kernels
 
     columns, rows = target.shape
-    errors = torch.empty(columns, rows, device=target.device)
+    values = torch.empty(columns, rows, device=target.device)
     strides = target.stride(0), chosen.stride(0), *U.stride()
     with torch.cuda.device_of(target):
         kernels.pass_on[(-(-rows // _ROWS),)](
-            target, scales.contiguous(), U, chosen, errors, columns, rows, *strides,
+            target, scales.contiguous(), U, chosen, values, columns, rows, *strides,
             COLUMNS=width(columns), ROWS=_ROWS, **_tables(grid.book), num_warps=1, **NO_CONTRACTION
         )  # fmt: skip
-    return errors
+    return values
 
 
 def improve(
-    slope: Tensor,
-    old: Tensor,
-    scales: Tensor,
-    G: Tensor,
-    grid: "Grid",
-    chosen: Tensor,
-    moved: Tensor,
-) -> None:
-    """``gptq._improve``; the ``slope`` of these columns is left as it was."""
+    slope: Tensor, scales: Tensor, G: Tensor, grid: "Grid", chosen: Tensor
+) -> tuple[Tensor, Tensor]:
+    """``columns.improve``."""
     from loftq_cli.core import triton_columns as kernels
 
     columns, rows = slope.shape
+    scales = scales.contiguous()
+    old = grid.levels[chosen.int()] * scales
+    moved = torch.empty(columns, rows, device=slope.device)
     strides = slope.stride(0), chosen.stride(0), moved.stride(0), *G.stride()
     with torch.cuda.device_of(slope):
         kernels.improve[(-(-rows // _ROWS),)](
-            slope, old.contiguous(), scales.contiguous(), G, chosen, moved, columns, rows, *strides,
+            slope, old, scales, G, chosen, moved, columns, rows, *strides,
             COLUMNS=width(columns), ROWS=_ROWS, **_tables(grid.book), num_warps=1, **NO_CONTRACTION
         )  # fmt: skip
+    return moved, grid.levels[chosen.int()]
 
 
 def search(
@@ -65,7 +64,7 @@ def search(
     rounds: int,
     smallest: float,
 ) -> Tensor:
-    """``gptq._search`` at these shares of the largest magnitude."""
+    """``columns.search``."""
     from loftq_cli.core import triton_columns as kernels
 
     columns, rows = block.shape

@@ -12,6 +12,10 @@ Every row of T is a problem of its own. Two ways to a good Q, neither to the bes
   Brain Surgeon). With G⁻¹ = Uᵀ·U, U upper triangular, and e = (t_j − q_j) / U_jj the rest of the
   row becomes t_k − e·U_jk, and rounding column j costs e² of the sum above. So a block's absmax is
   searched when its first column is reached, with the weights 1 / U_jj².
+
+  U itself is not needed. With U = S⁻¹, S·Sᵀ = G, the errors of the columns before b are
+  E = (T − Q)_<b · S_<b,<b, and what they make of the columns from b on, T − E·U, is
+  T + (T − Q)_<b · S_<b,≥b · U_≥b,≥b: only blocks on the diagonal are inverted.
 - :func:`descend` starts from any Q and takes code after code to the best that it can be while all
   others stay: the level nearest to q_j + ((T − Q)·G)_j / G_jj. Then every block's absmax goes where
   the sum, a parabola in it, is least. None of this ever raises the sum.
@@ -31,14 +35,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from loftq_cli.core import columns as readable_loops
 from loftq_cli.core.codebooks import Codebook, Levels
 from loftq_cli.core.parallel import each
+from loftq_cli.core.residual import rows_a_piece, worth_compiling
 
-# Columns that are rounded one by one before their errors are passed on to all others at once.
-_COLUMNS = 64
-# Values of a piece of rows, 16 MiB in float32: of each temporary there are a few of this size.
-_PIECE = 1 << 22
-# Rows that take hardly longer than one.
+# Columns that are rounded one by one before what that does is passed on to others at once, and
+# columns that get it before all do: wide products are faster than narrow ones.
+_COLUMNS, _WIDE = 64, 512
+# The fewest rows for which products are fast.
 _PAYS = 256
 # Where the search for an absmax starts, as a share of the largest value and of either sign, and how
 # often it then takes the best absmax for the codes and the codes for that. More of either ends no
@@ -89,9 +94,16 @@ class Grid:
 
     def scales(self, absmax: Tensor, rows: slice, columns: slice) -> Tensor:
         """The absmax of these values (columns × rows), none of them zero."""
+        size = self.block_size
+        if self.aligned:
+            blocks = slice(columns.start // size, -(-columns.stop // size))
+            by_block = absmax.view(self.shape[0], -1)[rows, blocks].t()
+            by_block = torch.where(by_block == 0, _SMALLEST, by_block)
+            first = columns.start - blocks.start * size
+            return by_block.repeat_interleave(size, 0)[first : first + columns.stop - columns.start]
         row = torch.arange(rows.start, rows.stop, device=absmax.device)
         column = torch.arange(columns.start, columns.stop, device=absmax.device)
-        scales = absmax[(row[None, :] * self.shape[1] + column[:, None]) // self.block_size]
+        scales = absmax[(row[None, :] * self.shape[1] + column[:, None]) // size]
         return scales.masked_fill_(scales == 0, _SMALLEST)
 
     def usable(self, absmax: Tensor) -> Tensor:
@@ -112,74 +124,68 @@ class Rounding:
 
 
 @torch.no_grad()
-def gptq(T: Tensor, U: Tensor, grid: Grid, absmax: Tensor | None = None) -> Rounding:
+def gptq(T: Tensor, root: Tensor, grid: Grid, absmax: Tensor | None = None) -> Rounding:
     """Round ``T`` as GPTQ does; ``absmax``, if given, is kept, and otherwise searched.
 
-    ``U`` (in × in) is the upper triangular root of the inverse of the inputs' moments.
+    ``root`` (in × in) is the upper triangular S with S·Sᵀ the inputs' moments.
     """
     free = absmax is None
     if absmax is None:
         absmax = T.new_empty(T.numel() // grid.block_size)
     indices = torch.empty(T.shape, dtype=torch.uint8, device=T.device)
-    weights = U.diagonal().square().reciprocal()
+    weights = root.diagonal().square()
+    loops = column_loops(T, grid)
+    # No further than a block: the next one's absmax is searched in what this one passes on.
+    size = min(_COLUMNS, grid.block_size)
+    inverses = _inverses(root, {size, grid.block_size} if free else {size})
 
     def work(rows: slice) -> None:
-        target = T[rows].t().clone(memory_format=torch.contiguous_format)
+        target = T[rows].t().contiguous()
+        rest = torch.empty_like(target)  # (T − Q)ᵀ
         chosen = torch.empty(target.shape, dtype=torch.uint8, device=T.device)
-        # No further than a block: the next one's absmax is searched in what this one passes on.
-        for columns in _chunks(T.shape[1], min(_COLUMNS, grid.block_size)):
-            if free and columns.start % grid.block_size == 0:
-                block = slice(columns.start, columns.start + grid.block_size)
-                found = _search(target[block], weights[block], grid)
-                first = columns.start // grid.block_size
-                absmax.view(T.shape[0], -1)[rows, first] = found
-            scales = grid.scales(absmax, rows, columns)
-            errors = _pass_on(target[columns], scales, U[columns, columns], grid, chosen[columns])
-            target[columns.stop :].addmm_(U[columns, columns.stop :].t(), errors, alpha=-1)
+        for wide in _chunks(0, T.shape[1], _wide(grid.block_size)):
+            # (T − Q)·S in these columns, of those before.
+            passed = root[: wide.start, wide].t() @ rest[: wide.start]
+            for columns in _chunks(wide.start, wide.stop, size):
+                if free and columns.start % grid.block_size == 0:
+                    block = slice(columns.start, columns.start + grid.block_size)
+                    ideal = target[block]
+                    if columns.start:
+                        after = passed[_within(wide, block)]
+                        ideal = torch.addmm(ideal, inverses[block.start, block.stop].t(), after)
+                    found = _search(loops, ideal, weights[block], grid)
+                    first = columns.start // grid.block_size
+                    absmax.view(T.shape[0], -1)[rows, first] = found
+                U = inverses[columns.start, columns.stop]
+                ideal = torch.addmm(target[columns], U.t(), passed[_within(wide, columns)])
+                scales = grid.scales(absmax, rows, columns)
+                value = loops.pass_on(ideal, scales, U, grid, chosen[columns])
+                torch.sub(target[columns], value, out=rest[columns])
+                after = slice(columns.stop, wide.stop)
+                passed[_within(wide, after)].addmm_(root[columns, after].t(), rest[columns])
         indices[rows] = chosen.t()
 
     _for_rows(work, T)
     return Rounding(indices, absmax)
 
 
-def _pass_on(target: Tensor, scales: Tensor, U: Tensor, grid: Grid, chosen: Tensor) -> Tensor:
-    """Round some columns, passing errors on among them; returns the errors for all the others."""
-    if kernels := _kernels(target, grid):
-        return kernels.pass_on(target, scales, U, grid, chosen)
-    errors = torch.empty_like(target)
-    diagonal = U.diagonal().tolist()
-    # Rows are taken apart at once: a view for each would cost more than most of what is done.
-    columns = zip(target, scales, errors, chosen, strict=True)
-    for j, (value, scale, error, code) in enumerate(columns):
-        index = grid.nearest(value / scale)
-        code.copy_(index)
-        torch.addcmul(value, grid.levels[index], scale, value=-1, out=error).div_(diagonal[j])
-        target[j + 1 :].addr_(U[j, j + 1 :], error, alpha=-1)
-    return errors
+def _inverses(root: Tensor, sizes: set[int]) -> dict[tuple[int, int], Tensor]:
+    """Those of the blocks of these sizes on the diagonal, by their first and last column."""
+    n = root.shape[0]
+    parts = {(part.start, part.stop) for size in sizes for part in _chunks(0, n, size)}
+    found = {}
+    for start, stop in parts:
+        if start > 0 or stop - start <= _COLUMNS:  # no large one at the beginning is asked for
+            eye = torch.eye(stop - start, device=root.device)
+            block = root[start:stop, start:stop]
+            found[start, stop] = torch.linalg.solve_triangular(block, eye, upper=True)
+    return found
 
 
-def _search(block: Tensor, weights: Tensor, grid: Grid) -> Tensor:
+def _search(loops: Any, block: Tensor, weights: Tensor, grid: Grid) -> Tensor:
     """The absmax (rows,) that rounds ``block`` (columns × rows) best in the weighted square."""
     shares = tuple(share / grid.book.outermost for share in _SHARES)
-    if kernels := _kernels(block, grid):
-        return kernels.search(block, weights, grid, shares, _ROUNDS, _SMALLEST)
-    peak = block.abs().amax(dim=0).clamp_(_SMALLEST, grid.largest)
-    weights = weights[:, None]
-    best, least = peak, torch.full_like(peak, torch.inf)
-    for share in shares:
-        absmax = grid.possible(peak * share)
-        for last in [False] * _ROUNDS + [True]:
-            level = grid.levels[grid.nearest(block / absmax)]
-            weighted = weights * level
-            cross, square = (weighted * block).sum(dim=0), (weighted * level).sum(dim=0)
-            # The square of the error without the block's own, which is the same for all.
-            cost = absmax * (absmax * square - 2 * cross)
-            better = cost < least
-            best, least = torch.where(better, absmax, best), torch.where(better, cost, least)
-            if not last:
-                fitted = grid.possible(cross / square.clamp_min(_SMALLEST))
-                absmax = torch.where(grid.usable(fitted), fitted, absmax)
-    return best
+    return loops.search(block, weights, grid, shares, _ROUNDS, _SMALLEST)
 
 
 @torch.no_grad()
@@ -189,20 +195,24 @@ def descend(
     """Improve ``start`` code by code, ``sweeps`` times over; the absmax too if they are free."""
     free = free and grid.aligned
     indices, absmax = torch.empty_like(start.indices), start.absmax.clone()
+    loops = column_loops(T, grid)
+    size = grid.block_size if free else _COLUMNS
 
     def work(rows: slice) -> None:
         chosen = start.indices[rows].t().contiguous()
         rest = T[rows].t().clone(memory_format=torch.contiguous_format)
-        for columns in _chunks(T.shape[1]):
+        for columns in _chunks(0, T.shape[1]):
             scales = grid.scales(absmax, rows, columns)
             rest[columns] -= grid.levels[chosen[columns].int()] * scales
-        for _ in range(sweeps):
-            for columns in _chunks(T.shape[1], grid.block_size if free else _COLUMNS):
+        for wide in [*_chunks(0, T.shape[1], _wide(size))] * sweeps:
+            slope = G[wide] @ rest
+            for columns in _chunks(wide.start, wide.stop, size):
                 scales = grid.scales(absmax, rows, columns)
-                slope = G[columns] @ rest
-                refit = _descend_columns(
-                    rest[columns], slope, scales, G[columns, columns], grid, chosen[columns], free
-                )
+                part = slope[_within(wide, columns)], scales, G[columns, columns]
+                moved, refit = _descend_columns(loops, *part, grid, chosen[columns], free)
+                rest[columns] -= moved
+                after = slice(columns.stop, wide.stop)
+                slope[_within(wide, after)].addmm_(G[after, columns], moved, alpha=-1)
                 if free:
                     absmax.view(T.shape[0], -1)[rows, columns.start // grid.block_size] = refit
         indices[rows] = chosen.t()
@@ -212,83 +222,70 @@ def descend(
 
 
 def _descend_columns(
-    rest: Tensor,
-    slope: Tensor,
-    scales: Tensor,
-    G: Tensor,
-    grid: Grid,
-    chosen: Tensor,
-    free: bool,
-) -> Tensor:
-    """Some columns' codes, then where it is free their block's absmax, which is returned.
+    loops: Any, slope: Tensor, scales: Tensor, G: Tensor, grid: Grid, chosen: Tensor, free: bool
+) -> tuple[Tensor, Tensor]:
+    """Some columns' codes, then where it is free their block's absmax.
 
-    ``rest`` and ``chosen`` follow. ``slope`` is these columns' part of G·(T − Q)ᵀ, ``rest`` that
-    of (T − Q)ᵀ.
+    ``slope`` is these columns' part of G·(T − Q)ᵀ, and ``chosen`` follows. Returned are how far the
+    values of Qᵀ moved, and the absmax.
     """
-    before = slope.clone() if free else slope
-    old = grid.levels[chosen.int()] * scales
-    moved = torch.empty_like(slope)
-    for columns in _chunks(slope.shape[0]):
-        part = slope[columns], old[columns], scales[columns], G[columns, columns]
-        _improve(*part, grid, chosen[columns], moved[columns])
-        after = slice(columns.stop, None)
+    moved, level = torch.empty_like(slope), torch.empty_like(slope)
+    # Along the levels the sum of squares is a parabola. As G is symmetric, what columns do to those
+    # before them is what those do to them, and half of the products are enough.
+    along = torch.zeros_like(slope)  # G·level of the columns before
+    square, first = torch.zeros_like(scales[0]), torch.zeros_like(scales[0])
+    for columns in _chunks(0, slope.shape[0]):
+        after, own = slice(columns.stop, None), G[columns, columns]
+        part = loops.improve(slope[columns], scales[columns], own, grid, chosen[columns])
+        moved[columns], level[columns] = part
         slope[after].addmm_(G[after, columns], moved[columns], alpha=-1)
-    rest -= moved
+        if free:
+            seen = torch.addmm(along[columns], own, level[columns])
+            square += (level[columns] * (seen + along[columns])).sum(dim=0)
+            first += (level[columns] * slope[columns] - moved[columns] * seen).sum(dim=0)
+            along[after].addmm_(G[after, columns], level[columns])
     if not free:
-        return scales[0]
-    level = grid.levels[chosen.int()]
-    square = (level * (G @ level)).sum(dim=0)
-    step = (level * before.addmm_(G, moved, alpha=-1)).sum(dim=0) / square.clamp_min(_SMALLEST)
+        return moved, scales[0]
+    step = first / square.clamp_min(_SMALLEST)
     absmax = scales[0] + step
     if grid.rounds:
         absmax = grid.possible(absmax)
         step = absmax - scales[0]
     fits = (square > 0) & grid.usable(absmax)
-    rest -= level * torch.where(fits, step, 0.0)
-    return torch.where(fits, absmax, scales[0])
+    moved.addcmul_(level, torch.where(fits, step, 0.0))
+    return moved, torch.where(fits, absmax, scales[0])
 
 
-def _improve(
-    slope: Tensor,
-    old: Tensor,
-    scales: Tensor,
-    G: Tensor,
-    grid: Grid,
-    chosen: Tensor,
-    moved: Tensor,
-) -> None:
-    """Take column after column to its best code; ``moved`` becomes how far the values went.
+def column_loops(T: Tensor, grid: Grid) -> Any:
+    """The loops for a weight of this size on its device: a module like ``columns.py``."""
+    if T.is_cuda:
+        from loftq_cli.core import cuda_columns
 
-    The ``slope`` is followed no further than these columns.
-    """
-    if kernels := _kernels(slope, grid):
-        return kernels.improve(slope, old, scales, G, grid, chosen, moved)
-    diagonal = G.diagonal().tolist()
-    columns = zip(slope, old, moved, scales, chosen, strict=True)
-    for j, (gradient, value, move, scale, code) in enumerate(columns):
-        ideal = torch.add(value, gradient, alpha=1 / diagonal[j])
-        index = grid.nearest(ideal.div_(scale))
-        code.copy_(index)
-        torch.mul(grid.levels[index], scale, out=move).sub_(value)
-        slope[j + 1 :].addr_(G[j, j + 1 :], move, alpha=-1)
+        if cuda_columns.takes(T, grid):
+            return cuda_columns
+    if worth_compiling(T):
+        from loftq_cli.core import compiled_columns
 
-
-def _kernels(X: Tensor, grid: Grid) -> Any:
-    """What does these loops on ``X``'s device as kernels, if anything does."""
-    if not X.is_cuda:
-        return None
-    from loftq_cli.core import cuda_columns
-
-    return cuda_columns if cuda_columns.takes(X, grid) else None
+        return compiled_columns
+    return readable_loops
 
 
 def _for_rows(work: Callable[[slice], None], T: Tensor) -> None:
     """Work on some rows at a time, whatever the number of threads."""
     rows, columns = T.shape
-    half = max(-(-rows // 2), _PAYS)  # for two threads, unless there is too little to do
-    size = min(max(_PIECE // columns, 64), half) if T.device.type == "cpu" else rows
+    size = max(rows_a_piece(rows, columns), _PAYS) if T.device.type == "cpu" else rows
     each(lambda i: work(slice(i * size, min(i * size + size, rows))), -(-rows // size))
 
 
-def _chunks(columns: int, size: int = _COLUMNS) -> Iterator[slice]:
-    return (slice(start, min(start + size, columns)) for start in range(0, columns, size))
+def _chunks(start: int, stop: int, size: int = _COLUMNS) -> Iterator[slice]:
+    return (slice(first, min(first + size, stop)) for first in range(start, stop, size))
+
+
+def _wide(size: int) -> int:
+    """Whole pieces of this size that are worth a product together."""
+    return -(-_WIDE // size) * size
+
+
+def _within(wide: slice, columns: slice) -> slice:
+    """Where these columns are among the wider ones."""
+    return slice(columns.start - wide.start, columns.stop - wide.start)

@@ -11,6 +11,7 @@ decomposition, for a thirtieth of the work.
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -18,13 +19,15 @@ from torch import Tensor
 
 from loftq_cli.core.lowrank import LowRank, truncated_svd
 from loftq_cli.core.parallel import all_threads, each
-from loftq_cli.core.residual import Residual, rows_a_piece, rows_times, transposed_times
+from loftq_cli.core.residual import Residual, rows_a_piece, transposed_times
 from loftq_cli.errors import InvalidSetting, LoftqError
 
 # What is added to the diagonal, as a share of its mean. Few samples say little of directions that
 # they hardly reach, and codes must not rely on such.
 DAMPING = 0.01
 _MOST_DAMPING = 1.0
+# Columns of a product with half a matrix, of which the other half is zero or the same.
+_WIDE = 512
 # A mean square below this counts as none: its reciprocal would overflow.
 _NOTHING = 1e-36
 
@@ -75,12 +78,6 @@ class DampedMoments:
             cause="Cholesky's decomposition failed however much was added to their diagonal",
         )
 
-    def inverse_root(self) -> Tensor:
-        """U, upper triangular, with Uᵀ·U the inverse of the moments."""
-        identity = torch.eye(self.root.shape[0], device=self.root.device)
-        with all_threads():
-            return torch.linalg.solve_triangular(self.root, identity, upper=True)
-
 
 def principal_root(moments: Tensor) -> Tensor:
     """PΛ^½ (in × k), for QERA, of those eigenvalues that are more than float32's rounding."""
@@ -106,7 +103,7 @@ def weighted_low_rank(
     """
     if rank == 0:
         return LowRank(R.new_zeros(R.shape[0], 0), R.new_zeros(0), R.new_zeros(0, R.shape[1]))
-    weighted = R * root if root.ndim == 1 else rows_times(R, root)
+    weighted = R * root if root.ndim == 1 else _times_root(R, root)
     svd = truncated_svd(
         Residual.of(weighted), rank, start=start, generator=generator, tolerance=tolerance
     )
@@ -116,13 +113,50 @@ def weighted_low_rank(
 
 
 def output_energy(R: Tensor, moments: Tensor) -> float:
-    """tr(R·G·Rᵀ), never below zero; products in float32, their sum in float64."""
-    rows = rows_a_piece(R.shape[0], R.shape[1]) if R.device.type == "cpu" else R.shape[0]
+    """tr(R·G·Rᵀ), never below zero; products in float32, their sum in float64.
+
+    Of the ``moments``, which are symmetric, only the upper half is looked at.
+    """
+    rows = _rows(R)
     sums = [0.0] * -(-R.shape[0] // rows)
 
     def work(piece: int) -> None:
         part = R[piece * rows : (piece + 1) * rows]
-        sums[piece] = float((part @ moments).mul_(part).sum(dtype=torch.float64))
+        total = torch.zeros((), dtype=torch.float64, device=R.device)
+        for columns in _wide(R.shape[1]):
+            before = slice(columns.start)
+            own = part[:, columns] @ moments[columns, columns]
+            product = own.addmm_(part[:, before], moments[before, columns], alpha=2)
+            total += product.mul_(part[:, columns]).sum(dtype=torch.float64)
+        sums[piece] = float(total)
 
     each(work, len(sums))
     return max(math.fsum(sums), 0.0)
+
+
+def _times_root(R: Tensor, root: Tensor) -> Tensor:
+    """R·S (out × k); where S is triangular without its zeros."""
+    out = R.new_empty(R.shape[0], root.shape[1])
+    rows = _rows(R)
+    parts = [
+        (columns, slice(columns.stop if not root[columns.stop :, columns].any() else None))
+        for columns in _wide(root.shape[1])
+    ]
+
+    def work(piece: int) -> None:
+        part = slice(piece * rows, (piece + 1) * rows)
+        for columns, there in parts:
+            out[part, columns] = R[part, there] @ root[there, columns]
+
+    each(work, -(-R.shape[0] // rows))
+    return out
+
+
+def _rows(R: Tensor) -> int:
+    """Rows that are worked on at a time."""
+    return rows_a_piece(R.shape[0], R.shape[1]) if R.device.type == "cpu" else R.shape[0]
+
+
+def _wide(columns: int) -> Iterator[slice]:
+    """Columns that are worth a product together."""
+    return (slice(first, min(first + _WIDE, columns)) for first in range(0, columns, _WIDE))

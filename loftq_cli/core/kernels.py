@@ -1,7 +1,7 @@
 """The compiled hot loops of blockwise quantization, held to ``blockwise.py`` bit for bit.
 
-Those of integers (``integer_kernels.py``) and of the search (``search_kernels.py``) are made of the
-same parts.
+Those of integers (``integer_kernels.py``), of the search (``search_kernels.py``) and of calibrated
+starts (``column_kernels.py``) are made of the same parts.
 
 Each function takes a flat run of whole blocks (the very last may be ragged) and keeps to one
 thread, outside Python's lock: what runs beside it is its caller's business. They are compiled on

@@ -16,7 +16,7 @@ from loftq_cli.core.blockwise import (
     double_quantize,
     restore_absmax,
 )
-from loftq_cli.core.codebooks import Levels, codebook
+from loftq_cli.core.codebooks import Codebook, Levels, codebook
 from loftq_cli.core.integers import IntegerFormat, QuantizedIntegers
 from loftq_cli.core.parallel import all_threads
 
@@ -99,10 +99,10 @@ class BlockwiseLayout(Layout):
         super().__init__(shape, dtype)
         self.format = fmt
         self.block_size = fmt.block_size
-        self.levels = codebook(fmt.quant_type, fmt.bits)
+        self.levels = book = codebook(fmt.quant_type, fmt.bits)
         self.largest = torch.finfo(dtype).max
         self.rounds_together = fmt.double_quant
-        self.choices = choices(fmt.quant_type, fmt.bits)
+        self.choices = choices(book)
         self.table = codebook(fmt.quant_type).level_tensor().numpy()
 
     def codes(self, values: slice) -> slice:
@@ -185,19 +185,27 @@ def flat(matrix: Tensor) -> Any:
 
 
 @lru_cache(maxsize=8)
-def choices(quant_type: str, bits: int) -> tuple[tuple[Any, ...], tuple[Any, ...], tuple[Any, ...]]:
-    """Borders, levels and codes in ascending order, as the kernels want them: always sixteen.
-
-    Fewer are filled up on either side, behind borders that nothing is below or above, so that the
-    zero is where that of sixteen is: the eighth.
-    """
-    book = codebook(quant_type, bits)
-    levels = book.ascending()
-    before = 7 - levels.tolist().index(0.0)
-    after = 16 - len(book.order) - before
+def choices(book: Codebook) -> tuple[tuple[Any, ...], tuple[Any, ...], tuple[Any, ...]]:
+    """Borders, levels and codes in ascending order, as the kernels want them: always sixteen."""
+    before, after = _beside(book)
     borders = book.midpoints().numpy()
     return (
         tuple(np.pad(borders, (before, after), constant_values=(-np.inf, np.inf))),
-        tuple(np.pad(levels.numpy(), (before, after), mode="edge")),
-        tuple(np.pad(book.order_tensor().int().numpy(), (before, after), mode="edge")),
+        sixteen(book, book.ascending().numpy()),
+        sixteen(book, book.order_tensor().int().numpy()),
     )
+
+
+def sixteen(book: Codebook, values: Any) -> tuple[Any, ...]:
+    """What belongs to each of the ascending levels, filled up as those are."""
+    return tuple(np.pad(values, _beside(book), mode="edge"))
+
+
+def _beside(book: Codebook) -> tuple[int, int]:
+    """How many are missing to sixteen levels on either side.
+
+    They are behind borders that nothing is below or above, and the zero is where that of sixteen
+    is: the eighth.
+    """
+    before = 7 - book.ascending().tolist().index(0.0)
+    return before, 16 - len(book.order) - before

@@ -1,4 +1,4 @@
-"""The column loops of ``gptq.py`` on CUDA, in Triton.
+"""The column loops of ``columns.py`` on CUDA, in Triton.
 
 Rows are independent, so a program takes a few of them through all columns of a piece: what has to
 be done one column after another stays in registers, and what it does to all other columns is one
@@ -13,13 +13,21 @@ from loftq_cli.core.triton_kernels import choice, nearest, possible_scale
 
 
 @triton.jit
-def pick(value, BORDERS: tl.constexpr, LEVELS: tl.constexpr, INDICES: tl.constexpr):
-    """The nearest levels and their indices; here a tie goes to the lower of two integers too."""
+def lower_nearest(value, BORDERS: tl.constexpr, LEVELS: tl.constexpr):
+    """The nearest levels; here a tie goes to the lower of two integers too."""
     level = nearest(value, BORDERS, LEVELS)
+    if len(BORDERS) == 0:
+        level = tl.where(level - tl.maximum(value, LEVELS[0]) == 0.5, level - 1.0, level)
+    return level
+
+
+@triton.jit
+def pick(value, BORDERS: tl.constexpr, LEVELS: tl.constexpr, INDICES: tl.constexpr):
+    """The nearest levels and their indices."""
+    level = lower_nearest(value, BORDERS, LEVELS)
     if len(BORDERS) > 0:
         index = choice(value, BORDERS, INDICES, tl.int32)
     else:
-        level = tl.where(level - value == 0.5, level - 1.0, level)
         index = (level - LEVELS[0]).to(tl.int32)
     return level, index
 
@@ -35,29 +43,31 @@ def piece(columns, rows, stride, COLUMNS: tl.constexpr, ROWS: tl.constexpr):
 
 @triton.jit
 def pass_on(
-    target, scales, U, chosen, errors, columns, rows,
+    target, scales, U, chosen, values, columns, rows,
     target_stride, chosen_stride, U_down, U_across,
     BORDERS: tl.constexpr, LEVELS: tl.constexpr, INDICES: tl.constexpr,
     COLUMNS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Rounds column after column of ``target`` and takes its error from those that follow.
 
-    ``scales`` and ``errors`` (columns × rows) are contiguous, the others of these strides.
+    ``scales`` and the ``values`` that codes stand for (columns × rows) are contiguous, the others
+    of these strides.
     """
     column, row, place, inside = piece(columns, rows, target_stride, COLUMNS, ROWS)
     there = row < rows
-    values = tl.load(target + place, mask=inside, other=0.0)
+    ideals = tl.load(target + place, mask=inside, other=0.0)
     for j in range(columns):
-        value = tl.sum(tl.where((column == j)[:, None], values, 0.0), axis=0)
+        ideal = tl.sum(tl.where((column == j)[:, None], ideals, 0.0), axis=0)
         scale = tl.load(scales + j * rows + row, mask=there, other=1.0)
-        level, index = pick(tl.div_rn(value, scale), BORDERS, LEVELS, INDICES)
+        level, index = pick(tl.div_rn(ideal, scale), BORDERS, LEVELS, INDICES)
+        value = level * scale
         diagonal = tl.load(U + j * (U_down + U_across))
         after = (column > j) & (column < columns)
         across = tl.load(U + j * U_down + column * U_across, mask=after, other=0.0)
-        error = tl.div_rn(value - level * scale, diagonal)
-        values -= across[:, None] * error[None, :]
+        error = tl.div_rn(ideal - value, diagonal)
+        ideals -= across[:, None] * error[None, :]
         tl.store(chosen + j * chosen_stride + row, index.to(tl.uint8), mask=there)
-        tl.store(errors + j * rows + row, error, mask=there)
+        tl.store(values + j * rows + row, value, mask=there)
 
 
 @triton.jit
@@ -119,9 +129,7 @@ def search(
         absmax = possible(peak * tl.load(shares + start), unit, most, smallest, BORDERS)
         for _ in range(rounds + 1):
             value = tl.div_rn(values, tl.broadcast_to(absmax[None, :], values.shape))
-            level = nearest(value, BORDERS, LEVELS)
-            if len(BORDERS) == 0:
-                level = tl.where(level - value == 0.5, level - 1.0, level)
+            level = lower_nearest(value, BORDERS, LEVELS)
             weighted = weight * level
             cross = tl.sum(weighted * values, axis=0)
             square = tl.sum(weighted * level, axis=0)

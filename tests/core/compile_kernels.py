@@ -63,7 +63,7 @@ def columns_of(form: Layout) -> None:
     G, part = torch.ones(64, 64), torch.ones(64, 40)
     chosen = torch.zeros(64, 40, dtype=torch.uint8)
     cuda_columns.pass_on(part, part, G, grid, chosen)
-    cuda_columns.improve(part, part, part, G, grid, chosen, part)
+    cuda_columns.improve(part, part, G, grid, chosen)
     cuda_columns.search(block, torch.ones(form.block_size), grid, (1.0, 0.5), 1, 1e-30)
 
 

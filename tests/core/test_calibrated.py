@@ -97,7 +97,7 @@ def test_gptq_is_the_textbooks(
     T, G = normal(rows, columns), moments_of(correlated_inputs(1000, columns))
     inputs, grid = DampedMoments.of(G), grid_of(T, fmt)
     absmax = None if grid.aligned else torch.rand(-(-T.numel() // 32), generator=seeded()) + 1
-    rounding = gptq(T, inputs.inverse_root(), grid, absmax)
+    rounding = gptq(T, inputs.root, grid, absmax)
     assert torch.equal(grid.possible(rounding.absmax), rounding.absmax)
     scales = rounding.absmax.repeat_interleave(grid.block_size)[: T.numel()].view(T.shape)
     expected = textbook_gptq(T, inputs.moments, scales, grid.levels)
@@ -112,10 +112,10 @@ def test_gptq_in_pieces_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """No row's result depends on which others are worked on with it."""
     T, inputs = normal(150, 128), DampedMoments.of(moments_of(correlated_inputs(500, 128)))
     grid = grid_of(T, FORMAT)
-    once = gptq(T, inputs.inverse_root(), grid)
+    once = gptq(T, inputs.root, grid)
     once = descend(T, inputs.moments, once, grid, sweeps=1, free=True)
-    monkeypatch.setattr("loftq_cli.core.gptq._PIECE", 64 * 128)
-    pieces = gptq(T, inputs.inverse_root(), grid)
+    monkeypatch.setattr("loftq_cli.core.gptq._PAYS", 64)
+    pieces = gptq(T, inputs.root, grid)
     pieces = descend(T, inputs.moments, pieces, grid, sweeps=1, free=True)
     assert (once.indices == pieces.indices).float().mean() > 0.999
     assert torch.allclose(once.absmax, pieces.absmax, rtol=1e-3)
@@ -133,7 +133,7 @@ def test_absmax_is_nearly_the_best_of_a_fine_grid(fmt: BlockwiseFormat | Integer
     """With uncorrelated inputs nothing is passed on, and every block is a problem of its own."""
     T, weights = normal(200, 64), torch.rand(64, generator=seeded(1)) + 0.1
     grid = grid_of(T, fmt)
-    found = gptq(T, torch.diag(weights.rsqrt()), grid)
+    found = gptq(T, torch.diag(weights.sqrt()), grid)
     cost = ((T - values(found, grid)).square() * weights).sum(dim=1)
     best = torch.full_like(cost, torch.inf)
     for share in torch.linspace(0.2, 1.2, 300):
@@ -181,7 +181,7 @@ def test_descent_never_raises_the_objective(
 def test_descent_ends_where_no_single_code_and_no_absmax_can_be_bettered() -> None:
     T, G = normal(6, 64), DampedMoments.of(moments_of(correlated_inputs(300, 64))).moments
     grid = grid_of(T, FORMAT)
-    start = gptq(T, DampedMoments.of(G).inverse_root(), grid)
+    start = gptq(T, DampedMoments.of(G).root, grid)
     end = descend(T, G, start, grid, sweeps=60, free=True)
     Q, scales = values(end, grid), end.absmax.view(6, 1)
     least = objective(T - Q, G)
@@ -248,14 +248,13 @@ def test_no_matrix_of_the_rank_is_better() -> None:
     assert objective(R - B @ A, G) >= least * (1 - 1e-6)
 
 
-def test_a_root_is_a_root_and_an_inverse_one() -> None:
+def test_a_root_is_a_root() -> None:
     G = moments_of(correlated_inputs(300, 70))
     inputs = DampedMoments.of(G)
     damped = G.double() / G.diagonal().double().mean()
     assert torch.allclose(inputs.moments.double(), damped + 0.01 * torch.eye(70), atol=1e-6)
-    root, inverse = inputs.root.double(), inputs.inverse_root().double()
+    root = inputs.root.double()
     assert torch.allclose(root @ root.t(), inputs.moments.double(), atol=1e-4)
-    assert torch.allclose(inverse @ root, torch.eye(70).double(), atol=1e-4)
     assert torch.equal(root, root.triu())
 
 
@@ -448,7 +447,7 @@ def test_smaller_blocks_are_better() -> None:
     for size in (32, 64, 128, 256):
         grid = grid_of(W, BlockwiseFormat("nf4", size))
         inputs = DampedMoments.of(G)
-        Q = values(gptq(W, inputs.inverse_root(), grid), grid)
+        Q = values(gptq(W, inputs.root, grid), grid)
         errors.append(objective(W - Q, inputs.moments))
     assert errors == sorted(errors)
     assert errors[-1] < 3 * errors[0]

@@ -16,6 +16,7 @@ from loftq_cli.core.blockwise import (
     dequantize_blockwise,
     quantize_blockwise,
 )
+from loftq_cli.core.codebooks import codebook
 from loftq_cli.core.compiled_step import CompiledSteps
 from loftq_cli.core.layouts import choices, flat
 from loftq_cli.core.quantizers import Blockwise
@@ -85,7 +86,7 @@ def test_subtracting_a_product(shape: tuple[int, int], products: torch.dtype) ->
         W.view(-1).numpy(),
         flat(product),
         64,
-        *choices("nf4", 4),
+        *choices(codebook("nf4")),
         False,
         kernels.FLOAT32,
         packed.numpy(),

@@ -24,7 +24,7 @@ if "triton" not in sys.modules and not torch.cuda.is_available():
 triton = pytest.importorskip("triton", reason="triton is not installed: pip install triton")
 
 from loftq_cli.checks import kernels as checks
-from loftq_cli.core import cuda_columns, gptq, triton_kernels
+from loftq_cli.core import columns, cuda_columns, gptq, triton_kernels
 from loftq_cli.core.absmax import COLD, search_absmax
 from loftq_cli.core.blockwise import SOURCE_DTYPES, BlockwiseFormat
 from loftq_cli.core.codebooks import codebook
@@ -287,7 +287,7 @@ def test_error_feedback_and_descent_end_where_the_reference_does(
     given = None if grid.aligned else torch.full((-(-T.numel() // size),), 0.05, device=device)
 
     def run() -> list[tuple[Rounding, float]]:
-        passed_on = gptq.gptq(T, moments.inverse_root(), grid, given)
+        passed_on = gptq.gptq(T, moments.root, grid, given)
         descended = gptq.descend(T, moments.moments, passed_on, grid, sweeps=1, free=True)
         return [(rounding, error(rounding)) for rounding in (passed_on, descended)]
 
@@ -296,9 +296,9 @@ def test_error_feedback_and_descent_end_where_the_reference_does(
         R = T - grid.levels[rounding.indices.int()] * scales
         return output_energy(R, moments.moments)
 
-    monkeypatch.setattr(gptq, "_kernels", lambda *_: None)
+    monkeypatch.setattr(gptq, "column_loops", lambda *_: columns)
     reference = run()
-    monkeypatch.setattr(gptq, "_kernels", lambda *_: cuda_columns)
+    monkeypatch.setattr(gptq, "column_loops", lambda *_: cuda_columns)
     for (ours, left), (theirs, least) in zip(run(), reference, strict=True):
         # A code that rounding took elsewhere takes its row with it, to an end as good as the other.
         same = (ours.indices == theirs.indices).all(dim=1)
@@ -311,12 +311,12 @@ def test_error_feedback_and_descent_end_where_the_reference_does(
 
 @pytest.mark.parametrize("quantizer", CALIBRATED[1:3], ids=named)
 def test_columns_on_the_border_between_two_levels(quantizer: BlocksQuantizer, device: str) -> None:
-    """They take the lower one, among integers too."""
-    borders = quantizer.levels.midpoints(device)
+    """They take the lower one, among integers too, and below the lowest level that one."""
+    outside = -quantizer.levels.outermost - 0.5
+    borders = torch.cat((torch.tensor([outside]), quantizer.levels.midpoints())).to(device)
     target = torch.stack((borders, borders - 1e-4, borders + 1e-4))
     grid = Grid.of(quantizer.levels, 32, target, 1e30)
     codes = torch.zeros(target.shape, dtype=torch.uint8, device=device)
     U, scales = torch.eye(3, device=device), torch.ones_like(target)
-    errors = cuda_columns.pass_on(target.clone(), scales, U, grid, codes)
+    cuda_columns.pass_on(target, scales, U, grid, codes)
     assert torch.equal(codes, grid.nearest(target).to(torch.uint8))
-    assert torch.equal(errors, target - grid.levels[codes.int()])
