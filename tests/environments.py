@@ -78,7 +78,7 @@ EXTRAS = {
     ),
     "ray": ([["ray==2.60.0"]], ["tests/engines/test_ray.py"]),
     # What CUDA builds of torch bring: interpreted, the kernels of CUDA run here too.
-    "triton": ([["triton==3.9.0"]], ["tests/core/test_triton.py"]),
+    "triton": ([["triton==3.9.0"]], ["tests/core/test_triton.py", "tests/core/test_waits.py"]),
 }  # fmt: skip
 # What is written for `load`: options of `quantize`.
 WRITTEN = ("--bits 4", "--bits 4 --quant-type fp4 --double-quant", "--bits 3", "--bits 8")

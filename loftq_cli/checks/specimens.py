@@ -140,7 +140,7 @@ def quant_state(stored: QuantizedBlockwise) -> Any:
     device = stored.packed.device
     nested: dict[str, Any] = {}
     if stored.nested_absmax is not None:
-        nested["offset"] = torch.tensor(stored.nested_offset, device=device)
+        nested["offset"] = torch.as_tensor(stored.nested_offset, device=device)
         nested["state2"] = QuantState(
             absmax=stored.nested_absmax,
             blocksize=NESTED_BLOCK_SIZE,

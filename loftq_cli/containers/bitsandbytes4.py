@@ -161,7 +161,8 @@ class Bitsandbytes4(Container):
         for end, levels in self._levels().items():
             yield f"{name}.{end}", tensor_memory(levels)
         dtype = str(quantized.dtype).removeprefix("torch.")
-        state = self._state(dtype, quantized.shape, quantized.nested_offset)
+        offset = quantized.nested_offset
+        state = self._state(dtype, quantized.shape, None if offset is None else float(offset))
         yield self._state_name(name), memoryview(state)
 
     def read(self, tensors: Tensors, weight: Weight, device: str) -> StoredWeight:

@@ -63,7 +63,9 @@ class QuantizedBlockwise:
     packed: Tensor  # uint8 (ceil(n / 2), 1): two codes a byte, the first in the high nibble
     absmax: Tensor  # float32 (blocks,); uint8 codes of it when double-quantized
     nested_absmax: Tensor | None  # float32 (ceil(blocks / 256),) when double-quantized
-    nested_offset: float | None  # the mean absmax, a float32 value, when double-quantized
+    # The mean absmax, a float32 value, when double-quantized. On a GPU nobody waits for it before
+    # it is stored.
+    nested_offset: float | Tensor | None
     shape: tuple[int, int]
     format: BlockwiseFormat
     dtype: torch.dtype  # what the runtime dequantizes to
@@ -117,7 +119,7 @@ def quantize_blockwise(
 
 def double_quantize(
     absmax: Tensor, fmt: BlockwiseFormat
-) -> tuple[Tensor, Tensor | None, float | None]:
+) -> tuple[Tensor, Tensor | None, float | Tensor | None]:
     """(absmax, nested absmax, nested offset) as they are stored; only the first unless asked for.
 
     The offset is torch's float32 mean, as in bitsandbytes: where there are more than 32768 blocks,
@@ -127,7 +129,7 @@ def double_quantize(
         return absmax, None, None
     offset = absmax.mean()
     codes, nested_absmax = _quantize_dynamic(absmax - offset)
-    return codes, nested_absmax, offset.item()
+    return codes, nested_absmax, offset.item() if offset.device.type == "cpu" else offset
 
 
 @torch.no_grad()
@@ -156,7 +158,7 @@ def restore_absmax(q: QuantizedBlockwise) -> Tensor:
     if q.nested_absmax is None or q.nested_offset is None:
         return q.absmax
     scales = q.nested_absmax.repeat_interleave(NESTED_BLOCK_SIZE)[: q.absmax.numel()]
-    return dynamic_map(q.absmax.device)[q.absmax.int()] * scales + q.nested_offset
+    return _dynamic_levels(q.absmax.device)[q.absmax.int()] * scales + q.nested_offset
 
 
 def check_weight(W: Tensor) -> None:
@@ -238,13 +240,18 @@ def _quantize_dynamic(values: Tensor) -> tuple[Tensor, Tensor]:
     step = (((scaled + 1.0) * 0.5).double() * 65535 + 0.5).float()
     # Zero times an infinite reciprocal.
     step = step.nan_to_num_(nan=0.0).int()
-    codes = _dynamic_codes().to(values.device)[step].view(-1)[:n]
+    codes = _dynamic_codes(values.device)[step].view(-1)[:n]
     return codes, absmax
 
 
-@lru_cache(maxsize=1)
-def _dynamic_codes() -> Tensor:
+@lru_cache(maxsize=8)
+def _dynamic_codes(device: torch.device) -> Tensor:
     """The code nearest to each of the 65536 steps."""
     levels = dynamic_map()
     steps = (torch.arange(65536, dtype=torch.float64) / 65535 * 2 - 1).float()
-    return torch.bucketize(steps, (levels[:-1] + levels[1:]) / 2).to(torch.uint8)
+    return torch.bucketize(steps, (levels[:-1] + levels[1:]) / 2).to(device, torch.uint8)
+
+
+@lru_cache(maxsize=8)
+def _dynamic_levels(device: torch.device) -> Tensor:
+    return dynamic_map(device)

@@ -20,6 +20,7 @@ from loftq_cli.core.integers import IntegerFormat
 from loftq_cli.core.layouts import Layout, layout
 from loftq_cli.core.residual import Residual
 from loftq_cli.core.steps import Factors
+from loftq_cli.core.transfers import send
 
 # Values that one program works on, if its blocks are no longer; and the most that a block may hold
 # so that one program can.
@@ -80,29 +81,29 @@ class TritonSteps:
     ) -> tuple[Any, Residual]:
         form, launches = self.layout, self.launches
         product = None if carried is None else carried.left @ carried.right
-        if product is not None and extrapolation is not None:
-            product = extrapolation.aim(slice(None), product)
+        ahead = None if carried is None else extrapolation
         stop = form.codes(slice(0, self.W.numel())).stop
         codes = self.W.new_empty(stop, dtype=form.code_dtype)
         scales = self.W.new_empty(launches.blocks, dtype=torch.float32)
         rest = self.W.new_empty(self.W.shape, dtype=torch.float32)
         if not self.search:
-            energy = launches.step(product, scales, codes, rest)
+            energy = launches.step(product, ahead, scales, codes, rest)
             quantized = form.stored(codes, scales)
             if form.rounds_together:
                 energy = launches.leave(quantized, None, rest)
-            return quantized, Residual(rest, float(energy))
+            return quantized, Residual.of(rest, carried and carried.subspace, energy)
         previous = None if like is None else form.parts(like)[1]
         starts = starts_for(form.levels, warm=like is not None)
         if form.rounds_together:
             # What will be read back is not known before the last block.
-            launches.step(product, scales, None, None, starts, previous)
+            launches.step(product, ahead, scales, None, None, starts, previous)
             quantized = form.stored(codes, scales)
-            energy = launches.step(product, form.parts(quantized)[1], codes, rest, given=True)
+            restored = form.parts(quantized)[1]
+            energy = launches.step(product, ahead, restored, codes, rest, given=True)
         else:
-            energy = launches.step(product, scales, codes, rest, starts, previous)
+            energy = launches.step(product, ahead, scales, codes, rest, starts, previous)
             quantized = form.stored(codes, scales)
-        return quantized, Residual(rest, float(energy))
+        return quantized, Residual.of(rest, carried and carried.subspace, energy)
 
     def remainder(self, quantized: Any, carried: Factors) -> float:
         product = carried.left @ carried.right if carried.left.shape[1] else None
@@ -128,6 +129,7 @@ class Launches:
     def step(
         self,
         product: Tensor | None,
+        extrapolation: Extrapolation | None,
         scales: Tensor,
         codes: Tensor | None,
         residual: Tensor | None,
@@ -137,6 +139,9 @@ class Launches:
         given: bool = False,
     ) -> Tensor:
         """‖W − Q‖² (a float64 scalar on the device) of the target W − ``product``.
+
+        Or of what an ``extrapolation`` of the product says is carried instead; it remembers that
+        when ``codes`` are written, which is the last time that it is asked.
 
         ``scales`` (blocks,) are ``given``, or become what a search from ``starts`` around the
         ``previous`` ones finds, or the format's own. ``codes`` and ``residual`` W − Q are written
@@ -148,10 +153,19 @@ class Launches:
         energies = self._energies()
         factors = scales if starts is None else _factors(starts, W.device)
         way = "given" if given else "plain" if starts is None else "searched"
+        memory = later = W
+        if extrapolation is not None:
+            memory = later = extrapolation.memory
+            if codes is not None:
+                # Not in place: who reads a value need not be who writes it.
+                extrapolation.memory = later = torch.empty_like(memory)
         with self._device():
             kernels.step[(self.programs,)](
                 W,
                 W if product is None else product,
+                memory,
+                later,
+                *((0.0,) * 4 if extrapolation is None else extrapolation.weights),
                 scales if previous is None else previous,
                 factors,
                 len(starts.factors) if starts else 0,
@@ -166,6 +180,7 @@ class Launches:
                 FROM=way,
                 WARM=previous is not None,
                 CARRIED=product is not None,
+                AHEAD=extrapolation is not None,
                 ENCODE=codes is not None,
                 **tables(form.levels),
                 **self.constants,
@@ -185,7 +200,7 @@ class Launches:
         energies = self._energies()
         table = scales
         if isinstance(form.levels, Codebook):
-            table = form.levels.level_tensor(W.device)
+            table = _levels(form.levels, W.device)
         with self._device():
             kernels.leave[(self.programs,)](
                 W,
@@ -229,7 +244,12 @@ def _bits(W: Tensor) -> Tensor:
 
 @lru_cache(maxsize=8)
 def _factors(starts: Starts, device: torch.device) -> Tensor:
-    return torch.tensor(starts.factors, device=device)
+    return send(torch.tensor(starts.factors), device)
+
+
+@lru_cache(maxsize=8)
+def _levels(book: Codebook, device: torch.device) -> Tensor:
+    return send(book.level_tensor(), device)
 
 
 @lru_cache(maxsize=8)

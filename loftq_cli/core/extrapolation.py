@@ -30,6 +30,13 @@ class Extrapolation:
         self.restarts = False
         self.memory = torch.zeros(W.shape, device=W.device)  # M, as L_0 and y_0 are zero
 
+    @property
+    def weights(self) -> tuple[float, float, float, float]:
+        """(a, b, c, d): y = a·M + b·L, and M is c·M + d·L from then on."""
+        if self.restarts:
+            return 0.0, 1.0, 0.0, 1 - self.along
+        return 1.0, self.along, -self.relaxation, self.kept
+
     def aim(self, rows: slice, low_rank: Tensor, *, remember: bool = True) -> Tensor:
         """These rows of y from the same of L (rows × in).
 

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from loftq_cli.core.residual import Residual, rows_times, transposed_times
+from loftq_cli.core.residual import Residual, rows_times
 from loftq_cli.core.sketches import sketch_width, takes_exact
+from loftq_cli.core.transfers import send
 from loftq_cli.errors import InvalidSetting, LoftqError
 
 _MOST_PASSES = 16
@@ -35,11 +36,12 @@ class LowRank:
     S: Tensor  # (r,), descending
     Vh: Tensor  # (r, in)
     subspace: Tensor | None = None  # (in, k ≥ r): where the SVD of a similar matrix may start
+    known_energy: float | None = None  # where a GPU need not be asked for it
 
     @property
     def energy(self) -> float:
         """‖U·S·Vh‖²: what it takes away from the square of the error."""
-        return float(self.S.double().square().sum())
+        return _energy(self.S) if self.known_energy is None else self.known_energy
 
     def dense(self) -> Tensor:
         """U·S·Vh as a matrix (out × in)."""
@@ -147,27 +149,26 @@ def _randomized_svd(
     Only k × k matrices are decomposed, in float64. The eigenvalues of YᵀY are what V alone would
     have captured, so what a pass gained is known without a product more, and each gains less than
     the one before.
+
+    They are decomposed on the CPU, also for a GPU. That is waited for once a pass: its own
+    ``torch.linalg.eigh`` would wait in each of the two, to see whether they have converged.
     """
     if R.energy == 0:
         U, V = (torch.zeros(n, 0, device=R.device) for n in R.shape)
         return _low_rank(U, torch.zeros(0), V, rank)
-    # Powers of two round nothing, and keep the squares of squares within float32.
-    unit = 2.0 ** -max(min(round(math.log2(R.energy) / 2), 126), -126)
     width = sketch_width(rank)
     V, orthonormal = _first_subspace(R, width, start, generator)
     gain, first_fall = math.inf, _WARM_FALL if orthonormal else _COLD_FALL
     for _ in range(_MOST_PASSES):
-        Y = R.times(V) * unit
-        Z = R.transposed_times(Y) * unit
-        gram_Y, gram_Z = _grams(Y, Z, R)
-        seen, C = _eigh(gram_Y, R)
+        sketch = R.sketch(V)
+        seen, C = _eigh(sketch.gram_Y, R)
         before = float(seen[:rank].sum()) if orthonormal else -math.inf
         C = C / seen.sqrt()
-        squares, P = _eigh(C.t() @ gram_Z @ C, R)
+        squares, P = _eigh(C.t() @ sketch.gram_Z @ C, R)
         after = float(squares[:rank].sum())
         S, C = squares.sqrt(), C @ P
-        V, orthonormal = rows_times(Z.float(), _like(C / S, Z)), True
-        remaining = R.energy * unit**2 - after
+        V, orthonormal = rows_times(sketch.Z.float(), send(C / S, R.device)), True
+        remaining = R.energy * sketch.unit**2 - after
         gain, last_gain = after - before, gain
         falls = gain / last_gain if math.isfinite(last_gain) else first_fall
         if not R.is_exact and after > _DOMINANT * remaining:
@@ -175,8 +176,8 @@ def _randomized_svd(
             V, orthonormal = _first_subspace(R, width, V, generator)
         elif falls * gain <= max(tolerance * remaining, _NOISE * after):
             break
-    U = rows_times(Y.float(), _like(C[:, :rank], Y))
-    return _low_rank(U, S[:rank] / unit, V, rank)
+    U = rows_times(sketch.Y.float(), send(C[:, :rank], R.device))
+    return _low_rank(U, S[:rank] / sketch.unit, V, rank)
 
 
 def _first_subspace(
@@ -187,22 +188,8 @@ def _first_subspace(
     if start is not None and missing <= 0:
         return start, True
     n = R.shape[1]
-    fresh = torch.randn(n, missing, generator=generator).div_(math.sqrt(n)).to(R.device)
+    fresh = send(torch.randn(n, missing, generator=generator).div_(math.sqrt(n)), R.device)
     return fresh if start is None else torch.cat((start, fresh), dim=1), False
-
-
-def _grams(Y: Tensor, Z: Tensor, R: Residual) -> tuple[Tensor, Tensor]:
-    """YᵀY and ZᵀZ, float64 on the CPU. Rounded products are worth no more than float32.
-
-    Eigenvalues on a GPU would be waited for as well (``torch.linalg.eigh`` looks whether it has
-    converged), and each of the two by itself. So a pass waits once, here.
-    """
-    dtype = torch.float64 if R.is_exact else torch.float32
-    grams = transposed_times(Y, Y, dtype), transposed_times(Z, Z, dtype)
-    if R.device.type == "cpu":
-        return grams
-    gram_Y, gram_Z = torch.stack(grams).cpu()
-    return gram_Y, gram_Z
 
 
 def _eigh(G: Tensor, R: Residual) -> tuple[Tensor, Tensor]:
@@ -213,17 +200,18 @@ def _eigh(G: Tensor, R: Residual) -> tuple[Tensor, Tensor]:
     return values[:kept], vectors[:, :kept]
 
 
-def _like(small: Tensor, large: Tensor) -> Tensor:
-    return small.to(device=large.device, dtype=torch.float32)
+def _energy(S: Tensor) -> float:
+    return float(S.double().square().sum())
 
 
 def _low_rank(U: Tensor, S: Tensor, V: Tensor, rank: int) -> LowRank:
-    """Of exactly that rank, filled up with zeros where the matrix has less."""
-    S = _like(S, U)
+    """Of exactly that rank, filled up with zeros where the matrix has less. S is on the CPU."""
     Vh = V[:, : S.numel()].t()
     missing = rank - S.numel()
     if missing:
         U = torch.nn.functional.pad(U, (0, missing))
         S = torch.nn.functional.pad(S, (0, missing))
         Vh = torch.nn.functional.pad(Vh, (0, 0, 0, missing))
-    return LowRank(U, S, Vh.contiguous(), V if V.shape[1] else None)
+    S = S.float()
+    subspace = V if V.shape[1] else None
+    return LowRank(U, send(S, U.device), Vh.contiguous(), subspace, _energy(S))

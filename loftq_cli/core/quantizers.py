@@ -225,4 +225,5 @@ class _Int8Steps(ReferenceSteps):
 
         each(work, -(-W.shape[0] // rows))
         codes, scb = zip(*((parts[i].codes, parts[i].scb) for i in sorted(parts)), strict=True)
-        return QuantizedInt8(torch.cat(codes), torch.cat(scb)), Residual.of(matrix)
+        residual = Residual.of(matrix, carried and carried.subspace)
+        return QuantizedInt8(torch.cat(codes), torch.cat(scb)), residual

@@ -2,16 +2,29 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from loftq_cli.core.parallel import each
 from loftq_cli.core.sketches import COLUMNS, PIECE
+from loftq_cli.core.transfers import fetch
 
 # Below this many values, loading the compiled kernels costs more than they save.
 _WORTH_COMPILING = 1 << 16
+
+
+class Sketch(NamedTuple):
+    """A residual R multiplied with vectors V from either side: what its SVD is made of."""
+
+    V: Tensor  # (in, k)
+    Y: Tensor  # R·V·unit (out, k), in the dtype of the matrix
+    Z: Tensor  # Rᵀ·Y·unit (in, k)
+    gram_Y: Tensor  # YᵀY (k, k), float64 on the CPU
+    gram_Z: Tensor  # ZᵀZ
+    unit: float  # about 1 / ‖R‖: it keeps the squares of squares within float32
 
 
 @dataclass(frozen=True)
@@ -23,10 +36,26 @@ class Residual:
     probe: Tensor | None = None  # (in, k): its product is known already
     probed: Tensor | None = None  # (out, k)
     reread: Callable[[], "Residual"] | None = None  # gives the float32 one, if this is not
+    known: Sketch | None = None
 
     @classmethod
-    def of(cls, R: Tensor) -> "Residual":
-        return cls(R, sum_of_squares(R))
+    def of(cls, R: Tensor, V: Tensor | None = None, energy: Tensor | None = None) -> "Residual":
+        """That of a float32 matrix; of a float64 scalar on its device, if that is its ``energy``.
+
+        A GPU is waited for once, if ``V`` (in × k) is what the SVD will begin with: the sketch is
+        made in any case then, and the energy comes with it.
+        """
+        if energy is None and R.device.type == "cpu":
+            return cls(R, sum_of_squares(R))
+        energy = _sum_of_squares_there(R) if energy is None else energy
+        if V is None:
+            return cls(R, float(energy))
+        residual = cls(R, math.nan)
+        unit = torch.exp2(_exponent(energy))
+        Y, Z, *grams = residual._products(V, unit)
+        found, size, gram_Y, gram_Z = fetch([energy, unit, *grams])
+        known = Sketch(V, Y, Z, gram_Y, gram_Z, float(size))
+        return replace(residual, energy=float(found), known=known)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -43,6 +72,22 @@ class Residual:
     def exact(self) -> "Residual":
         """The same with a float32 matrix."""
         return self if self.reread is None else self.reread()
+
+    def sketch(self, V: Tensor) -> Sketch:
+        """The sketch with V (in × k), of a residual that is not zero. A GPU is waited for once."""
+        if self.known is not None and V is self.known.V:
+            return self.known
+        unit = 2.0 ** int(_exponent(torch.tensor(self.energy, dtype=torch.float64)))
+        Y, Z, *grams = self._products(V, unit)
+        gram_Y, gram_Z = fetch(grams)
+        return Sketch(V, Y, Z, gram_Y, gram_Z, unit)
+
+    def _products(self, V: Tensor, unit: float | Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Y, Z and their Gram matrices. Rounded products are worth no more than float32."""
+        Y = self.times(V) * unit
+        Z = self.transposed_times(Y) * unit
+        dtype = torch.float64 if self.is_exact else torch.float32
+        return Y, Z, transposed_times(Y, Y, dtype), transposed_times(Z, Z, dtype)
 
     def times(self, V: Tensor) -> Tensor:
         """R · V (out × k), for V (in × k), in the dtype of the matrix."""
@@ -100,9 +145,8 @@ def worth_compiling(X: Tensor) -> bool:
 @torch.no_grad()
 def sum_of_squares(X: Tensor) -> float:
     """‖X‖² in float64."""
-    if X.is_cuda:
-        # A chunk at a time would be waited for a chunk at a time.
-        return float(torch.linalg.vector_norm(X, dtype=torch.float64).square())
+    if X.device.type != "cpu":
+        return float(_sum_of_squares_there(X))
     if not worth_compiling(X):
         rows = rows_a_piece(X.shape[0], X.shape[1])
         return sum(float(part.double().square().sum()) for part in X.split(rows))
@@ -117,3 +161,13 @@ def sum_of_squares(X: Tensor) -> float:
 
     each(work, len(pieces))
     return math.fsum(sums)
+
+
+def _sum_of_squares_there(X: Tensor) -> Tensor:
+    """‖X‖² on a GPU, which would be waited for after every chunk if they were added up here."""
+    return torch.linalg.vector_norm(X, dtype=torch.float64).square()
+
+
+def _exponent(energy: Tensor) -> Tensor:
+    """That of the power of two nearest to 1 / ‖R‖: multiplied with it nothing is rounded."""
+    return energy.log2().div(2).round().clamp(-126, 126).neg()

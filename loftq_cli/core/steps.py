@@ -91,7 +91,7 @@ class ReferenceSteps:
         target = aimed(self.W, carried, extrapolation, slice(None))
         quantized = self.quantizer.quantize(target, self.W.dtype, like)
         Q = self.quantizer.dequantize(quantized)
-        return quantized, Residual.of(self.W.float() - Q.float())
+        return quantized, Residual.of(self.W.float() - Q.float(), carried and carried.subspace)
 
     def remainder(self, quantized: Any, carried: Factors) -> float:
         rest = self.W.float() - self.quantizer.dequantize(quantized).float()

@@ -149,10 +149,17 @@ def tile(values, BLOCKS: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def subtract(W, product, place, inside, CARRIED: tl.constexpr):
+def aimed(
+    W, product, memory, of_memory, of_product, place, inside,
+    CARRIED: tl.constexpr, AHEAD: tl.constexpr,
+):  # fmt: skip
+    """W − product, or with ``AHEAD`` W − (of_memory · memory + of_product · product)."""
     target = read(W + place, inside)
     if CARRIED:
-        target = target - read(product + place, inside)
+        carried = read(product + place, inside)
+        if AHEAD:
+            carried = of_memory * read(memory + place, inside) + of_product * carried
+        target = target - carried
     return target
 
 
@@ -168,9 +175,11 @@ def write_pairs(packed, code, place, inside):
 
 @triton.jit
 def step(
-    W, product, around, factors, starts, passes, smallest, largest,
+    W, product, memory, later, of_memory, of_product, kept_memory, kept_product,
+    around, factors, starts, passes, smallest, largest,
     scales, codes, residual, energies, blocks, values,
-    FROM: tl.constexpr, WARM: tl.constexpr, CARRIED: tl.constexpr, ENCODE: tl.constexpr,
+    FROM: tl.constexpr, WARM: tl.constexpr, CARRIED: tl.constexpr, AHEAD: tl.constexpr,
+    ENCODE: tl.constexpr,
     BORDERS: tl.constexpr, LEVELS: tl.constexpr, CODES: tl.constexpr, SHARE: tl.constexpr,
     ROUNDING: tl.constexpr, BLOCKS: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
@@ -178,8 +187,12 @@ def step(
 
     ``FROM`` says whether scales are "given", the format's own ("plain") or "searched" for.
     ``SHARE`` is the scale of a block of integers whose largest magnitude is 1, without a search.
+    With ``AHEAD`` the target is that of ``extrapolation.py``, whose M goes from ``memory`` to
+    ``later``.
     """
-    smallest = tl.full((), smallest, tl.float32)  # interpreted, it is float64
+    # Interpreted, they are float64.
+    smallest = tl.full((), smallest, tl.float32)
+    of_memory, of_product = tl.full((), of_memory, tl.float32), tl.full((), of_product, tl.float32)
     begin, place, inside, count = tile(values, BLOCKS, SIZE, WIDTH)
     block = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)
     there = block < blocks
@@ -187,7 +200,9 @@ def step(
     W += begin
     if CARRIED:
         product += begin
-    target = subtract(W, product, place, inside, CARRIED)
+    if AHEAD:
+        memory += begin
+    target = aimed(W, product, memory, of_memory, of_product, place, inside, CARRIED, AHEAD)
     peak = tl.max(tl.abs(target), axis=1)
     if FROM == "given":
         scale = tl.load(scales + block, mask=there, other=0.0)
@@ -208,7 +223,7 @@ def step(
         tl.store(scales + block, scale, mask=there)
     if ENCODE:
         # Read again: to keep it through the search costs more than half of all registers.
-        target = subtract(W, product, place, inside, CARRIED)
+        target = aimed(W, product, memory, of_memory, of_product, place, inside, CARRIED, AHEAD)
         if len(BORDERS) > 0:
             reciprocal = tl.div_rn(1.0, tl.maximum(tl.abs(scale), smallest))
             value = target * tl.where(scale < 0, -reciprocal, reciprocal)[:, None]
@@ -227,6 +242,12 @@ def step(
         rest = read(W + place, inside) - to_runtime(level * scale[:, None], ROUNDING)
         tl.store(residual + begin + place, rest, mask=inside)
         write_energy(energies, rest, inside)
+        if AHEAD:
+            kept_memory = tl.full((), kept_memory, tl.float32)
+            kept_product = tl.full((), kept_product, tl.float32)
+            kept = kept_memory * read(memory + place, inside)
+            kept = kept + kept_product * read(product + place, inside)
+            tl.store(later + begin + place, kept, mask=inside)
 
 
 @triton.jit

@@ -22,9 +22,11 @@ from triton.runtime import JITFunction, driver
 from loftq_cli.core import cuda_columns
 from loftq_cli.core.blockwise import BlockwiseFormat
 from loftq_cli.core.cuda_step import TritonSteps
+from loftq_cli.core.extrapolation import Extrapolation
 from loftq_cli.core.gptq import Grid
 from loftq_cli.core.integers import IntegerFormat
 from loftq_cli.core.layouts import Layout, layout
+from loftq_cli.core.loftq import MONOTONE_MOMENTUM
 from loftq_cli.core.steps import Factors
 
 SOME = [
@@ -79,10 +81,11 @@ def main(everything: bool) -> None:
         for fmt, columns, dtype in ALL if everything else SOME:
             W = torch.ones(16, columns, dtype=dtype)
             carried = Factors(torch.ones(16, 4), torch.ones(4, columns))
+            ahead = Extrapolation(W, *MONOTONE_MOMENTUM)
             for search in (True, False) if everything else (True,):
                 steps = TritonSteps(W, fmt, dtype, search=search)
                 stored, _ = steps.quantize()
-                steps.quantize(carried, stored)
+                steps.quantize(carried, stored, ahead)
                 steps.remainder(stored, carried)
             columns_of(layout(fmt, (16, columns), dtype))
     for made in compiled.values():

@@ -7,6 +7,7 @@ from loftq_cli.core.lowrank import check_rank, split, truncated_svd
 from loftq_cli.core.residual import Residual
 from loftq_cli.core.sketches import takes_exact
 from loftq_cli.errors import InvalidSetting, LoftqError
+from tests.core.elsewhere import DEVICE, Elsewhere, There
 
 
 @pytest.mark.parametrize("shape", [(40, 24), (24, 40), (16, 16), (1, 9), (9, 1)])
@@ -194,3 +195,49 @@ def test_a_seed_decides_everything() -> None:
     assert torch.equal(first.U, again.U)
     assert torch.equal(first.Vh, again.Vh)
     assert not torch.equal(first.U, other.U)
+
+
+def kinds_of_matrix() -> dict[str, Tensor]:
+    made = generator(3)
+    twice = torch.randn(150, 260, generator=made)
+    few = torch.randn(300, 5, generator=made) @ torch.randn(5, 260, generator=made)
+    slow = spectrum_matrix(SPECTRA["slow"], 300, 260)
+    return {
+        "zero": torch.zeros(300, 260), "of little rank": few, "rows twice": twice.repeat(2, 1),
+        "slow": slow, "tiny": slow * 1e-30, "huge": slow * 1e30,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", kinds_of_matrix())
+@pytest.mark.parametrize("begun", [False, True])
+def test_on_a_device_it_is_the_same_and_waits_once_a_pass(
+    kind: str, begun: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the residual, whose energy the device has, was sketched before anyone asked."""
+    M = kinds_of_matrix()[kind]
+    near = Residual.of(M + 0.01 * M.abs().max() * torch.randn(M.shape, generator=generator(4)))
+    V = truncated_svd(near, 12, method="randomized", generator=generator()).subspace
+    if V is None or not begun:
+        V = None
+    passes = []
+    real = Residual._products
+    monkeypatch.setattr(Residual, "_products", lambda *given: passes.append(1) or real(*given))
+    here = truncated_svd(Residual.of(M), 12, method="randomized", start=V, generator=generator())
+    counted = len(passes)
+    passes.clear()
+    with Elsewhere() as device:
+        start = None if V is None else V.to(DEVICE)
+        R = M.to(DEVICE)
+        energy = R.double().square().sum()
+        device.waits.clear()
+        residual = Residual.of(R, start, energy)
+        there = truncated_svd(residual, 12, method="randomized", start=start, generator=generator())
+        assert isinstance(there.U, There)
+        assert there.energy == pytest.approx(here.energy, rel=1e-6)
+        # The energy by itself, where it does not come with a sketch.
+        assert len(device.waits) == len(passes) + (start is None)
+        product = there.dense().cpu()
+    # A sketch is made before it is known that there is nothing to be seen.
+    assert len(passes) == max(counted, start is not None)
+    assert residual.energy == pytest.approx(float(M.double().square().sum()))
+    torch.testing.assert_close(product, here.dense(), rtol=1e-4, atol=1e-5 * float(M.abs().max()))

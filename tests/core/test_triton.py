@@ -29,11 +29,12 @@ from loftq_cli.core.absmax import COLD, search_absmax
 from loftq_cli.core.blockwise import SOURCE_DTYPES, BlockwiseFormat
 from loftq_cli.core.codebooks import codebook
 from loftq_cli.core.cuda_step import Launches, TritonSteps
+from loftq_cli.core.extrapolation import Extrapolation
 from loftq_cli.core.gptq import Grid, Rounding
 from loftq_cli.core.input_moments import DampedMoments, output_energy
 from loftq_cli.core.integers import IntegerFormat
 from loftq_cli.core.layouts import layout
-from loftq_cli.core.loftq import initialize
+from loftq_cli.core.loftq import MONOTONE_MOMENTUM, initialize
 from loftq_cli.core.quantizers import BlocksQuantizer, Blockwise, Integers
 from loftq_cli.core.steps import Factors, ReferenceSteps, Steps
 
@@ -147,7 +148,7 @@ def test_with_given_scales_the_codes_of_the_reference(
     # FP4's levels are the same on both sides.
     assert (scales < 0).any() or quantizer.levels == codebook("fp4")
     ours, rest = torch.empty_like(codes), torch.empty_like(product)
-    energy = Launches(W, form).step(product, scales.clone(), ours, rest, given=True)
+    energy = Launches(W, form).step(product, None, scales.clone(), ours, rest, given=True)
     assert torch.equal(ours, codes)
     left = W.float() - quantizer.dequantize(expected).float()
     assert torch.equal(rest, left)
@@ -177,6 +178,30 @@ def test_a_search_ends_where_that_of_the_reference_does(
     assert torch.equal(residual.matrix, W.float() - quantizer.dequantize(stored).float())
 
 
+@pytest.mark.parametrize("quantizer", [*QUANTIZERS[:2], Integers(IntegerFormat(4, 64))], ids=named)
+@pytest.mark.parametrize("plain", [False, True])
+def test_what_is_aimed_at_beyond_the_low_rank_is_that_of_the_reference(
+    quantizer: BlocksQuantizer, plain: bool, device: str
+) -> None:
+    """Of one step after the other, the third without the extra length, and what is remembered."""
+    W = edge_cases(quantizer, torch.bfloat16)
+    W.view(-1)[768 + 5] = -0.3
+    W, low_rank = W.to(device), to(carried_of(W), device)
+    ours, reference = steps_of(W, quantizer.plain() if plain else quantizer)
+    ahead, theirs = (Extrapolation(W, *MONOTONE_MOMENTUM) for _ in range(2))
+    like = reference.quantize()[0]
+    for size, restarts in ((1.0, False), (0.9, False), (1.1, True), (1.0, False)):
+        carried = Factors(size * low_rank.left, low_rank.right)
+        ahead.restarts = theirs.restarts = restarts
+        stored, residual = ours.quantize(carried, like, ahead)
+        expected, rest = reference.quantize(carried, like, theirs)
+        assert residual.energy == pytest.approx(rest.energy, rel=1e-5)
+        same = codes_of(stored) == codes_of(expected)
+        assert same.float().mean() > 0.99
+        torch.testing.assert_close(ahead.memory, theirs.memory, rtol=1e-5, atol=1e-7)
+        like = expected
+
+
 @pytest.mark.parametrize("quantizer", [QUANTIZERS[0], Integers(IntegerFormat(4, 64))], ids=named)
 def test_a_search_takes_the_starts_it_is_given(quantizer: BlocksQuantizer, device: str) -> None:
     """And these from nothing; of their number and passes nothing is compiled in."""
@@ -188,7 +213,7 @@ def test_a_search_takes_the_starts_it_is_given(quantizer: BlocksQuantizer, devic
             patch.setattr("loftq_cli.core.absmax.starts_for", lambda *_, **__: starts)  # noqa: B023
             expected = search_absmax(blocks, None, form.levels, form.largest)
         scales = torch.empty_like(expected)
-        Launches(W, form).step(None, scales, None, None, starts)
+        Launches(W, form).step(None, None, scales, None, None, starts)
         torch.testing.assert_close(scales, expected, rtol=1e-5, atol=0.0)
 
 
