@@ -17,8 +17,10 @@ from loftq_cli import quantize
 from loftq_cli.checkpoint.files import LocalFile
 from loftq_cli.checkpoint.index import open_checkpoint
 from loftq_cli.engines import cluster as clusters
+from loftq_cli.engines import ray as engine
 from loftq_cli.engines.cluster import connected
-from loftq_cli.errors import LoftqError
+from loftq_cli.errors import DoesNotFit, LoftqError
+from tests.engines import full_disk
 from tests.engines.conftest import LINE, OPTIONS, Watching, children
 from tests.quantize.test_killed import Loftq, contents, finished
 
@@ -185,3 +187,19 @@ def test_a_driver_killed_in_the_middle(
     assert contents(out) == long
     same = sum((out / name).stat().st_ino == inode for name, inode in kept.items())
     assert same >= before // 2  # each with its part of the adapter
+
+
+@pytest.mark.slow
+def test_a_full_disk_on_a_node(
+    two: Two, source: Path, expected: dict[str, bytes], recorded: list[str], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine, "_run", full_disk.run)
+        told = rf"^node .*: no room to write .*{full_disk.NAME}"
+        with pytest.raises(DoesNotFit, match=told) as caught:
+            quantize(str(source), output=out, **two.options())
+    full_disk.require_told(caught.value, recorded)
+    quantize(str(source), output=out, **two.options())
+    assert contents(out) == expected
+    full_disk.require_each_once(recorded)

@@ -13,10 +13,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from loftq_cli import quantize
+from loftq_cli.engines import workers as engine
 from loftq_cli.engines.workers import Threads, deal_out
-from loftq_cli.errors import UsageError
+from loftq_cli.errors import DoesNotFit, UsageError
 from loftq_cli.starts import STARTS
 from tests.conftest import Outcome
+from tests.engines import full_disk
 from tests.engines.conftest import LINE, OPTIONS, Watching, children
 from tests.quantize.test_killed import Loftq, contents, finished
 
@@ -106,6 +108,23 @@ def test_an_error_is_the_one_of_a_run_in_one_process(
         said.append(done.err)
     assert said[0] == said[1]
     assert "model.layers.5.mlp.up_proj.weight" in said[0]
+
+
+@pytest.mark.slow
+def test_a_full_disk_is_named_and_the_same_line_goes_on(
+    source: Path, expected: dict[str, bytes], recorded: list[str], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine, "_serve", full_disk.serve)
+        with pytest.raises(DoesNotFit, match=f"no room to write .*{full_disk.NAME}") as caught:
+            quantize(str(source), output=out, workers=2, **OPTIONS)  # type: ignore[arg-type]
+    full_disk.require_told(caught.value, recorded)
+    assert multiprocessing.active_children() == []
+    # In one process now: how many there are is no part of what a run is.
+    quantize(str(source), output=out, **OPTIONS)  # type: ignore[arg-type]
+    assert contents(out) == expected
+    full_disk.require_each_once(recorded)
 
 
 def test_workers_that_do_not_fit_exit_4_before_anything_is_written(
