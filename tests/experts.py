@@ -6,12 +6,13 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from tests.zoo import ZOO
+from tests.zoo.making import decoder
 
 # One whose experts have names of their own, with shared experts, with dense layers before them.
 NAMES = ["Mixtral", "Qwen2-MoE", "Qwen3-MoE", "DeepSeek-V3"]
@@ -109,3 +110,75 @@ def takes_a_step(model: Any) -> None:
 
 def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found - expected).norm() / expected.norm())
+
+
+WIDE = {"moe_intermediate_size": 64}
+# Where experts lie in each, what halves of a stack are called, and whether it has (in, out).
+GATED = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+WHOLE = {"gate_up_proj": ("gate_up_proj",), "down_proj": ("down_proj",)}
+MIXTRAL = {"gate_up_proj": ("w1", "w3"), "down_proj": ("w2",)}
+GEMMA_4 = decoder(
+    "Gemma4",
+    "Gemma4Text",
+    **WIDE,
+    enable_moe_block=True,
+    num_experts=4,
+    top_k_experts=4,
+    head_dim=16,
+    global_head_dim=16,
+    hidden_size_per_layer_input=0,
+    num_kv_shared_layers=0,
+    layer_types=["sliding_attention", "full_attention"],
+)
+
+
+class Kind(NamedTuple):
+    entry: Any
+    parts: dict[str, tuple[str, ...]]
+    transposed: bool
+    asked: tuple[str, ...]  # to quantize them
+
+
+ASK = ("--experts", "quantize")
+KINDS = {
+    "gpt-oss": Kind(ZOO["gpt-oss"], WHOLE, True, ASK),
+    "Llama 4": Kind(ZOO["Llama 4"], GATED, True, ()),
+    "Gemma 4": Kind(GEMMA_4, GATED, False, ASK),
+    "Granite-MoE": Kind(ZOO["Granite-MoE"], GATED, False, ASK),
+    "Qwen3.5-MoE": Kind(ZOO["Qwen3.5-MoE"], GATED, False, ()),
+    "Mixtral": Kind(ZOO["Mixtral"], MIXTRAL, False, ()),
+}
+
+
+def save_stacked(
+    name: str, directory: Path, dtype: torch.dtype = torch.float32, **config: Any
+) -> Any:
+    """A small random model whose file has the experts as its class has them.
+
+    Every token goes to all of them: rounding sends none elsewhere.
+    """
+    entry = KINDS[name].entry
+    wide = {**(WIDE if "moe_intermediate_size" in entry.config else {}), "num_experts_per_tok": 4}
+    model = replace(entry, config={**entry.config, **wide, **config}).build(dtype=dtype)
+    with torch.no_grad():
+        for parameter in model.parameters():  # biases of experts begin at anything
+            if parameter.ndim == 2 or parameter.ndim == 3:
+                parameter.copy_(torch.randn_like(parameter) * 0.05)
+    model.save_pretrained(directory)
+    state = {key: each.contiguous() for key, each in model.state_dict().items()}
+    if model.config.tie_word_embeddings:
+        state.pop("lm_head.weight", None)
+    save_file(state, directory / "model.safetensors", metadata={"format": "pt"})
+    return model.eval()
+
+
+def stacks_of(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: each for name, each in state.items() if each.ndim == 3 and ".experts." in name}
+
+
+def expected(name: str, tensors: dict[str, torch.Tensor], stack: str, expert: int) -> torch.Tensor:
+    """An expert's part of a stack of the class, put together from the codes of a directory."""
+    path, _, last = stack.rpartition(".")
+    parts = [unpacked(tensors, f"{path}.{expert}.{part}") for part in KINDS[name].parts[last]]
+    matrix = torch.cat(parts)
+    return matrix.T if KINDS[name].transposed else matrix

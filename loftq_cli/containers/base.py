@@ -115,6 +115,8 @@ class Container(ABC):
         "an expert: nothing that loads this container takes quantized ones"
     )
     takes_experts: ClassVar[bool] = False
+    # Whether loftq itself loads experts of it into stacks for which transformers has no rule.
+    restacks: ClassVar[bool] = False
     # Whether servers want one width for the layers that they hold as one (`fused.py`).
     even_when_fused: ClassVar[bool] = False
     # Whether a model with an adapter keeps the codes as they are, in layers that `holds` knows.

@@ -40,6 +40,7 @@ class CompressedTensors(Integers):
     instead = "gptq"
     why_experts_stay = None
     takes_experts = True
+    restacks = True
     stays_packed = False  # PEFT wants a weight in every layer
     layer_class = "dequantized Linear"
     codes_part = "weight_packed"

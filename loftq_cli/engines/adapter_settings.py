@@ -68,8 +68,12 @@ def _target_modules(plan: Plan, architecture: Architecture) -> list[str] | str:
     adapted = {planned.layer.module for planned in plan.layers if planned.adapted}
     ends = {name.rpartition(".")[2] for name in adapted}
     others = [name for name in architecture.module_names if name not in adapted]
-    if plan.settings.experts == "quantize":  # for readers that hold each expert as a layer
-        others += [planned.layer.module for planned in plan.layers if planned.layer.expert]
+    # Readers may hold each expert as a layer: others than transformers 5, or that for some classes.
+    container = plan.settings.container
+    by_others = plan.settings.experts == "quantize" and container.why_experts_stay is not None
+    experts = [planned.layer.module for planned in plan.layers if planned.layer.expert]
+    patched = architecture.stacks.patched
+    others += [name for name in experts if by_others or container.name in patched(name)]
     for names in (ends, adapted):
         tails = tuple(f".{name}" for name in names)
         if not any(other in names or other.endswith(tails) for other in others):

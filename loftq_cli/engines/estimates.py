@@ -198,7 +198,7 @@ def _measuring_bytes(settings: Settings, planned: PlannedLayer) -> int:
     inputs = 0
     if settings.start.needs_moments:
         inputs = 8 * weights + _MOMENTS * 4 * in_features**2  # W and W − Q as the inputs see them
-    copied = 1 + planned.layer.transposed
+    copied = 1 + planned.layer.turned
     return weights * (copied * stored + _MEASURING) + vectors * settings.rank_budget + inputs
 
 
@@ -225,7 +225,7 @@ def _working_bytes(
     codes = 3 * settings.container.working_bytes(planned.weight)
     if settings.start.needs_moments:
         return _CALIBRATED * 4 * weights + _MOMENTS * 4 * in_features**2 + codes + working
-    held = 1 + ahead + layer.transposed
+    held = 1 + ahead + layer.turned
     if _takes_exact(planned, settings):
         return weights * (held * stored + 32) + working
     residual = settings.container.whole_bytes or machine.product_bytes

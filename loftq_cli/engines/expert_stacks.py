@@ -17,7 +17,7 @@ from loftq_cli.containers.fused import stack_part
 from loftq_cli.engines.settings import Settings
 from loftq_cli.errors import InvalidSetting, UnknownTargetModule, UsageError
 from loftq_cli.formats import ALL_EXPERTS, ALL_LINEAR, SHORT_NAMES
-from loftq_cli.models.layers import Inventory, LinearLayer
+from loftq_cli.models.layers import STACKED_EXPERTS, Inventory, LinearLayer
 
 _PARAMETER = re.compile(r"(.+\.)?experts\.[^.\d][^.]*")
 
@@ -115,7 +115,8 @@ def expert_stacks(inventory: Inventory, settings: Settings) -> tuple[ExpertStack
 def _stacks(inventory: Inventory) -> dict[str, tuple[tuple[LinearLayer, ...], ...]]:
     """By stack, its experts' matrices; only such stacks as are whole."""
     places: dict[str, dict[tuple[int, int], LinearLayer]] = {}
-    for layer in inventory.layers:
+    apart = inventory.apart(lambda stack: None if stack.ruled else STACKED_EXPERTS)
+    for layer in apart.layers:
         part = stack_part(layer.module) if layer.expert else None
         if part is not None:
             places.setdefault(part.stack, {})[part.expert, part.part] = layer

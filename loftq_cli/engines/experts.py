@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from typing import Literal
 
 from loftq_cli.checkpoint.index import Checkpoint
 from loftq_cli.containers.fused import expert_stack
@@ -23,22 +24,26 @@ def experts_of(
 ) -> Experts | None:
     """The experts among the tensors of a model of so many ``parameters``; None: it has none.
 
-    A stack (experts, …) counts as one matrix an expert. Biases and scales are no matrices.
+    Biases and scales are no matrices.
     """
     shapes: Counter[tuple[int, int]] = Counter()
     reasons: Counter[str] = Counter()
     quantized = before = after = 0
+    loader: Literal["transformers", "loftq"] | None = None
     for entry in entries:
         if not _is_expert(entry):
             continue
-        shape = entry.shape
-        count, (rows, columns) = math.prod(shape[:-2]), shape[-2:]
-        shapes[rows, columns] += count
+        matrices = _matrices(entry)
+        shapes.update(matrices)
+        count = len(matrices)
         nbytes = _nbytes(entry)
         before += nbytes
         if isinstance(entry, PlannedLayer) and settings.container.quantizes:
             quantized += count
             after += sum(tensor.nbytes for tensor in stored(entry, settings))
+            if (place := entry.layer.place) is not None and not place.stack.ruled:
+                by_class = settings.container.name in place.stack.patched
+                loader = "transformers" if by_class else "loftq"
         else:
             after += nbytes
             reasons[entry.reason] += nbytes
@@ -57,6 +62,7 @@ def experts_of(
         input_bytes=before,
         output_bytes=after,
         reason=max(reasons, key=lambda reason: reasons[reason]) if reasons else None,
+        loader=loader,
     )
 
 
@@ -90,17 +96,34 @@ def tell_of_experts(plan: Plan, checkpoint: Checkpoint, record: Record) -> None:
     entries = (entry for task in plan.tasks for entry in task.entries)
     parameters = sum(info.elements for info in checkpoint.infos)
     experts = experts_of(entries, plan.settings, parameters)
-    if plan.settings.container.quantizes and experts is not None and experts.reason is not None:
+    if experts is None or not plan.settings.container.quantizes:
+        return
+    if experts.reason is not None:
         record.warn(f"experts: {told(experts)}")
+    if experts.loader == "loftq":
+        record.warn(
+            "transformers does not load this model's experts quantized: they are for loftq, and "
+            "for servers that read them one by one"
+        )
 
 
 def _is_expert(entry: PlannedLayer | LeftTensor) -> bool:
     if isinstance(entry, PlannedLayer):
         return entry.layer.expert
+    if entry.stack is not None:
+        return True
     module = entry.tensor.removesuffix(".weight")
     if expert_stack(module) is None:
         return False
     return len(entry.shape) == 3 or (len(entry.shape) == 2 and module != entry.tensor)
+
+
+def _matrices(entry: PlannedLayer | LeftTensor) -> list[tuple[int, int]]:
+    """(out, in) of each; of a stack that nobody takes apart, the two last sides as they lie."""
+    if isinstance(entry, LeftTensor) and (layers := list(entry.layers())):
+        return [(layer.out_features, layer.in_features) for layer in layers]
+    shape = entry.shape
+    return [(shape[-2], shape[-1])] * math.prod(shape[:-2])
 
 
 def _nbytes(entry: PlannedLayer | LeftTensor) -> int:

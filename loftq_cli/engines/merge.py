@@ -74,7 +74,7 @@ def merge_directory(
     results = merge_results(
         plan,
         out,
-        form=plan.plain,
+        form=plan.form,
         seconds=time.perf_counter() - began,
         **{key: made[key] for key in ("files", "checked_layers", "output_deviation")},
     )
@@ -124,7 +124,7 @@ def write_merged(plan: MergePlan, out: Path, record: Record, *, force: bool) -> 
             staging,
             record,
             doing="merging",
-            form=plan.plain,
+            form=plan.form,
             convert=partial(_converted, plan),
             copied=plan.copied,
             replaced=plan.heads,
@@ -165,9 +165,27 @@ def _complete(plan: MergePlan, out: Path) -> dict[str, Any] | None:
 def _converted(
     plan: MergePlan, file: WeightFile, weight: Weight
 ) -> Iterator[tuple[str, memoryview]]:
-    """The name and the bytes of a weight with the adapter in it."""
+    """The name and the bytes of a weight with the adapter in it.
+
+    Those of a stack come with the first of its matrices, the ones of an expert at a time.
+    """
+    if (held := plan.architecture.stacks.restacked(weight.name)) is not None:
+        if plan.form(weight):
+            yield from _stacked(plan, file, held.place.tensor)
+        return
     merged = merged_weight(plan, file, weight)
     yield weight.name, tensor_memory(merged.t() if weight.transposed else merged)
+
+
+def _stacked(plan: MergePlan, file: WeightFile, parameter: str) -> Iterator[tuple[str, memoryview]]:
+    import torch
+
+    matrices = plan.stacks[parameter]
+    stack = matrices[0][1].stack
+    for start in range(0, len(matrices), len(stack.parts)):
+        expert = matrices[start : start + len(stack.parts)]
+        W = torch.cat([merged_weight(plan, file, weight) for weight, _ in expert])
+        yield parameter, tensor_memory(W.t() if stack.transposed else W)
 
 
 def merged_weight(plan: MergePlan, file: WeightFile, weight: Weight) -> Tensor:

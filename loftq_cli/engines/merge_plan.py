@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
@@ -36,12 +37,14 @@ from loftq_cli.engines.written import (
     ADAPTER_CONFIG_NAME,
     WeightFile,
     Written,
+    not_as_reported,
     open_written,
     reported_container,
     require_same,
 )
 from loftq_cli.formats import DTYPE_NAMES, FLOATS
 from loftq_cli.models.source import CONFIG_FILE, README_FILE, REPORT_FILE
+from loftq_cli.models.stacking import Place
 from loftq_cli.models.trained_adapter import (
     TrainedAdapter,
     cannot_merge,
@@ -96,6 +99,30 @@ class MergePlan:
         dtype = weight.dtype if self.dtype is None else _SHORT[self.dtype]
         return _PLAIN.planned(replace(weight, dtype=dtype))
 
+    @cached_property
+    def stacks(self) -> dict[str, list[tuple[Weight, Place]]]:
+        """Matrices of experts in the order of the parameter that they become, by its name.
+
+        They are those for which transformers has no rule that stacks them.
+        """
+        found: dict[str, list[tuple[Weight, Place]]] = {}
+        for weight in self.written.weights:
+            if (held := self.architecture.stacks.restacked(weight.name)) is not None:
+                found.setdefault(held.place.tensor, []).append((weight, held.place))
+        return {
+            parameter: sorted(each, key=lambda pair: pair[1].index)
+            for parameter, each in found.items()
+        }
+
+    def form(self, weight: Weight) -> list[PlannedTensor]:
+        """What the file has in the place of a weight; all matrices of a stack in that of one."""
+        planned = self.plain(weight)
+        if (held := self.architecture.stacks.restacked(weight.name)) is None:
+            return planned
+        if self.stacks[held.place.tensor][0][0] != weight:
+            return []
+        return [replace(planned[0], name=held.place.tensor, shape=held.shape)]
+
     def made_from(self) -> dict[str, Any]:
         """What decides the bytes of the result."""
         directory = self.adapter.directory
@@ -143,11 +170,13 @@ def plan_merge(
         )
     _require_base(written, trained)
     trained = with_experts(trained, architecture, [weight.name for weight in written.weights])
-    _require_layers(written, trained)
+    _require_layers(written, trained, architecture)
     if dtype is not None:
         written = _cast(written, dtype)
     heads = _heads(written, trained, architecture)
-    return MergePlan(written, architecture, trained, heads, dtype)
+    plan = MergePlan(written, architecture, trained, heads, dtype)
+    _require_stacks(plan)
+    return plan
 
 
 def start_of(plan: MergePlan) -> TrainedAdapter | None:
@@ -208,9 +237,14 @@ def _require_base(written: Written, adapter: TrainedAdapter) -> None:
         )
 
 
-def _require_layers(written: Written, adapter: TrainedAdapter) -> None:
-    """Every pair of A and B belongs to a layer of the report, in its shape, and none is missing."""
+def _require_layers(written: Written, adapter: TrainedAdapter, architecture: Architecture) -> None:
+    """Every pair of A and B belongs to a layer of the report, in its shape, and none is missing.
+
+    Experts, which most models hold as one, are no layers that PEFT would find.
+    """
     shapes = {weight.module: weight.shape for weight in written.weights}
+    expert_shape = architecture.expert_shape
+    experts = {each.module for each in written.weights if expert_shape(each.name) is not None}
     for module, pair in adapter.pairs.items():
         if module not in shapes:
             raise cannot_merge(
@@ -226,12 +260,23 @@ def _require_layers(written: Written, adapter: TrainedAdapter) -> None:
                 f"it was trained on another base: {shown(module)} is {list(shapes[module])} here, "
                 f"and A and B are for {list(pair.shape)}",
             )
-    if missing := missing_modules(adapter, shapes):
+    if missing := missing_modules(adapter, [name for name in shapes if name not in experts]):
         raise cannot_merge(
             adapter.directory,
             f"its config also targets {shown(missing[0])} ({len(missing)} such layers), for which "
             "it has no A and B",
         )
+
+
+def _require_stacks(plan: MergePlan) -> None:
+    """All matrices of a stack are there, in one file."""
+    for parameter, matrices in plan.stacks.items():
+        names = {weight.name for weight, _ in matrices}
+        whole = any(
+            names <= {each.name for each in file.weights} for file in plan.written.files.values()
+        )
+        if len(matrices) != matrices[0][1].count or not whole:
+            raise not_as_reported(parameter, "no weight file has the matrices of all experts")
 
 
 def _heads(

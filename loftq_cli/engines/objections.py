@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from loftq_cli.checkpoint.adapter import PREFIX
 from loftq_cli.checkpoint.safetensors import TensorInfo
+from loftq_cli.checkpoint.writer import PlannedTensor
+from loftq_cli.containers.fused import expert_stack
 from loftq_cli.engines.adapter_settings import adapter_settings
 from loftq_cli.engines.expert_starts import places
 from loftq_cli.engines.plan import Plan, skip_list
@@ -75,22 +77,18 @@ def loader_objections(
     if asked and not container.missing_libraries():
         return _as_quantized(plan, model, original, tensors)
     if container.quantizes:
-        _require_as_it_is(container.name, model, original)
+        _require_as_it_is(plan, model, original)
     return Refused()
 
 
-def _require_as_it_is(method: str, model: Any, original: Architecture) -> None:
-    """Refuses modules that transformers takes apart, dequantized or not: Llama 4's experts.
-
-    It knows them by the names of their classes.
-    """
-    from transformers.quantizers.base import MODULES_TO_PATCH_FOR_QUANTIZATION
-
-    for name, module in model.named_modules():
-        patch = MODULES_TO_PATCH_FOR_QUANTIZATION.get(type(module).__name__)
-        if patch is not None and method in patch["quantization_methods"]:
+def _require_as_it_is(plan: Plan, model: Any, original: Architecture) -> None:
+    """Refuses to keep experts that transformers takes apart, dequantized or not: Llama 4's."""
+    method = plan.settings.container.name
+    apart = {expert_stack(each.layer.module) for each in plan.layers if each.layer.expert}
+    for name, _ in model.named_modules():
+        if name not in apart and method in original.stacks.patched(f"{name}.0"):
             cause = f"its loader wants every expert of {name} as layers of its own"
-            raise _unloadable(original, f"{cause}, and the files have them stacked")
+            raise _unloadable(original, f"{cause}, and the files would keep them stacked")
 
 
 def _as_quantized(
@@ -101,13 +99,15 @@ def _as_quantized(
 
     import_bitsandbytes()
     container = plan.settings.container
-    # Experts are none of its layers: it holds them as one, and other libraries load them.
-    planned = {each.layer.module for each in plan.layers if not each.layer.expert}
     config = container.quantization_config(
         [each.weight for each in plan.layers], skip_list(plan, original), None
     )
     quantizer = AutoHfQuantizer.from_config(config, pre_quantized=True)
     quantizer.preprocess_model(model=model, device_map={"": "cpu"}, checkpoint_files=None)
+    # Most experts are none of its layers: it holds them as one, and other libraries load them.
+    held = {name for name, _ in model.named_modules()}
+    modules = {each.layer.module: each.layer for each in plan.layers}
+    planned = {name for name, layer in modules.items() if not layer.expert or name in held}
     replaced = {name for name, module in model.named_modules() if container.holds(module)}
     if refused := sorted(planned - replaced):
         return Refused(kept=dict.fromkeys(refused, NOT_REPLACED))
@@ -115,8 +115,9 @@ def _as_quantized(
         cause = f"its loader makes quantized layers of {_some(beyond)}, without codes to load"
         raise _unloadable(original, cause)
     quantized = type(original)(model)
-    written, renamed = _as_written(plan, tensors)
-    wanted = original.placed(tensors).keys() - renamed.keys() | {*renamed.values()}
+    written, became = _as_written(plan, tensors)
+    wanted = original.placed(tensors).keys() - became.keys()
+    wanted |= {name for names in became.values() for name in names}
     if lost := sorted(wanted - quantized.placed(written).keys()):
         raise _unloadable(original, f"it has no place for {_some(lost)} then")
     if missing := sorted({*quantized.unfilled(written)} - {*original.unfilled(tensors)}):
@@ -124,20 +125,23 @@ def _as_quantized(
     return Refused()
 
 
-def _as_written(plan: Plan, tensors: list[TensorInfo]) -> tuple[list[TensorInfo], dict[str, str]]:
-    """The tensors that there will be, and the codes' names by those of weights that have others."""
-    container = plan.settings.container
-    stored = {each.tensor: container.planned(each.weight) for each in plan.layers}
-    renamed = {
-        tensor: parts[0].name
-        for tensor, parts in stored.items()
-        if all(part.name != tensor for part in parts)
-    }
-    parts = [part for tensor in renamed for part in stored[tensor]]
+def _as_written(
+    plan: Plan, tensors: list[TensorInfo]
+) -> tuple[list[TensorInfo], dict[str, list[str]]]:
+    """The tensors that there will be, and which ones those become that are not there any more."""
+    became: dict[str, list[str]] = {}
+    parts: list[PlannedTensor] = []
+    for planned in plan.layers:
+        stored = plan.settings.container.planned(planned.weight)
+        names = [part.name for part in stored]
+        name = planned.tensor if planned.tensor in names else names[0]
+        if name != planned.layer.source:
+            became.setdefault(planned.layer.source, []).append(name)
+            parts += stored
     return [
-        *(each for each in tensors if each.name not in renamed),
+        *(each for each in tensors if each.name not in became),
         *(TensorInfo(part.name, part.dtype, part.shape, 0, part.nbytes) for part in parts),
-    ], renamed
+    ], became
 
 
 def _as_adapted(model: Any, settings: Mapping[str, Any]) -> Any:

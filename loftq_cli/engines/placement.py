@@ -6,10 +6,12 @@ A layer that does not fit there is computed on the CPU instead, and that is said
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
 from loftq_cli.checkpoint.index import Checkpoint
+from loftq_cli.checkpoint.safetensors import Header, TensorInfo
 from loftq_cli.checkpoint.tensors import load_tensor
 from loftq_cli.engines.plan import PlannedLayer
 from loftq_cli.errors import LoftqError
@@ -35,9 +37,12 @@ def read_weight(checkpoint: Checkpoint, layer: LinearLayer, device: str) -> torc
     import torch
 
     def turned(W: torch.Tensor) -> torch.Tensor:
+        if layer.place is not None and layer.turned:
+            rows = slice(layer.place.part * layer.out_features, None)
+            return W.T[rows][: layer.out_features].contiguous()
         return W.T.contiguous() if layer.transposed else W
 
-    W = load_tensor(*checkpoint.tensors[layer.tensor])
+    W = load_tensor(*located(checkpoint, layer))
     if device == "cpu":
         return turned(W)
     try:
@@ -50,6 +55,22 @@ def read_weight(checkpoint: Checkpoint, layer: LinearLayer, device: str) -> torc
     except torch.OutOfMemoryError:
         return turned(W)
     return moved
+
+
+def located(checkpoint: Checkpoint, layer: LinearLayer) -> tuple[Header, TensorInfo]:
+    """Where a layer's weight is read: of a stack of experts no more than lies together."""
+    header, info = checkpoint.tensors[layer.source]
+    place = layer.place
+    if place is None:
+        return header, info
+    if place.stack.transposed:  # with the other parts of its expert beside it
+        shape: tuple[int, ...] = (layer.in_features, place.parts * layer.out_features)
+        number, size = place.expert, info.nbytes // (place.count // place.parts)
+    else:
+        shape = (layer.out_features, layer.in_features)
+        number, size = place.index, info.nbytes // place.count
+    start = info.start + number * size
+    return header, replace(info, name=layer.tensor, shape=shape, start=start, end=start + size)
 
 
 def with_fallback(

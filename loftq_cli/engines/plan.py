@@ -24,12 +24,15 @@ from loftq_cli.errors import InvalidSetting, UnknownTargetModule, UnsupportedMod
 from loftq_cli.formats import ALL_LINEAR, SHORT_NAMES
 from loftq_cli.models.layers import (
     ROUTER,
+    STACKED_EXPERTS,
+    UNRULED_EXPERTS,
     Inventory,
     LeftTensor,
     LinearLayer,
     block_of,
     last_part,
 )
+from loftq_cli.models.stacking import ModelStacks, Stack
 
 if TYPE_CHECKING:
     from loftq_cli.models.architecture import Architecture
@@ -214,9 +217,34 @@ def make_plan(inventory: Inventory, settings: Settings) -> Plan:
 
 
 def as_asked(inventory: Inventory, settings: Settings) -> Inventory:
-    """The same without experts among the layers where those are to stay as they are."""
+    """The same without experts among the layers where those are to stay as they are.
+
+    Where they are not, stacks of them are layers too, a matrix each.
+    """
     reason = settings.why_experts_stay
-    return inventory if reason is None else inventory.keeping_experts(reason)
+    kept = inventory if reason is None else inventory.keeping_experts(reason)
+    return kept.apart(lambda stack: why_stacked(stack, settings))
+
+
+def why_stacked(stack: Stack, settings: Settings) -> str | None:
+    """Why experts that the model holds as one are not quantized; None: they are."""
+    container = settings.container
+    if settings.experts == "keep" or not container.quantizes:
+        return settings.why_experts_stay
+    if container.name in stack.patched:
+        return None
+    if stack.ruled:
+        return settings.why_experts_stay
+    if not container.restacks:
+        return STACKED_EXPERTS
+    return None if settings.experts == "quantize" else UNRULED_EXPERTS
+
+
+def why_expert_stays(tensor: str, stacks: ModelStacks, settings: Settings) -> str | None:
+    """The same of a matrix that has a tensor of its own."""
+    if (held := stacks.restacked(tensor)) is None:
+        return settings.why_experts_stay
+    return why_stacked(held.place.stack, settings)
 
 
 def skip_list(plan: Plan, architecture: Architecture) -> list[str]:

@@ -66,7 +66,7 @@ def ask(
         inventory = architecture.inventory(checkpoint.infos, refused.kept)
         read = checkpoint
         if settings.container.quantizes:
-            quantized = {layer.tensor for layer in as_asked(inventory, settings).layers}
+            quantized = {layer.source for layer in as_asked(inventory, settings).layers}
             read = runnable(checkpoint, architecture, quantized)
             inventory = architecture.inventory(read.infos, refused.kept)
         # What another version of PEFT would move is left out as well: it may be the one that loads.
@@ -106,16 +106,17 @@ def ask_found(found: FoundModel, settings: Settings, *, trust_remote_code: bool 
 
 def outline_asked(outline: Outline, plan: Plan) -> Outline:
     """An outline that was made from names, with what the class says of each of its matrices."""
-    said: dict[str, LinearLayer | LeftTensor] = {left.tensor: left for left in plan.left}
-    said |= {planned.tensor: planned.layer for planned in plan.layers}
+    said: dict[str, list[LinearLayer | LeftTensor]] = {left.tensor: [left] for left in plan.left}
+    for planned in plan.layers:
+        said.setdefault(planned.layer.source, []).append(planned.layer)
 
-    def told(entry: LinearLayer | LeftTensor) -> LinearLayer | LeftTensor:
-        found = said.get(entry.tensor, entry)
+    def told(entry: LinearLayer | LeftTensor) -> list[LinearLayer | LeftTensor]:
+        found = said.get(entry.tensor, [entry])
         # What names tell of an embedding that is the head as well, the class does not.
-        both_left = isinstance(found, LeftTensor) and isinstance(entry, LeftTensor)
-        return entry if both_left else found
+        both_left = isinstance(found[0], LeftTensor) and isinstance(entry, LeftTensor)
+        return [entry] if both_left else found
 
-    entries = tuple(told(entry) for entry in outline.inventory.entries)
+    entries = tuple(each for entry in outline.inventory.entries for each in told(entry))
     unadapted = {planned.layer.module: planned.reason for planned in plan.layers if planned.reason}
     return replace(outline, inventory=Inventory(entries, unadapted))
 

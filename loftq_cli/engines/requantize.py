@@ -167,12 +167,23 @@ def write_requantized(
             seconds=time.perf_counter() - began,
             peak_memory_bytes=hardware.peak_memory_bytes(),
         )
+        results = _with_loader(results, before)
         document = record.document(results, model=written.report.model)
         # What lies there is what `quantize` writes, whichever command did it.
         kind = {"schema_name": written.report.schema_name}
         report = write_report(staging, document.model_copy(update=kind))
         staging.commit()
     return report
+
+
+def _with_loader(
+    results: schema.QuantizeResults, before: schema.QuantizeResults
+) -> schema.QuantizeResults:
+    """The same with who loads experts that are no stack any more, as in the directory before."""
+    if results.experts is None or before.experts is None:
+        return results
+    experts = results.experts.model_copy(update={"loader": before.experts.loader})
+    return results.model_copy(update={"experts": experts})
 
 
 def _converted(

@@ -15,7 +15,7 @@ from loftq_cli.containers import kind_of
 from loftq_cli.containers.base import Container, Weight
 from loftq_cli.engines.merge_plan import MergePlan
 from loftq_cli.engines.objections import loader_objections
-from loftq_cli.engines.plan import Plan, PlannedLayer, Task
+from loftq_cli.engines.plan import Plan, PlannedLayer, Task, why_expert_stays
 from loftq_cli.engines.settings import Settings, settings_of
 from loftq_cli.errors import UnsupportedModel, UsageError
 from loftq_cli.models.architecture import read_architecture
@@ -99,7 +99,7 @@ def plan_requantize(
     settings = _settings(merge, asked)
     container = settings.container
     layers = {}
-    expert_shape = merge.architecture.expert_shape
+    stacks = merge.architecture.stacks
     for weight in merge.written.weights:
         bits = weight.bits if asked.bits is None else asked.bits
         if bits not in container.widths:
@@ -113,9 +113,9 @@ def plan_requantize(
             *weight.shape,
             weight.transposed,
             _dtype(merge, weight),
-            expert_shape(weight.name) is not None,
+            stacks.expert_shape(weight.name) is not None,
         )
-        if layer.expert and (reason := settings.why_experts_stay) is not None:
+        if layer.expert and (reason := why_expert_stays(weight.name, stacks, settings)) is not None:
             raise UnsupportedModel(
                 f"{weight.module} cannot be written in {container.name}",
                 cause=f"it is {reason}",

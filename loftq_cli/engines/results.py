@@ -12,7 +12,7 @@ from loftq_cli.engines.experts import expert_adapters, experts_of
 from loftq_cli.engines.plan import Plan, stored
 from loftq_cli.engines.settings import Settings
 from loftq_cli.models.hub_files import HubFile
-from loftq_cli.models.layers import last_part
+from loftq_cli.models.layers import LinearLayer, last_part
 
 if TYPE_CHECKING:
     from loftq_cli.checkpoint.index import Checkpoint
@@ -127,6 +127,11 @@ def _hub_of(checkpoint: Checkpoint) -> str | None:
     return next((each.endpoint for each in sources if isinstance(each, HubFile)), None)
 
 
+def _read_bytes(layer: LinearLayer, sizes: Mapping[str, int]) -> int:
+    """What the layer's weight takes in the source."""
+    return sizes[layer.source] // (1 if layer.place is None else layer.place.count)
+
+
 def _layers(
     plan: Plan, outcomes: Sequence[LayerOutcome], sizes: Mapping[str, int]
 ) -> list[schema.AdaptedLayer | schema.PlainLayer]:
@@ -138,7 +143,7 @@ def _layers(
     ranks_open = not outcomes and settings.rank_budget
     found: list[schema.AdaptedLayer | schema.PlainLayer] = []
     for planned in plan.layers:
-        outcome, nbytes = measured.get(planned.layer.module), sizes[planned.layer.tensor]
+        outcome, nbytes = measured.get(planned.layer.module), _read_bytes(planned.layer, sizes)
         fields: dict[str, Any] = {
             "name": planned.layer.module,
             "shape": planned.shape,

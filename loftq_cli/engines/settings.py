@@ -235,20 +235,19 @@ def _require_format(
 
 
 def _experts(asked: QuantizeOptions, start: Start, bits: int) -> Experts | None:
-    """What is asked for of experts, where that is not what the container has anyway."""
+    """What is asked for of experts."""
     if asked.experts is None:
         return None
     options.choice(asked.experts, "--experts", get_args(Experts))
     container = container_of(asked.container, bits, asked)
     if not start.quantizes:
         raise UsageError(f"--init {start.name} does not quantize: no --experts")
-    wanted = asked.experts == "quantize"
-    if wanted and not container.takes_experts:
+    if asked.experts == "quantize" and not container.takes_experts:
         raise UsageError(
             f"nothing loads quantized experts in {container.name} at {bits} bits",
             hint="--container compressed-tensors",
         )
-    return None if wanted is (container.why_experts_stay is None) else asked.experts
+    return asked.experts
 
 
 def _bits(value: str | int, container: str) -> tuple[int, tuple[int, int] | None]:

@@ -9,17 +9,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loftq_cli.checkpoint.safetensors import TensorInfo
 from loftq_cli.errors import CorruptCheckpoint, UnsafeCheckpoint, UnsupportedModel, told_as
-from loftq_cli.formats import FLOATS
+from loftq_cli.formats import DTYPE_NAMES, FLOATS
 from loftq_cli.models import layers
 from loftq_cli.models.auto_classes import auto_class, has_own_code, task_type
 from loftq_cli.models.layers import Inventory, LeftTensor, LinearLayer
 from loftq_cli.models.raw_weights import read_directly
-from loftq_cli.models.stacking import stacked_shape
+from loftq_cli.models.stacking import ModelStacks
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -63,6 +64,7 @@ class Architecture:
         rules = get_model_conversion_mapping(model)
         self._renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
         self._converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+        self.stacks = ModelStacks(model, self._state, self._converters, self._parameter)
 
     def inventory(
         self, tensors: Iterable[TensorInfo], kept: Mapping[str, str] | None = None
@@ -164,22 +166,14 @@ class Architecture:
 
     def expert_shape(self, tensor: str) -> tuple[int, int] | None:
         """(out, in) of an expert's matrix in the files; None: the tensor is none."""
-        parameter, source = self._parameter(tensor)
-        if source is None:
-            return None
-        rule = next(rule for rule in self._converters if source in rule.source_patterns)
-        return stacked_shape(tensor, self._state.get(parameter), rule)
+        return self.stacks.expert_shape(tensor)
 
     def expert_part(self, tensor: str) -> int | None:
         """Which of the matrices of one expert it is, by their order in the stack's rows.
 
         None where transformers has no rule that makes the tensor a part of a stack.
         """
-        _, source = self._parameter(tensor)
-        if source is None or self.expert_shape(tensor) is None:
-            return None
-        rule = next(rule for rule in self._converters if source in rule.source_patterns)
-        return list(rule.source_patterns).index(source)
+        return self.stacks.expert_part(tensor)
 
     def keeps_in_float32(self, parameter: str) -> bool:
         """Whether transformers keeps it in float32 when it casts a model."""
@@ -216,8 +210,8 @@ class Architecture:
 
     def _module(self, tensor: str) -> str:
         """The module that a weight is of: an expert has none but its name in the files."""
-        name = tensor if self.expert_shape(tensor) is not None else self._parameter(tensor)[0]
-        return name.removesuffix(".weight")
+        expert = self.expert_shape(tensor) is not None
+        return (tensor if expert else self._parameter(tensor)[0]).removesuffix(".weight")
 
     def _parameter(self, tensor: str) -> tuple[str, str | None]:
         """The parameter that ``tensor`` becomes, by transformers' own renaming rules.
@@ -246,6 +240,8 @@ class Architecture:
         transposed = type(self._linear.get(module)).__name__ == "Conv1D"
         expert = self.expert_shape(info.name) is not None
         reason = self._reason_to_leave(info, parameter, assembled) or kept.get(module)
+        if reason == layers.STACKED_EXPERTS and info.dtype in DTYPE_NAMES:
+            return replace(layers.leave(info, reason), stack=self.stacks.stack_of(info))
         return layers.entry(info, module, transposed, reason, expert=expert)
 
     def _reason_to_leave(

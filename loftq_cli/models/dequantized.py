@@ -7,7 +7,8 @@ weights in the dtype asked for; gptqmodel alone keeps codes packed.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -16,9 +17,11 @@ from loftq_cli.checkpoint.index import Checkpoint
 from loftq_cli.containers import containers
 from loftq_cli.containers.base import Weight
 from loftq_cli.containers.integers import Integers
+from loftq_cli.errors import CorruptCheckpoint
 from loftq_cli.formats import INTEGER_BLOCK_SIZES, SHORT_NAMES
 from loftq_cli.models.dtypes import stored_dtype
 from loftq_cli.models.source import quantization_method
+from loftq_cli.models.stacking import Restacked
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,10 +31,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class IntegerCodes:
-    """The weights of a checkpoint that are integer codes, and the container that they are in."""
+    """The weights of a checkpoint that are integer codes, and the container that they are in.
+
+    ``restacked`` are those, by name, that transformers has no rule to put into stacks.
+    """
 
     container: Integers
     weights: Sequence[Weight]
+    restacked: Mapping[str, Restacked]
 
     @contextmanager
     def state_dict(self, checkpoint: Checkpoint) -> Iterator[dict[str, Any]]:
@@ -50,8 +57,15 @@ class IntegerCodes:
                 opened = files.enter_context(safe_open(header.path, framework="pt"))
                 names = header.tensors.keys() - codes
                 state.update((name, opened.get_slice(name)) for name in names)
+            stacks: dict[str, list[_Lazy]] = {}
             for weight in self.weights:
-                state[weight.name] = _Lazy(self.container, checkpoint, weight)
+                lazy = _Lazy(self.container, checkpoint, weight)
+                if (restacked := self.restacked.get(weight.name)) is None:
+                    state[weight.name] = lazy
+                else:
+                    stacks.setdefault(restacked.place.tensor, []).append(lazy)
+            for parameter, matrices in stacks.items():
+                state[parameter] = _LazyStack(matrices, self.restacked)
             yield state
 
 
@@ -72,8 +86,23 @@ def integer_codes(
         for block_size in INTEGER_BLOCK_SIZES:
             container = kind(kind.number_types[0], block_size)
             if weights and container.quantization_config(weights, skipped, None) == told:
-                return IntegerCodes(container, weights)
+                found = {each.name: architecture.stacks.restacked(each.name) for each in weights}
+                restacked = {name: each for name, each in found.items() if each is not None}
+                _require_whole(restacked.values())
+                return IntegerCodes(container, weights, restacked)
     return None
+
+
+def _require_whole(restacked: Iterable[Restacked]) -> None:
+    """Refuses stacks of which a matrix is missing: there would be anything in its place."""
+    count = Counter((each.place.tensor, each.place.count) for each in restacked)
+    for (parameter, whole), found in count.items():
+        if found != whole:
+            raise CorruptCheckpoint(
+                f"no file has all matrices of {parameter}",
+                cause=f"there are {found} of {whole}",
+                hint="copy the directory again from where it was written",
+            )
 
 
 def _weights(
@@ -112,3 +141,23 @@ class _Lazy:
         stored = self.container.read(self.checkpoint.tensors, self.weight, "cpu")
         Q = self.container.runtime(stored)
         return Q.t() if self.weight.transposed else Q
+
+
+@dataclass(frozen=True)
+class _LazyStack:
+    """The matrices of all experts in one tensor, which is made when its turn comes."""
+
+    matrices: Sequence[_Lazy]
+    restacked: Mapping[str, Restacked]
+
+    def __getitem__(self, whole: object) -> Tensor:
+        import torch
+
+        stack = None
+        for lazy in self.matrices:
+            Q, into = lazy[whole], self.restacked[lazy.weight.name]
+            if stack is None:
+                stack = torch.empty(into.shape, dtype=Q.dtype)
+            into.part_of(stack).copy_(Q)
+        assert stack is not None
+        return stack

@@ -34,6 +34,7 @@ from loftq_cli.models.layers import (
     LinearLayer,
     is_read_directly,
     unadapted_by_names,
+    with_stacks,
 )
 from loftq_cli.models.outline import Outline, make_outline
 
@@ -108,6 +109,7 @@ def _outline(name: str, entry: dict[str, Any], reasons: list[str]) -> Outline:
         for pattern, indices, shape, reason in entry["left"]
         for tensor in expand(pattern, indices)
     )
+    matrices = list(with_stacks(matrices, (name,)))
     tensors, parameters = entry["vectors"]
     vectors = (tensors, parameters)
     architecture, context = entry["architecture"], entry["context"]

@@ -8,20 +8,25 @@ whenever weights are really written; a test holds the two against each other.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from loftq_cli.checkpoint.safetensors import TensorInfo
 from loftq_cli.containers.fused import expert_stack
 from loftq_cli.formats import DEFAULT_BLOCK_SIZE, DTYPE_BITS, DTYPE_NAMES
+from loftq_cli.models.stacking import Place, Stack, stack_by_names
 
 # Why a tensor is left as it was. The report and `targets` print these words.
 NOT_A_MATRIX = "not a matrix (norm, bias or convolution)"
 NOT_FLOATING_POINT = "not float32, float16 or bfloat16"
 EMBEDDING = "embedding"
 OUTPUT_HEAD = "output head"
-STACKED_EXPERTS = "stacked experts: transformers and bitsandbytes have no 4-bit form for them"
+STACKED_EXPERTS = "stacked experts: nothing that loads this container takes them quantized"
+UNRULED_EXPERTS = (
+    "stacked experts: transformers has no rule that stacks quantized ones again "
+    "(--experts quantize writes them one by one, for loftq and some servers)"
+)
 UNEVEN_EXPERTS = "an expert, of a block where a matrix of one cannot be quantized"
 EXPERT = "an expert: adapters are for the layers that every token passes"
 ROUTER = "expert router"
@@ -88,6 +93,8 @@ class LinearLayer:
 
     ``transposed`` says that the checkpoint stores (in, out), as Conv1D does. An ``expert`` is one
     of many that a model holds as one: no layer of its own, so ``module`` is its name in the files.
+    Where the checkpoint has those as one too, it is at its ``place`` there, and ``tensor`` is what
+    it is called by itself.
     """
 
     module: str
@@ -97,10 +104,23 @@ class LinearLayer:
     transposed: bool
     dtype: str
     expert: bool = False
+    place: Place | None = None
 
     @property
     def parameters(self) -> int:
         return self.out_features * self.in_features
+
+    @property
+    def source(self) -> str:
+        """The tensor of the checkpoint that it is read from."""
+        return self.tensor if self.place is None else self.place.tensor
+
+    @property
+    def turned(self) -> int:
+        """How many times its size is read and turned: an expert's gate and up lie together."""
+        if self.place is None:
+            return int(self.transposed)
+        return self.place.parts if self.place.stack.transposed else 0
 
     @property
     def stored_shape(self) -> tuple[int, int]:
@@ -115,13 +135,35 @@ class LinearLayer:
 
 @dataclass(frozen=True)
 class LeftTensor:
-    """A tensor that stays as it was, and why."""
+    """A tensor that stays as it was, and why; one of experts that can be taken apart says how."""
 
     tensor: str
     shape: tuple[int, ...]
     dtype: str
     bytes: int
     reason: str
+    stack: Stack | None = None
+
+    def layers(self) -> Iterator[LinearLayer]:
+        """The matrices of its experts as layers, where it has such."""
+        if (stack := self.stack) is None:
+            return
+        experts, rows, columns = self.shape
+        if stack.transposed:
+            rows, columns = columns, rows
+        count = experts * len(stack.parts)
+        for index in range(count):
+            module = stack.module(index)
+            yield LinearLayer(
+                module,
+                f"{module}.weight",
+                rows // len(stack.parts),
+                columns,
+                transposed=False,
+                dtype=self.dtype,
+                expert=True,
+                place=Place(self.tensor, index, count, stack),
+            )
 
 
 @dataclass(frozen=True)
@@ -158,8 +200,30 @@ class Inventory:
         )
 
     def keeping_experts(self, reason: str) -> Inventory:
-        """The same with every expert as one of those that are left."""
-        return self._leaving({entry: reason for entry in self.layers if entry.expert})
+        """The same with every expert that has a tensor of its own as one of those that are left."""
+        stay = [entry for entry in self.layers if entry.expert and entry.place is None]
+        return self._leaving(dict.fromkeys(stay, reason))
+
+    def apart(self, why_it_stays: Callable[[Stack], str | None]) -> Inventory:
+        """The same with stacks of experts as layers, a matrix each, unless one has to stay.
+
+        ``why_it_stays`` is asked for the reason. Of a block all stay, or none: readers hold them as
+        one.
+        """
+        uneven = {
+            left.stack.path
+            for left in self.left
+            if left.stack and not next(left.layers()).fits(DEFAULT_BLOCK_SIZE)
+        }
+        entries: list[LinearLayer | LeftTensor] = []
+        for entry in self.entries:
+            stack = entry.stack if isinstance(entry, LeftTensor) else None
+            if stack is None or not isinstance(entry, LeftTensor):
+                entries.append(entry)
+                continue
+            reason = UNEVEN_EXPERTS if stack.path in uneven else why_it_stays(stack)
+            entries += entry.layers() if reason is None else [replace(entry, reason=reason)]
+        return replace(self, entries=tuple(entries))
 
     def evened(self) -> Inventory:
         """The same with all experts of a block left where one is: readers hold them as one."""
@@ -195,7 +259,23 @@ def linear_layers(tensors: Iterable[TensorInfo], config: dict[str, Any]) -> Inve
         if reason is None and block_of(module) is None and info.shape[0] == vocabulary:
             reason = EMBEDDING  # by another name
         entries.append(entry(info, module, transposed, reason, expert=expert))
-    return unadapted_by_names(Inventory(tuple(entries)).evened(), model_type)
+    types = (model_type, str((config.get("text_config") or {}).get("model_type", "")))
+    return unadapted_by_names(Inventory(with_stacks(entries, types)).evened(), model_type)
+
+
+def with_stacks(
+    entries: Iterable[LinearLayer | LeftTensor], model_types: Collection[str]
+) -> tuple[LinearLayer | LeftTensor, ...]:
+    """The same with how stacks of experts are taken apart, by names and shapes."""
+    entries = tuple(entries)
+    left = [each for each in entries if isinstance(each, LeftTensor) and ".experts." in each.tensor]
+    shapes = {each.tensor: each.shape for each in left if each.dtype in DTYPE_NAMES}
+    return tuple(
+        replace(each, stack=stack_by_names(each.tensor, shapes, model_types))
+        if isinstance(each, LeftTensor) and each.tensor in shapes
+        else each
+        for each in entries
+    )
 
 
 def unadapted_by_names(inventory: Inventory, model_type: str) -> Inventory:

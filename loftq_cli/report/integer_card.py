@@ -9,6 +9,7 @@ from loftq_cli.report.escape import shell_word
 from loftq_cli.report.loading import (
     base_call,
     can_take_adapter,
+    own_experts,
     why_not_by_transformers,
 )
 from loftq_cli.schema import QuantizeResults
@@ -74,6 +75,13 @@ container are trained on:
 ```
 
 Nothing is rounded on the way: an adapter that was trained there is exact here."""
+
+_OWN_EXPERTS = """\
+Its experts lie one by one, where the original had them as stacks. transformers does not load them:
+{reason}. What does is loftq, dequantized
+(`loftq generate`, `loftq compare`); `loftq merge` writes the stacks again, in 16 bits, with what
+was trained. Made again with `--experts keep`, the directory loads in transformers, its experts in
+16 bits."""
 
 _NOT_QUANTIZED_AGAIN = """\
 Leave the `loftq` options of PEFT and of your trainer off: they would quantize once more, and the
@@ -150,6 +158,8 @@ def loaded(results: QuantizeResults, stored: str) -> list[str]:
 def trained(results: QuantizeResults, here: str) -> str:
     """A paragraph on training, or on where to do it."""
     export = export_line(here, GPTQ)
+    if own_experts(results):
+        return _OWN_EXPERTS.format(reason=why_not_by_transformers(results))
     if not can_take_adapter(results):
         return _MIXED.format(reason=why_not_by_transformers(results), export=export)
     if results.settings.container == GPTQ:

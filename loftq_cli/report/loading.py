@@ -49,8 +49,13 @@ def quantization(results: QuantizeResults) -> tuple[str, dict[str, Any]] | None:
 def for_other_readers(results: QuantizeResults) -> bool:
     """Whether experts are quantized as transformers 4 loads them, and 5 does not."""
     experts = results.experts
-    packed = experts is not None and experts.quantized > 0
+    packed = experts is not None and experts.quantized > 0 and experts.loader is None
     return packed and results.settings.container == "bitsandbytes"
+
+
+def own_experts(results: QuantizeResults) -> bool:
+    """Whether experts are quantized as loftq loads them, and transformers does not."""
+    return results.experts is not None and results.experts.loader == "loftq"
 
 
 def why_not_by_transformers(results: QuantizeResults) -> str | None:
@@ -61,6 +66,8 @@ def why_not_by_transformers(results: QuantizeResults) -> str | None:
         return "classes with Conv1D layers set weights that packed layers do not have"
     if container == "gptq" and mixed:
         return "it hands optimum one width for all layers"
+    if own_experts(results):
+        return "it has no rule that stacks the quantized experts of this class"
     if container == "compressed-tensors" and mixed:
         return "it dequantizes all layers by the first config group"
     return None

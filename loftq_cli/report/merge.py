@@ -14,6 +14,7 @@ from loftq_cli.report.loading import (
     here_lines,
     keeping_layout,
     load_lines,
+    own_experts,
     python_block,
     quoted,
     why_not_by_transformers,
@@ -91,7 +92,8 @@ def requantized_card(results: QuantizeResults, merged: MergedFrom, here: str) ->
     ]
     load = python_block("\n".join(lines))
     if not can_take_adapter(results):
-        load = f"vLLM serves it; transformers does not load it: {why_not_by_transformers(results)}."
+        reads = "`loftq generate` loads it" if own_experts(results) else "vLLM serves it"
+        load = f"{reads}; transformers does not load it: {why_not_by_transformers(results)}."
     return f"""\
 # A merged model, quantized again
 

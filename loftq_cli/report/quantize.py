@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 from loftq_cli.report import units
+from loftq_cli.report.escape import shell_word
 from loftq_cli.report.experts import adapters_told, told
 from loftq_cli.report.formats import (
     ERRORS,
@@ -22,6 +23,7 @@ from loftq_cli.report.loading import (
     can_take_adapter,
     import_lines,
     load_lines,
+    own_experts,
     quoted,
 )
 from loftq_cli.report.parts import TOLD_BY
@@ -217,6 +219,9 @@ def _share(tensors: Iterable[PlainLayer | UntouchedTensor]) -> float:
 
 
 def _snippet(results: QuantizeResults) -> Code:
+    if own_experts(results):
+        place = shell_word(results.output)
+        return Code("To try it (its README says why)", [f"loftq generate --model {place}"])
     if not can_take_adapter(results):
         return Code("To train it (its README says why)", [export_line(results.output, GPTQ)])
     place = quoted(results.output)

@@ -7,7 +7,12 @@ import textwrap
 from loftq_cli.formats import DEFAULT_STORAGE, WHOLE_ROW
 from loftq_cli.report.escape import shell_word
 from loftq_cli.report.formats import all_layers, in_integers, is_quantized, stored_ranks
-from loftq_cli.report.loading import auto_class, can_take_adapter, why_not_by_transformers
+from loftq_cli.report.loading import (
+    auto_class,
+    can_take_adapter,
+    own_experts,
+    why_not_by_transformers,
+)
 from loftq_cli.report.units import listed
 from loftq_cli.schema import QuantizeResults
 
@@ -28,6 +33,11 @@ _ON_PARAMETERS = (
     "that was not tried: merge it, or leave experts out of `--target-modules`."
 )
 
+_OWN_EXPERTS = (
+    "- vLLM reads experts one by one of some such models, of Gemma 4 by its source; it was not "
+    "tried, and of others nothing is known here."
+)
+
 
 def serving(results: QuantizeResults, here: str) -> str:
     """Markdown: a list, and before it the command line where that has options of its own."""
@@ -36,7 +46,9 @@ def serving(results: QuantizeResults, here: str) -> str:
     if can_take_adapter(results):
         lines.append("- transformers with PEFT, and TRL: as above.")
     if auto_class(results) in _SERVED:
-        if integers:
+        if own_experts(results):
+            lines.append(_OWN_EXPERTS)
+        elif integers:
             line = vllm_line(results, here)
             command = "" if line is None else f"```sh\n{line}\n```\n\n"
             lines += [_vllm_integers(results), *_sglang(results)]

@@ -28,7 +28,9 @@ class Experts(Model):
     """The matrices of a model's experts, one of each expert counted as one however files hold them.
 
     Bytes are those of their tensors before and after; `reason` is why those that are not
-    `quantized` stay as they are, null where there are none.
+    `quantized` stay as they are, null where there are none. `loader` is who loads quantized ones
+    that files had as stacks: transformers as layers of their own, or none but loftq (and servers
+    that read such); null where they had none, or where transformers stacks them again.
     """
 
     matrices: int
@@ -39,6 +41,7 @@ class Experts(Model):
     input_bytes: int
     output_bytes: int
     reason: str | None = None
+    loader: Literal["transformers", "loftq"] | None = None
 
 
 class ExpertAdapters(Model):

@@ -328,15 +328,6 @@ def test_in_bitsandbytes_for_other_readers(
         assert relative(plain(tokens()).logits, expected) < 0.2
 
 
-def test_what_transformers_would_take_apart_is_refused(tmp_path: Path, loftq: Loftq) -> None:
-    """Where codes are dequantized too: the weights of a quantized Llama 4 would be made up."""
-    save("Llama 4", tmp_path / "source")
-    done = loftq("quantize", "-m", tmp_path / "source", "--container", CT, "-o", tmp_path / "out")
-    assert done.code == 1
-    assert "every expert of model.layers.1.feed_forward.experts" in done.err
-    assert not (tmp_path / "out").exists()
-
-
 def test_stacked_ones_are_kept_and_told_to_servers(tmp_path: Path, loftq: Loftq) -> None:
     save("gpt-oss", tmp_path / "source")
     line = ("quantize", "-m", tmp_path / "source", "--container", CT, "--rank", 4)

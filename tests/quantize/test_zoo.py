@@ -17,7 +17,7 @@ README = Path(loftq_cli.__file__).parents[1] / "examples" / "RESULTS.md"
 TELLING = {
     "Gemma 3n",  # a list where others have a number
     "DeepSeek-V3",  # PEFT moves targets onto the experts
-    "Llama 4",  # the quantizer wants its experts apart
+    "Llama 4",  # the quantizer takes its experts apart
     "Mamba",  # reads weights itself, and PEFT refuses a layer
     "DistilBERT, classifier",  # two layers are the head
     "WavLM, CTC",  # gives a function its weights

@@ -86,8 +86,9 @@ def _require_tensors(
 ) -> int:
     """All tensors that are no layer's; the number of those that were compared."""
     found = written.checkpoint.tensors
-    layers = written.layer_tensors  # the residuals are about them
+    layers = set(written.layer_tensors)  # the residuals are about them
     parts = tuple(f"{name.removesuffix('.weight')}." for name in layers)
+    layers |= {each.source for each in written.originals(original).values() if each.place}
     if strict:
         for name in sorted(original.tensors.keys() - found.keys() - layers):
             raise _not_copied(name, "the source has it, and no weight file here", source)

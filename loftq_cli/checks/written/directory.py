@@ -17,8 +17,9 @@ from loftq_cli.containers import weights_in
 from loftq_cli.containers.base import Damaged, StoredWeight, Weight
 from loftq_cli.errors import CheckFailed
 from loftq_cli.models.architecture import Architecture, read_architecture
-from loftq_cli.models.layers import LinearLayer
+from loftq_cli.models.layers import STACKED_EXPERTS, LinearLayer
 from loftq_cli.models.source import main_dtype, read_config
+from loftq_cli.models.stacking import Stack
 from loftq_cli.record import Progress
 
 _LOADERS = ("transformers", "peft", "bitsandbytes")
@@ -85,6 +86,16 @@ class Written:
         """Of those modules, the ones that the class holds as parts of a stack."""
         shape_of = self.architecture.expert_shape
         return {module for module, name in self.weights.items() if shape_of(name) is not None}
+
+    def originals(self, source: Checkpoint) -> dict[str, LinearLayer]:
+        """The source's layers by module; of stacks of experts those that are quantized here."""
+        quantized = self.weights
+        inventory = self.architecture.inventory(source.infos)
+
+        def why_it_stays(stack: Stack) -> str | None:
+            return None if stack.module(0) in quantized else STACKED_EXPERTS
+
+        return {layer.module: layer for layer in inventory.apart(why_it_stays).layers}
 
     @cached_property
     def layer_tensors(self) -> set[str]:

@@ -90,8 +90,7 @@ class Residuals:
             )
         checkpoint = self.source.checkpoint().cast(self.written.claims.settings.dtype)
         same_files = has_reported_files(self.written, checkpoint)
-        inventory = self.written.architecture.inventory(checkpoint.infos)
-        originals = {layer.module: layer for layer in inventory.layers}
+        originals = self.written.originals(checkpoint)
         for layer in self.layers:
             self._require_in_source(layer, originals.get(layer.name))
         probes = spread(self.layers, _PROBES)
