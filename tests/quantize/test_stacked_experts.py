@@ -350,3 +350,21 @@ def test_turned_files(tmp_path: Path, loftq: Loftq) -> None:
     for name, W in held.items():
         assert relative(loaded[name], W) < 0.12
     assert loftq("verify", tmp_path / "out", "--source", tmp_path / "source").code == 0
+
+
+def test_adapters_on_experts_that_a_rule_stacks(tmp_path: Path, loftq: Loftq) -> None:
+    """Where files have them as one, the start is that of the same experts one by one."""
+    model = save_stacked("Mixtral", tmp_path / "stacked")
+    model.save_pretrained(tmp_path / "apart")
+    found = []
+    for name in ("stacked", "apart"):
+        line = ("quantize", "-m", tmp_path / name, "--container", CT, "--rank", 2)
+        done = loftq(*line, "--iterations", 1, "--target-modules", "all-linear,experts",
+                     "-o", tmp_path / f"{name}-out")  # fmt: skip
+        assert done.code == 0, done.err
+        adapter = tmp_path / f"{name}-out" / "loftq_init" / "adapter_model.safetensors"
+        found.append(load_file(adapter))
+    assert found[0].keys() == found[1].keys()
+    on_experts = [name for name in found[0] if ".experts" in name]
+    assert len(on_experts) == 2 * 2 * 2
+    assert all(torch.equal(found[0][name], found[1][name]) for name in on_experts)
