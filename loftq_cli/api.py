@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from loftq_cli.engines.report_file import Report
     from loftq_cli.formats import (
         AdapterDtype,
+        CalibrationOrder,
         EngineName,
         Experts,
         QuantStorage,
@@ -43,6 +44,7 @@ def quantize(
     experts: Experts | None = None,
     init: str = "loftq",
     calibration_text: str | Path | None = None,
+    calibration_order: CalibrationOrder | None = None,
     rank: int = 16,
     rank_budget: bool = False,
     uniform_rank: bool = False,

@@ -38,6 +38,9 @@ INTEGER_BLOCK_SIZES = (32, 64, 128, WHOLE_ROW)
 
 # Where tasks run.
 EngineName: TypeAlias = Literal["local", "ray"]
+# On whose activations layers are calibrated: the original model's, or those that the quantized
+# layers before them leave.
+CalibrationOrder: TypeAlias = Literal["sequential", "parallel"]
 # What becomes of the matrices of experts, where a model has some.
 Experts: TypeAlias = Literal["quantize", "keep"]
 AdapterDtype: TypeAlias = Literal["float32", "bfloat16", "float16"]

@@ -22,6 +22,7 @@ from loftq_cli.formats import (
     DEFAULT_STORAGE,
     DTYPE_NAMES,
     AdapterDtype,
+    CalibrationOrder,
     EngineName,
     Experts,
     QuantStorage,
@@ -84,6 +85,7 @@ class QuantizeOptions(Options):
     experts: Experts | None = None  # as the container has it
     init: str = "loftq"
     calibration_text: Path | None = None
+    calibration_order: CalibrationOrder | None = None  # sequential, where the start takes it
     rank: int = 16
     rank_budget: bool = False
     uniform_rank: bool = False

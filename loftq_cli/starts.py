@@ -38,6 +38,9 @@ class Start:
     # they come from a calibration text. Such a start chooses the codes of layers without an
     # adapter too, at rank 0; the others leave those to plain quantization.
     needs_moments: bool = False
+    # Whether it also takes the inputs that quantized layers leave (``drift``), and does so unless
+    # asked otherwise.
+    sequential: bool = False
     iterates: bool = True  # ``iterations`` is handed over; None is until another hardly pays
     default_iterations: int | None = None
     # Handed over as ``svd``: what --svd says, or always "exact". "own": nothing is.
@@ -103,6 +106,7 @@ CALIBRATED = Start(
     function=_CALIBRATED,
     arguments={"method": "calibrated"},
     needs_moments=True,
+    sequential=True,
     svd="own",
     half_rate_up_to=4,
 )

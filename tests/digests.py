@@ -48,6 +48,7 @@ def settings() -> Iterator[tuple[str, ...]]:
     for init in ("loftq", "qlora", "calibrated"):
         yield ("--init", init, "--double-quant")
     yield ("--init", "calibrated", "--bits", "2", "--double-quant")
+    yield ("--init", "calibrated", "--bits", "2", "--calibration-order", "parallel")
     for init in ("loftq", "calibrated"):
         yield ("--init", init, "--bits", "4x1,2")
         yield ("--init", init, "--target-bits", "2.5")

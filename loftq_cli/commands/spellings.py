@@ -19,6 +19,7 @@ from loftq_cli.formats import (
     ALL_LINEAR,
     BLOCK_SIZES,
     AdapterDtype,
+    CalibrationOrder,
     EngineName,
     Experts,
     QuantStorage,
@@ -152,6 +153,14 @@ OPTIONS = {
         "--calibration-text",
         metavar="FILE",
         help="Text like that the model was made for; a few hundred kilobytes do.",
+    ),
+    "calibration_order": option(
+        CalibrationOrder | None,
+        "--calibration-order",
+        metavar="sequential|parallel",
+        help="Whose activations --init calibrated looks at: those that the quantized layers before "
+        "leave, one after the other, or the original model's.",
+        show_default="sequential",
     ),
     "container": option(
         Literal[container_names()],

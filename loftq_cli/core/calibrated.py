@@ -13,9 +13,26 @@ With G = E[x·xᵀ] over some text that runs through the model, the adapter and 
 
   Neither step raises the error, in the damped moments that both are taken with.
 
+That is so for all layers at once, from the original model alone. Calibrated in sequence, a layer
+knows what the layers before it have become: with x what it is given in the original model and x̃
+what it is given in the quantized one, the codes and the adapter Ŵ = Q + s·B·A minimize
+
+    E‖W·x − Ŵ·x̃‖² + λ·‖W − Ŵ‖²
+
+and make good, as far as they can, what the layers before lost. (Of E‖W·x − Ŵ·x̃‖² are GPTAQ,
+arXiv 2504.02692, and Qronos, arXiv 2505.11695, which have codes alone.) λ is the damping. With
+H = E[x̃·x̃ᵀ] and D = E[(x − x̃)·x̃ᵀ] this is, but for a constant,
+
+    tr((T − Ŵ)·(H + λ)·(T − Ŵ)ᵀ)        T = W + W·D·(H + λ)⁻¹
+
+so the alternation is the same, with T for W and H for G. Where nothing comes before, x̃ = x, T is W.
+D holds what E[x·x̃ᵀ] − H does without the loss of digits where x̃ is near x; and the damping draws
+T to W, not to zero, in directions that few tokens reach.
+
 The file is the same, and so is what runs it: only other codes, absmax and adapter. All errors are
 those of what will be loaded: the stored codes, dequantized in the dtype of the runtime, and
-the float32 adapter; those of the outputs by the moments as they were given, undamped.
+the float32 adapter; those of the outputs by the moments as they were given, undamped, and against
+the original's W·x.
 """
 
 import math
@@ -29,6 +46,7 @@ from loftq_cli.core.blockwise import QuantizedBlockwise, quantize_blockwise, res
 from loftq_cli.core.gptq import Grid, Rounding, descend, gptq
 from loftq_cli.core.input_moments import (
     DampedMoments,
+    Drift,
     check_moments,
     output_energy,
     principal_root,
@@ -38,7 +56,7 @@ from loftq_cli.core.loftq import LoftqResult, checked, randomize_unused
 from loftq_cli.core.lowrank import LowRank, check_rank, rounded_to, split
 from loftq_cli.core.parallel import one_thread_each
 from loftq_cli.core.quantizers import BlocksQuantizer, Blockwise
-from loftq_cli.core.residual import sum_of_squares
+from loftq_cli.core.residual import rows_times, sum_of_squares
 from loftq_cli.errors import InvalidSetting, NonFiniteWeight
 
 Method = Literal["calibrated", "qera", "qera-diagonal"]
@@ -56,6 +74,7 @@ def initialize_calibrated(
     quantizer: BlocksQuantizer,
     rank: int,
     *,
+    drift: Drift | None = None,
     method: Method = "calibrated",
     scaling: float = 1.0,
     iterations: int | None = None,
@@ -65,6 +84,8 @@ def initialize_calibrated(
     """The best start of the weight ``W`` (out × in) for inputs with these moments (in × in).
 
     ``input_moments`` are E[x·xᵀ], symmetric; where all are zero, errors of weights are what counts.
+    With a ``drift``, which only ``calibrated`` takes, they are those of the inputs x̃ that the
+    quantized layers before it leave, and the outputs are held against the original's, W·x.
     Without a ``rank`` only codes and absmax are chosen, and the adapter is empty. ``scaling`` is
     the factor that PEFT will multiply B·A with, and the adapter is rounded to ``adapter_dtype``
     before its errors are measured. ``iterations`` are those of ``calibrated``, until
@@ -80,13 +101,17 @@ def initialize_calibrated(
         )
     if iterations is not None and iterations < 1:
         raise InvalidSetting(f"{iterations} iterations are not possible here: at least 1 is needed")
+    if drift is not None and method != "calibrated":
+        raise InvalidSetting(f"method {method} is for the inputs of the original model")
     W = checked(W, scaling)
     if rank:
         check_rank(rank, W.shape[0], W.shape[1])
-    check_moments(input_moments, W.shape[1])
+    check_moments(input_moments, W.shape[1], drift)
     generator = torch.Generator().manual_seed(seed)
     input_moments = input_moments.to(W.device, torch.float32)
-    problem = _Problem(W, input_moments, quantizer, rank, generator)
+    if drift is not None:
+        drift = replace(drift, cross=drift.cross.to(W.device, torch.float32))
+    problem = _Problem(W, input_moments, drift, quantizer, rank, generator)
     with one_thread_each():
         if method == "calibrated":
             found, errors = _alternate(problem, iterations)
@@ -103,6 +128,7 @@ class _Problem:
         self,
         source: Tensor,  # W as it was given
         input_moments: Tensor,
+        drift: Drift | None,
         quantizer: BlocksQuantizer,
         rank: int,
         generator: torch.Generator,
@@ -112,25 +138,37 @@ class _Problem:
         # A power of two: W = source · unit, in float32.
         self.unit = 2.0 ** -max(min(round(math.log2(peak)), 126), -126) if peak else 1.0
         self.W = W = source.float() * self.unit
+        # W·D and E‖W·(x − x̃)‖²; None and 0 where the inputs are the original's.
+        self.drifted = None if drift is None else rows_times(W, drift.cross)
+        self.drift_energy = 0.0 if drift is None else drift.output_energy * self.unit**2
         # √E‖W·x‖², in the units of the source.
-        self.output_norm = math.sqrt(output_energy(W, input_moments)) / self.unit
+        self.output_norm = math.sqrt(self._energy(W, input_moments)) / self.unit
         # As they were given; the identity where they are zero.
         self.moments = (
             input_moments if input_moments.any() else torch.eye(W.shape[1], device=W.device)
         )
-        # ‖W·G^½‖, which errors are relative to; 1 if that is zero.
-        self.norm = math.sqrt(output_energy(W, self.moments)) or 1.0
+        # √E‖W·x‖², which errors are relative to; 1 if that is zero.
+        self.norm = math.sqrt(self._energy(W, self.moments)) or 1.0
         self.dtype = quantizer.dtype or source.dtype
         size, largest = quantizer.block_size(W.shape[1]), quantizer.largest(self.dtype)
         self.grid = Grid.of(quantizer.levels, size, W, largest, self.unit)
+
+    def target(self, inputs: DampedMoments) -> Tensor:
+        """T (out × in), where nothing drifts W itself."""
+        if self.drifted is None:
+            return self.W
+        return inputs.times_inverse(self.drifted * inputs.unit).add_(self.W)
 
     def residual(self, quantized: Any) -> Tensor:
         """W − Q (out × in), in the units of this problem."""
         return self.W - self.quantizer.dequantize(quantized).float() * self.unit
 
     def output_error(self, R: Tensor) -> float:
-        """‖R·G^½‖ / ‖W·G^½‖."""
-        return math.sqrt(output_energy(R, self.moments)) / self.norm
+        """√E‖W·x − Ŵ·x̃‖² / √E‖W·x‖² for R = W − Ŵ."""
+        return math.sqrt(self._energy(R, self.moments)) / self.norm
+
+    def _energy(self, R: Tensor, moments: Tensor) -> float:
+        return output_energy(R, moments, self.drifted, self.drift_energy)
 
     def stored(self, rounding: Rounding, like: QuantizedBlockwise | None) -> Any:
         """What is written to the file; with the absmax of ``like``, if that is given."""
@@ -160,20 +198,22 @@ def _low_rank_only(problem: _Problem, *, diagonal: bool) -> _Found:
 
 def _alternate(problem: _Problem, iterations: int | None) -> tuple[_Found, list[float]]:
     """The best iterate and the errors of all."""
-    W, grid, rank, generator = problem.W, problem.grid, problem.rank, problem.generator
+    grid, rank, generator = problem.grid, problem.rank, problem.generator
     inputs = DampedMoments.of(problem.moments)
-    low_rank = weighted_low_rank(W, inputs.root, rank, generator)
-    rounding, kept = _first_rounding(problem, inputs, W - low_rank.dense())
+    T = problem.target(inputs)
+    low_rank = weighted_low_rank(T, inputs.root, rank, generator)
+    rounding, kept = _first_rounding(problem, inputs, T - low_rank.dense())
     best: _Found | None = None
     errors: list[float] = []
     most = _MOST_ITERATIONS if iterations is None else iterations
     for iteration in range(1, most + 1):
         rounding = descend(
-            W - low_rank.dense(), inputs.moments, rounding, grid, sweeps=_SWEEPS, free=kept is None
+            T - low_rank.dense(), inputs.moments, rounding, grid, sweeps=_SWEEPS, free=kept is None
         )
         quantized = problem.stored(rounding, kept)
         R = problem.residual(quantized)
-        low_rank = weighted_low_rank(R, inputs.root, rank, generator, start=low_rank.subspace)
+        rest = R if T is problem.W else R + (T - problem.W)
+        low_rank = weighted_low_rank(rest, inputs.root, rank, generator, start=low_rank.subspace)
         error = problem.output_error(R - low_rank.dense())
         before = best.error if best else math.inf
         if best is not None and error > before:

@@ -8,6 +8,14 @@ The matrix of rank r that is nearest to R in this norm is U·Uᵀ·R, with U the
 vectors of R·S: that is SVD_r(R·S)·S⁻¹ without the inverse, which need not exist. With G = PΛPᵀ and
 S = PΛ^½ it is what QERA (arXiv 2410.06040), CALDERA and EoRA give; here S comes from Cholesky's
 decomposition, for a thirtieth of the work.
+
+Where layers before it are quantized already, a layer is given x̃ where it used to be given x. What
+it puts out instead, Ŵ·x̃ with R = W − Ŵ, is then off by
+
+    W·x − Ŵ·x̃ = W·(x − x̃) + R·x̃
+    E‖W·x − Ŵ·x̃‖² = E‖W·(x − x̃)‖² + 2·tr(W·D·Rᵀ) + tr(R·H·Rᵀ)
+
+with H = E[x̃·x̃ᵀ] in the place of G, and the drift D = E[(x − x̃)·x̃ᵀ].
 """
 
 import math
@@ -32,19 +40,28 @@ _WIDE = 512
 _NOTHING = 1e-36
 
 
-def check_moments(moments: Tensor, in_features: int) -> None:
-    """Raise unless these can be the second moments of that many inputs."""
-    if moments.shape != (in_features, in_features):
-        raise InvalidSetting(
-            f"calibration moments of shape {tuple(moments.shape)} do not belong to a weight with "
-            f"{in_features} inputs"
-        )
-    if not all(bound.isfinite() for bound in moments.aminmax()):
-        raise LoftqError(
-            "the calibration moments hold NaN or infinite values",
-            cause="the model's activations overflowed on the calibration text",
-            hint="collect them in float32 or bfloat16",
-        )
+@dataclass(frozen=True)
+class Drift:
+    """How far from the original's inputs x those are that a quantized model gives, x̃."""
+
+    cross: Tensor  # E[(x − x̃)·x̃ᵀ] (in × in)
+    output_energy: float  # E‖W·(x − x̃)‖²
+
+
+def check_moments(moments: Tensor, in_features: int, drift: Drift | None = None) -> None:
+    """Raise unless these can be the second moments, and the drift, of that many inputs."""
+    for matrix in (moments,) if drift is None else (moments, drift.cross):
+        if matrix.shape != (in_features, in_features):
+            raise InvalidSetting(
+                f"calibration moments of shape {tuple(matrix.shape)} do not belong to a weight "
+                f"with {in_features} inputs"
+            )
+        if not all(bound.isfinite() for bound in matrix.aminmax()):
+            raise LoftqError(
+                "the calibration moments hold NaN or infinite values",
+                cause="the model's activations overflowed on the calibration text",
+                hint="collect them in float32 or bfloat16",
+            )
     if moments.diagonal().min() < 0:
         raise InvalidSetting("the calibration moments are negative: those of no inputs are")
 
@@ -55,6 +72,7 @@ class DampedMoments:
 
     moments: Tensor  # float32 (in, in), positive definite
     root: Tensor  # float32 (in, in), upper triangular: root·rootᵀ = moments
+    unit: float = 0.0  # what the moments were multiplied with before; 0 where there were none
 
     @classmethod
     def of(cls, moments: Tensor, damping: float = DAMPING) -> "DampedMoments":
@@ -71,12 +89,18 @@ class DampedMoments:
                 damped.diagonal().add_(damping)
                 lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
                 if not failed:
-                    return cls(damped, lower.flip(0, 1))
+                    return cls(damped, lower.flip(0, 1), 1 / mean)
                 damping *= 10
         raise LoftqError(
             "the calibration moments are not positive semidefinite",
             cause="Cholesky's decomposition failed however much was added to their diagonal",
         )
+
+    def times_inverse(self, M: Tensor) -> Tensor:
+        """M·moments⁻¹ (out × in) for an M as large."""
+        with all_threads():
+            half = torch.linalg.solve_triangular(self.root.t(), M, upper=False, left=False)
+            return torch.linalg.solve_triangular(self.root, half, upper=True, left=False)
 
 
 def principal_root(moments: Tensor) -> Tensor:
@@ -112,26 +136,32 @@ def weighted_low_rank(
     return LowRank(svd.U @ own.U, own.S, own.Vh, svd.subspace)
 
 
-def output_energy(R: Tensor, moments: Tensor) -> float:
-    """tr(R·G·Rᵀ), never below zero; products in float32, their sum in float64.
+def output_energy(
+    R: Tensor, moments: Tensor, linear: Tensor | None = None, constant: float = 0.0
+) -> float:
+    """tr(R·G·Rᵀ) + 2·tr(M·Rᵀ) + ``constant`` with M = ``linear`` (out × in), never below zero.
 
-    Of the ``moments``, which are symmetric, only the upper half is looked at.
+    Products are in float32, their sum in float64. Of the ``moments``, which are symmetric, only the
+    upper half is looked at.
     """
     rows = _rows(R)
     sums = [0.0] * -(-R.shape[0] // rows)
 
     def work(piece: int) -> None:
-        part = R[piece * rows : (piece + 1) * rows]
+        those = slice(piece * rows, (piece + 1) * rows)
+        part = R[those]
         total = torch.zeros((), dtype=torch.float64, device=R.device)
         for columns in _wide(R.shape[1]):
             before = slice(columns.start)
             own = part[:, columns] @ moments[columns, columns]
             product = own.addmm_(part[:, before], moments[before, columns], alpha=2)
+            if linear is not None:
+                product.add_(linear[those, columns], alpha=2)
             total += product.mul_(part[:, columns]).sum(dtype=torch.float64)
         sums[piece] = float(total)
 
     each(work, len(sums))
-    return max(math.fsum(sums), 0.0)
+    return max(math.fsum([*sums, constant]), 0.0)
 
 
 def _times_root(R: Tensor, root: Tensor) -> Tensor:

@@ -15,6 +15,10 @@ and the adapters of one output file. In bytes a weight of that layer:
 and besides, for every direction of a sketch, ten vectors as long as a column and a row.
 Without the reading ahead one dtype less is held.
 
+Calibrated starts hold the model too, or as much of it as may be, and work in float32: copies of the
+layer's weight, and matrices of its moments' size. In sequence these are more, and beside them lie a
+block's quantized weights and two hidden states for every token, on the disk where there is no room.
+
 With `--max-memory` reading ahead is given up where it does not fit; the files are the same, and the
 run takes longer. Several workers take that each, beside the process that gives them their tasks;
 all together they have to fit into this machine where no other limit is given.
@@ -31,14 +35,16 @@ own factor.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from loftq_cli.core.sketches import PIECE, sketch_width, takes_exact
-from loftq_cli.engines.plan import Plan, PlannedLayer
+from loftq_cli.engines.plan import Plan, PlannedLayer, block_number
 from loftq_cli.engines.settings import Settings
 from loftq_cli.errors import DoesNotFit
 from loftq_cli.formats import DTYPE_BITS, MOST_RANKS
+from loftq_cli.models.streams import FOR_HIDDEN_STATES
 
 # Python, torch, transformers and the compiled kernels, resident after a run on a tiny model:
 # 510 MB were measured there, and more is wanted where the kernels are compiled first.
@@ -69,6 +75,9 @@ _ITERATIONS = 10
 # weight, and matrices of the moments' size.
 _SECONDS_CALIBRATED = 2.0e-10
 _CALIBRATED, _MOMENTS = 8, 8
+_SEQUENTIAL, _DRIFT = 4, 3  # what is added to those
+# And the model's own passes over the text, seconds a weight and token.
+_SECONDS_A_PASS = 3.0e-11
 # Bytes a weight while its loss is measured: two float32 of the residual, and codes.
 _MEASURING = 9
 
@@ -175,9 +184,34 @@ def _calibration_bytes(plan: Plan, limit: int | None) -> int:
     """What of the model is held while it runs on a calibration text; the rest stays on the disk."""
     if plan.settings.calibration is None:
         return 0
-    layers = sum(each.layer.parameters * DTYPE_BITS[each.layer.dtype] // 8 for each in plan.layers)
-    weights = layers + sum(left.bytes for left in plan.left)
-    return weights if limit is None else min(weights, limit // 2)
+    layers = [each.layer.parameters * DTYPE_BITS[each.layer.dtype] // 8 for each in plan.layers]
+    weights = sum(layers) + sum(left.bytes for left in plan.left)
+    held = weights if limit is None else min(weights, limit // 2)
+    if plan.settings.calibration_order == "parallel":
+        return held
+    return held + _stream_bytes(plan, limit) + _block_bytes(plan)
+
+
+def _stream_bytes(plan: Plan, limit: int | None) -> int:
+    """Two hidden states for every token of the text; none where they are to lie on the disk.
+
+    A hidden state is as wide as most layers' inputs.
+    """
+    assert plan.settings.calibration is not None
+    widths = Counter(each.layer.in_features for each in plan.layers)
+    width = max(widths, key=lambda width: widths[width])
+    nbytes = DTYPE_BITS[plan.layers[0].layer.dtype] // 8
+    needed = 2 * plan.settings.calibration.tokens * width * nbytes
+    return needed if limit is None or needed <= limit * FOR_HIDDEN_STATES else 0
+
+
+def _block_bytes(plan: Plan) -> int:
+    """Of the largest layer block, its weights."""
+    blocks: Counter[int | None] = Counter()
+    for each in plan.layers:
+        size = each.layer.parameters * DTYPE_BITS[each.layer.dtype] // 8
+        blocks[block_number(each.layer.module)] += size
+    return max(blocks.values())
 
 
 def _layer_bytes(plan: Plan, planned: PlannedLayer, machine: Machine, *, ahead: bool) -> int:
@@ -224,7 +258,10 @@ def _working_bytes(
     working += min(machine.threads, -(-weights // PIECE)) * piece
     codes = 3 * settings.container.working_bytes(planned.weight)
     if settings.start.needs_moments:
-        return _CALIBRATED * 4 * weights + _MOMENTS * 4 * in_features**2 + codes + working
+        copies, matrices = _CALIBRATED, _MOMENTS
+        if settings.calibration_order == "sequential":
+            copies, matrices = copies + _SEQUENTIAL, matrices + _DRIFT
+        return copies * 4 * weights + matrices * 4 * in_features**2 + codes + working
     held = 1 + ahead + layer.turned
     if _takes_exact(planned, settings):
         return weights * (held * stored + 32) + working
@@ -240,7 +277,7 @@ def seconds(plan: Plan) -> float:
         return 0.0
     iterations = settings.iterations or (_ITERATIONS if start.iterates else 1)
     searches = settings.container.searches and start.searches
-    total = 0.0
+    total = _passes(settings) * sum(each.layer.parameters for each in plan.layers) * _SECONDS_A_PASS
     for planned in plan.layers:
         weights = planned.layer.parameters
         if settings.start.needs_moments:
@@ -255,6 +292,13 @@ def seconds(plan: Plan) -> float:
             total += weights * (iterations * each + _SECONDS_FIRST_SEARCH * searches)
             total += iterations * _SECONDS_AN_ITERATION
     return total
+
+
+def _passes(settings: Settings) -> int:
+    """Tokens that run through the model: in sequence more than once (`models.calibration`)."""
+    if settings.calibration is None:
+        return 0
+    return settings.calibration.tokens * (6 if settings.calibration_order == "sequential" else 1)
 
 
 def _alternates(planned: PlannedLayer, settings: Settings) -> bool:

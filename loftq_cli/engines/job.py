@@ -38,6 +38,7 @@ from loftq_cli.engines.report_file import (
 )
 from loftq_cli.engines.resources import choose_devices, engine_of, memory_plan
 from loftq_cli.engines.results import calibrated_on, quantize_results
+from loftq_cli.engines.sequence import layer_inputs
 from loftq_cli.engines.settings import Settings
 from loftq_cli.engines.tasks import TaskResult, TaskSpec
 from loftq_cli.errors import LoftqError
@@ -339,20 +340,18 @@ def _run_tasks(
     require_free_space(ready.job.output, needed)
     spec = TaskSpec(settings, ready.checkpoint, staging.directory, ready.device, ready.memory.ahead)
     with (
-        _calibration(ready, record) as inputs,
+        _calibration(ready, record) as calibration,
         record.timing("tasks"),
         record.progress("quantizing", len(plan.layers)) as progress,
     ):
-        if inputs is not None:
-            plan = plan.in_order(inputs.order)
-        input_moments = None if inputs is None else inputs.moments
-        engine = engine_of(
-            spec, plan, ready.devices, ready.memory, ready.cluster, input_moments, record
-        )
+        inputs = None
+        if calibration is not None:
+            plan, inputs = layer_inputs(calibration, plan, spec.output, spec.device, record)
+        engine = engine_of(spec, plan, ready.devices, ready.memory, ready.cluster, inputs, record)
         with output.telling_what_is_kept(staging, [task.file_name for task in plan.tasks], record):
             done = run_tasks(plan, engine, staging, record, progress)
-    calibration = None if inputs is None else calibrated_on(inputs)
-    return plan, done, calibration, engine.peak_memory_bytes
+    calibrated = None if calibration is None else calibrated_on(calibration)
+    return plan, done, calibrated, engine.peak_memory_bytes
 
 
 @contextmanager

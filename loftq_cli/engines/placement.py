@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from loftq_cli.checkpoint.index import Checkpoint
 from loftq_cli.checkpoint.safetensors import Header, TensorInfo
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     from loftq_cli.models.calibration import Calibration
 
 Result = TypeVar("Result")
-# The second moments E[x·xᵀ] (in × in) of a module's inputs.
-InputMoments: TypeAlias = "Callable[[str], torch.Tensor]"
 
 
 def read_weight(checkpoint: Checkpoint, layer: LinearLayer, device: str) -> torch.Tensor:

@@ -10,9 +10,9 @@ from loftq_cli.engines import estimates
 from loftq_cli.engines.cluster import Cluster
 from loftq_cli.engines.engine import Engine
 from loftq_cli.engines.local import InThisProcess
-from loftq_cli.engines.placement import InputMoments
 from loftq_cli.engines.plan import Plan
 from loftq_cli.engines.ray import OnRay
+from loftq_cli.engines.sequence import LayerInputs
 from loftq_cli.engines.tasks import TaskSpec
 from loftq_cli.engines.workers import Workers, deal_out
 from loftq_cli.record import Record
@@ -60,7 +60,7 @@ def engine_of(
     devices: Sequence[str],
     memory: estimates.MemoryPlan,
     cluster: Cluster | None,
-    input_moments: InputMoments | None,
+    inputs: LayerInputs | None,
     record: Record,
 ) -> Engine:
     """Where the tasks of the plan run; ``memory`` is that of one process on a cluster."""
@@ -68,7 +68,7 @@ def engine_of(
         return _on_ray(cluster, spec, memory.peak_bytes, len(plan.tasks), record)
     if len(devices) > 1:
         return Workers(spec, devices)
-    return InThisProcess(spec, input_moments)
+    return InThisProcess(spec, inputs)
 
 
 def _on_ray(

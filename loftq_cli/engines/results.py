@@ -177,6 +177,8 @@ def _settings(
     fields["container"] = fields.pop("container_name")
     if calibration is None and settings.calibration is not None:  # of which no token was seen yet
         calibration = schema.CalibratedOn(sha256=settings.calibration.sha256)
+    if calibration is None:
+        del fields["calibration_order"]
     return schema.QuantizeSettings(**{**fields, "calibration": calibration})
 
 

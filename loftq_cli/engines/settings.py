@@ -18,6 +18,7 @@ from loftq_cli.formats import (
     DEFAULT_STORAGE,
     SCALINGS,
     AdapterDtype,
+    CalibrationOrder,
     Experts,
     QuantType,
     SvdMethod,
@@ -55,7 +56,8 @@ class Settings:
     would have; ``uniform_rank`` then pads them to the largest. ``dtype`` is that of all that is not
     quantized, and of the products with what is; ``quant_storage`` is what the tensors of 4-bit
     codes are called, and ``adapter_dtype`` what A and B are rounded to. ``experts`` is None where
-    they are treated as the container has it.
+    they are treated as the container has it. ``calibration_order`` says whose activations a
+    ``calibration`` sees.
     """
 
     bits: int = 4
@@ -75,6 +77,7 @@ class Settings:
     svd: SvdMethod = "auto"
     target_modules: tuple[str, ...] = (ALL_LINEAR,)
     calibration: CalibrationText | None = None
+    calibration_order: CalibrationOrder = "parallel"
     seed: int = 0
     dtype: str | None = None  # None: each tensor's own
     quant_storage: str = DEFAULT_STORAGE
@@ -141,7 +144,7 @@ class Settings:
             del fields["dtype"]
         if self.container_name == DEFAULT_CONTAINER:
             del fields["container_name"]
-        for name in ("quant_storage", "adapter_dtype", "experts"):
+        for name in ("quant_storage", "adapter_dtype", "experts", "calibration_order"):
             if fields[name] == getattr(Settings, name):
                 del fields[name]
         return fields
@@ -190,6 +193,7 @@ def settings_of(asked: QuantizeOptions) -> Settings:
         svd=asked.svd,
         target_modules=tuple(options.items(asked.target_modules, "--target-modules")),
         calibration=_calibration(start, asked.calibration_text),
+        calibration_order=_order(start, asked.calibration_order),
         seed=asked.seed,
         dtype=options.dtype(asked.dtype),
         quant_storage=asked.quant_storage,
@@ -299,3 +303,18 @@ def _calibration(start: Start, text: Path | None) -> CalibrationText | None:
     from loftq_cli.models.texts import digest, read_text
 
     return CalibrationText(digest(read_text(text)), MOST_TOKENS)
+
+
+def _order(start: Start, asked: CalibrationOrder | None) -> CalibrationOrder:
+    if asked is None:
+        return "sequential" if start.sequential else "parallel"
+    options.choice(asked, "--calibration-order", get_args(CalibrationOrder))
+    if not start.sequential:
+        raise UsageError(
+            f"--calibration-order has no effect with --init {start.name}",
+            cause="it is as published, on what the original model gives each layer"
+            if start.needs_moments
+            else "it looks at no inputs",
+            hint="--init calibrated",
+        )
+    return asked

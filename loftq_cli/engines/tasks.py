@@ -24,8 +24,9 @@ from loftq_cli.checkpoint.index import Checkpoint
 from loftq_cli.checkpoint.tensors import load_pieces, tensor_memory
 from loftq_cli.checkpoint.writer import WrittenFile, disk_errors, write_safetensors
 from loftq_cli.engines.pipeline import Chunk, Timings, read_ahead, write_behind
-from loftq_cli.engines.placement import InputMoments, read_weight, with_fallback
+from loftq_cli.engines.placement import read_weight, with_fallback
 from loftq_cli.engines.plan import Plan, PlannedLayer, Task
+from loftq_cli.engines.sequence import LayerInputs
 from loftq_cli.engines.settings import Settings
 from loftq_cli.errors import LoftqError
 from loftq_cli.models.layers import LeftTensor, LinearLayer
@@ -35,6 +36,7 @@ from loftq_cli.starts import QLORA
 if TYPE_CHECKING:
     import torch
 
+    from loftq_cli.core.input_moments import Drift
     from loftq_cli.core.loftq import LoftqResult
 
 
@@ -91,19 +93,19 @@ class TaskResult:
 def run_task(
     task: Task,
     spec: TaskSpec,
-    input_moments: InputMoments | None = None,
+    inputs: LayerInputs | None = None,
     progress: Progress | None = None,
 ) -> TaskResult:
     """Writes the task's weights, and its share of the adapter beside them.
 
     Args:
-        input_moments: asked for each layer of a calibrated start, in the task's order.
+        inputs: asked for each layer of a calibrated start, in the task's order, and told of it.
 
     Raises:
         LoftqError: a tensor cannot be read or quantized, or the files cannot be written. A file is
             there whole or not at all.
     """
-    running = _RunningTask(task, spec, input_moments, progress or Progress())
+    running = _RunningTask(task, spec, inputs, progress or Progress())
     part = adapter.adapter_part(task.file_name)
     with disk_errors(spec.output):
         (spec.output / part).parent.mkdir(parents=True, exist_ok=True)
@@ -129,7 +131,7 @@ class _RunningTask:
 
     task: Task
     spec: TaskSpec
-    input_moments: InputMoments | None
+    inputs: LayerInputs | None
     progress: Progress
     timings: Timings = field(default_factory=Timings)
     outcomes: list[LayerOutcome] = field(default_factory=list)
@@ -172,13 +174,12 @@ class _RunningTask:
         _warm_up(self.settings, planned.adapted, planned.bits, W.dtype, W.device)
         began = time.perf_counter()
         layer = planned.layer
-        input_moments = None
-        if self.input_moments is not None and not layer.expert:
-            input_moments = self.input_moments(layer.module)
+        inputs = None if layer.expert else self.inputs
+        seen = (None, None) if inputs is None else inputs.of(layer.module)
 
         try:
             result = with_fallback(
-                lambda W: initialize(W, planned, self.settings, input_moments),
+                lambda W: initialize(W, planned, self.settings, *seen),
                 W,
                 self.spec.device,
                 lambda: self.on_cpu.append(layer.tensor),
@@ -200,8 +201,11 @@ class _RunningTask:
                 result.backbone_error,
             )
         )
+        stored = None
         if planned.adapted:
-            self._keep_adapter(planned, result.lora_A, result.lora_B)
+            stored = self._keep_adapter(planned, result.lora_A, result.lora_B)
+        if inputs is not None:
+            inputs.keep(layer.module, result.quantized, stored)
         tensors = list(self.settings.container.tensors(layer.tensor, result.quantized))
         self.timings.add("compute", began)
         yield from tensors
@@ -216,7 +220,10 @@ class _RunningTask:
             seed = layer_seed(self.settings.seed, module)
             self._keep_adapter(planned, *plain_adapter(planned.shape, planned.rank, seed))
 
-    def _keep_adapter(self, planned: PlannedLayer, A: torch.Tensor, B: torch.Tensor) -> None:
+    def _keep_adapter(
+        self, planned: PlannedLayer, A: torch.Tensor, B: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keeps A and B for the task's end; as they lie in the file then."""
         import torch
 
         from loftq_cli.core.loftq import plain_adapter
@@ -227,9 +234,11 @@ class _RunningTask:
             seed = layer_seed(self.settings.seed, f"{module} padding")
             more_A, more_B = plain_adapter(planned.shape, planned.padding, seed)
             A, B = torch.cat((A.cpu(), more_A)), torch.cat((B.cpu(), more_B), dim=1)
+        dtype = getattr(torch, self.settings.adapter_dtype)
+        A, B = (factor.to("cpu", dtype).contiguous() for factor in (A, B))
         for name, factor in zip(adapter.lora_names(module), (A, B), strict=True):
-            stored = factor.to(getattr(torch, self.settings.adapter_dtype))
-            self.adapters.append((name, tensor_memory(stored.contiguous())))
+            self.adapters.append((name, tensor_memory(factor)))
+        return A, B
 
 
 def initialize(
@@ -237,8 +246,9 @@ def initialize(
     planned: PlannedLayer,
     settings: Settings,
     input_moments: torch.Tensor | None = None,
+    drift: Drift | None = None,
 ) -> LoftqResult:
-    """The start of one layer; ``input_moments`` (in × in) where it needs them."""
+    """The start of one layer; ``input_moments`` (in × in) and ``drift`` where it needs them."""
     import torch
 
     start, rank = settings.start, planned.rank
@@ -248,6 +258,8 @@ def initialize(
     given: dict[str, Any] = {}
     if start.needs_moments:
         given["input_moments"] = None if input_moments is None else input_moments.to(W.device)
+        if drift is not None:
+            given["drift"] = drift
     if start.iterates:
         given["iterations"] = settings.iterations
     if start.svd != "own":

@@ -9,6 +9,8 @@ whatever else a layer block is given are therefore the model's own.
     stack          a ModuleList with the modules of interest in it; an encoder-decoder has two
     layer block    an entry of a stack
     stage          the turn of one layer block; in the last stage runs what lies outside of all
+    stream         one run of the model through its stages; several can be under way, one ahead of
+                   the other or with other weights
 
 Not every model can be run like this: some use a layer block twice (ALBERT), some let them exchange
 more than their output. So a short text is run first in one piece and then in stages. Where that
@@ -20,11 +22,12 @@ from __future__ import annotations
 import functools
 import inspect
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 from loftq_cli.errors import UnsupportedModel, told_as
+from loftq_cli.models.streams import Stream
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,7 +37,7 @@ _PROBE_TOKENS = 16
 _SAME = {"relative": 1e-2, "typical": 1e-3}
 
 
-class _Stop(Exception):
+class Stop(Exception):
     """Ends a pass where the rest of the model is of no interest."""
 
 
@@ -45,26 +48,26 @@ class StagedModel:
         stages: for each stage the modules of interest that run in it.
         stage_of: module to the number of its stage.
         groups: module to the first of those in its stage that are always given the same tensor.
-        done: stages that have run on all batches.
+        turns: the modules by group, in the order in which groups are first called in a pass through
+            their stage, with the number of that.
+        calls: how often a pass calls each module, 0 where that depends on the text.
+        token_bytes: what a stream keeps of a token.
     """
 
-    def __init__(
-        self, model: Any, batches: Sequence[Tensor], modules: Sequence[str], device: str
-    ) -> None:
-        """``batches`` are token ids (windows × length); the whole model computes on ``device``.
+    def __init__(self, model: Any, windows: Tensor, modules: Sequence[str], device: str) -> None:
+        """``windows`` are token ids to try it with; the whole model computes on ``device``.
 
         Raises:
             UnsupportedModel: the model does not run on token ids alone.
         """
         self._model = model
-        self._batches = batches
         self._device = device
         self._stacks = _stacks(model, modules)  # layer block to stack
         head = model.get_output_embeddings()
-        if head is not None:
+        if head is not None and not any(model.get_submodule(name) is head for name in modules):
             # Logits are of no use here, and the largest of all tensors.
             head.register_forward_pre_hook(_stop_here)
-        probe = batches[0][:1, :_PROBE_TOKENS]
+        probe = windows[:1, :_PROBE_TOKENS]
         self._order, inputs = self._trace(probe, modules)
         self._turns = {name: stage for stage, name in enumerate(self._order)}
         self.stage_of = {module: self._find_stage(module) for module in modules}
@@ -74,23 +77,29 @@ class StagedModel:
         first_with: dict[Any, str] = {}
         self.groups = {
             # A module that saw nothing, such as an expert, says nothing about what it shares.
-            module: first_with.setdefault((self.stage_of[module], inputs[module] or module), module)
+            module: first_with.setdefault(
+                (self.stage_of[module], inputs.get(module, module)), module
+            )
             for module in modules
         }
-        self.restart()
+        self.calls = {module: len(inputs.get(module, ())) for module in modules}
+        # What was not called, such as an expert, comes last.
+        places = {module: place for place, module in enumerate(inputs)}
+        self.turns = [
+            (stage, [module for module in here if self.groups[module] == leader])
+            for stage, here in enumerate(self.stages)
+            for leader in sorted(
+                dict.fromkeys(self.groups[module] for module in here),
+                key=lambda leader: places.get(leader, len(places)),
+            )
+        ]
 
-    def restart(self) -> None:
-        """Goes back to the first stage."""
-        self.done = 0
-        # For each batch the output of the last layer block that ran in each stack.
-        self._kept: list[dict[str, Any]] = [{} for _ in self._batches]
-
-    def run(self) -> Iterator[None]:
-        """Runs the next stage, one batch a step."""
-        for number, batch in enumerate(self._batches):
-            self._pass(self.done, batch, self._kept[number], like=self._kept[0])
+    def run(self, stream: Stream, *, ahead: bool = True) -> Iterator[None]:
+        """Runs the stream's next stage, one batch a step; unless ``ahead`` it stays before that."""
+        for number in range(len(stream.batches)):
+            self._pass(stream, number, keep=ahead)
             yield
-        self.done += 1
+        stream.done += ahead
 
     def _find_stage(self, module: str) -> int:
         owner = next((name for name in self._stacks if module.startswith(f"{name}.")), None)
@@ -101,12 +110,13 @@ class StagedModel:
     ) -> tuple[list[str], dict[str, tuple[Any, ...]]]:
         """The layer blocks that can have their own turn, in order, and who shares which inputs.
 
-        The inputs of a module are the identities of the tensors that it is called with.
+        The inputs of a module are the identities of the tensors that it is called with. Those that
+        are not called have none; the others come in the order of their first calls.
         """
         outputs: dict[str, Any] = {}
         calls: Counter[str] = Counter()
         alive: list[Tensor] = []  # or another tensor might get the identity of one that is gone
-        inputs: dict[str, tuple[Any, ...]] = dict.fromkeys(modules, ())
+        inputs: dict[str, tuple[Any, ...]] = {}
 
         def note(name: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             calls[name] += 1
@@ -115,7 +125,7 @@ class StagedModel:
 
         def see(module: str, x: Tensor) -> None:
             alive.append(x)
-            inputs[module] += ((id(x), x._version),)
+            inputs[module] = (*inputs.get(module, ()), (id(x), x._version))
 
         with (
             watched(self._model, modules, see),
@@ -127,18 +137,31 @@ class StagedModel:
         ):
             self._call(ids, note)
         order = list(outputs)
+        self.token_bytes = sum(self._bytes(outputs).values()) // ids.numel()
         if any(count > 1 for count in calls.values()) or not self._agrees(ids, order, outputs):
             return [], inputs
         return order, inputs
 
+    def _bytes(self, outputs: Mapping[str, Any]) -> Counter[str]:
+        """Of each stack, the largest of these outputs of layer blocks."""
+        from torch import Tensor
+        from torch.utils import _pytree
+
+        found: Counter[str] = Counter()
+        for name, output in outputs.items():
+            leaves = _pytree.tree_leaves(output)
+            found |= {self._stacks[name]: sum(x.nbytes for x in leaves if isinstance(x, Tensor))}
+        return found
+
     def _agrees(self, ids: Tensor, order: list[str], outputs: dict[str, Any]) -> bool:
         """Whether the outputs are the same when each layer block has its own turn."""
         self._turns = {name: stage for stage, name in enumerate(order)}
-        kept: dict[str, Any] = {}
+        stream = Stream([ids])
         try:
-            for stage, name in enumerate(order):
-                self._pass(stage, ids, kept, like=kept)
-                if not _same(kept[self._stacks[name]], outputs[name]):
+            for name in order:
+                for _ in self.run(stream):
+                    pass
+                if not _same(stream.output(0, self._stacks[name], "cpu"), outputs[name]):
                     return False
         except Exception as error:  # whatever a model needs from layer blocks that do not run
             if type(error).__name__ == "OutOfMemoryError":
@@ -146,30 +169,27 @@ class StagedModel:
             return False
         return True
 
-    def _pass(self, stage: int, ids: Tensor, kept: dict[str, Any], like: dict[str, Any]) -> None:
-        """Runs one batch up to the end of ``stage``, and keeps the output."""
-        from torch import Tensor
-        from torch.utils._pytree import tree_map_only
-
+    def _pass(self, stream: Stream, number: int, *, keep: bool) -> None:
+        """Runs one batch up to the end of the stream's next stage, and may ``keep`` its output."""
         moved: dict[str, Any] = {}
 
         def step(name: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             turn, stack = self._turns.get(name), self._stacks[name]
             if turn is None:  # not called on its own in the trace: part of what lies outside
                 return forward(*args, **kwargs)
-            if turn == stage:
-                kept[stack] = _kept(forward(*args, **kwargs), like.get(stack))
-                raise _Stop
-            if turn > stage:
+            if turn == stream.done:
+                output = forward(*args, **kwargs)
+                if keep:
+                    stream.keep(number, stack, output)
+                raise Stop
+            if turn > stream.done:
                 raise RuntimeError(f"{name} runs before its turn")
             # What earlier ones return does not matter: only that of the last is read.
             if stack not in moved:
-                moved[stack] = tree_map_only(
-                    Tensor, lambda each: each.to(self._device), kept[stack]
-                )
+                moved[stack] = stream.output(number, stack, self._device)
             return moved[stack]
 
-        self._call(ids, step)
+        self._call(stream.batches[number], step)
 
     def _call(self, ids: Tensor, forward: Callable[..., Any]) -> None:
         """The model's forward, with that of its layer blocks replaced.
@@ -186,35 +206,46 @@ class StagedModel:
         if self._model.config.is_encoder_decoder:
             inputs["decoder_input_ids"] = ids
         # Not `inference_mode`: its tensors do not tell whether they were changed in place.
-        with torch.no_grad(), self._replaced(forward), suppress(_Stop):
+        blocks = {name: functools.partial(forward, name) for name in self._stacks}
+        with torch.no_grad(), replaced(self._model, blocks), suppress(Stop):
             self._model(**inputs)
 
-    @contextmanager
-    def _replaced(self, forward: Callable[..., Any]) -> Iterator[None]:
-        blocks = {name: self._model.get_submodule(name) for name in self._stacks}
-        own = {name: block.__dict__.get("forward") for name, block in blocks.items()}
-        try:
-            for name, block in blocks.items():
-                own_forward = block.forward
-                replacement = functools.partial(forward, name, own_forward)
-                block.forward = functools.update_wrapper(replacement, own_forward)
-            yield
-        finally:
-            for name, block in blocks.items():
-                if own[name] is None:
-                    block.__dict__.pop("forward", None)
-                else:  # accelerate puts its own there
-                    block.forward = own[name]
+
+@contextmanager
+def replaced(model: Any, forwards: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
+    """The model with other forwards of these modules; each is given its own as first argument."""
+    modules = {name: model.get_submodule(name) for name in forwards}
+    before = {name: module.__dict__.get("forward") for name, module in modules.items()}
+    try:
+        for name, module in modules.items():
+            own = module.forward
+            module.forward = functools.update_wrapper(functools.partial(forwards[name], own), own)
+        yield
+    finally:
+        for name, module in modules.items():
+            if before[name] is None:
+                module.__dict__.pop("forward", None)
+            else:  # accelerate puts its own there
+                module.forward = before[name]
 
 
 @contextmanager
 def watched(
-    model: Any, modules: Sequence[str], see: Callable[[str, Tensor], None]
+    model: Any,
+    modules: Sequence[str],
+    see: Callable[[str, Tensor], None],
+    put_out: Callable[[str, Tensor], None] | None = None,
 ) -> Iterator[None]:
-    """Tells ``see`` of every tensor that one of these linear modules is given."""
+    """Tells ``see`` of every tensor that one of these linear modules is given.
+
+    And ``put_out`` of what it gives back, unless it is the model's head, where a pass ends.
+    """
 
     def hook(name: str, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        see(name, args[0] if args else next(iter(kwargs.values())))
+        see(name, given(args, kwargs))
+
+    def after(put_out: Callable[..., None], name: str, module: Any, args: Any, y: Tensor) -> None:
+        put_out(name, y)
 
     handles = [
         model.get_submodule(name).register_forward_pre_hook(
@@ -225,6 +256,11 @@ def watched(
         )
         for name in modules
     ]
+    if put_out is not None:
+        handles += [
+            model.get_submodule(name).register_forward_hook(functools.partial(after, put_out, name))
+            for name in modules
+        ]
     try:
         yield
     finally:
@@ -232,8 +268,14 @@ def watched(
             handle.remove()
 
 
+def given(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    """The input among the arguments of a linear module's call."""
+    x: Tensor = args[0] if args else next(iter(kwargs.values()))
+    return x
+
+
 def _stop_here(module: Any, args: tuple[Any, ...]) -> None:
-    raise _Stop
+    raise Stop
 
 
 def _stacks(model: Any, modules: Sequence[str]) -> dict[str, str]:
@@ -256,26 +298,6 @@ def _stacks(model: Any, modules: Sequence[str]) -> dict[str, str]:
         for path, stack in found.items()
         for name, _ in stack.named_children()
     }
-
-
-def _kept(output: Any, like: Any) -> Any:
-    """An output on the CPU. Tensors that are those of ``like``, another batch's, are shared.
-
-    In T5 the position bias is part of it (heads × length²), the same for every batch.
-    """
-    import torch
-    from torch.utils import _pytree
-
-    leaves, structure = _pytree.tree_flatten(output)
-    others = _pytree.tree_leaves(like)
-    for number, leaf in enumerate(leaves):
-        if not isinstance(leaf, torch.Tensor):
-            continue
-        leaves[number] = leaf.cpu()
-        other = others[number] if len(others) == len(leaves) else None
-        if isinstance(other, torch.Tensor) and torch.equal(leaves[number], other):
-            leaves[number] = other
-    return _pytree.tree_unflatten(leaves, structure)
 
 
 def _same(one: Any, other: Any) -> bool:

@@ -315,10 +315,13 @@ def _figures(results: QuantizeResults) -> str:
     calibration = results.settings.calibration
     if calibration is not None and any(what == "output error" for what, *_ in changes):
         tokens = f" ({units.number(calibration.tokens)} tokens)" if calibration.tokens else ""
-        parts[-1] += (
-            f" The output error is that of the layers' outputs for the inputs that the original "
-            f"model gives them on the calibration text{tokens}."
-        )
+        seen = f"for the inputs that the original model gives them on the calibration text{tokens}"
+        if results.settings.calibration_order == "sequential":
+            seen = (
+                f"on the calibration text{tokens}, held against the original's: each layer is "
+                "given what the quantized layers before it leave"
+            )
+        parts[-1] += f" The output error is that of the layers' outputs {seen}."
     return "\n\n".join(parts)
 
 

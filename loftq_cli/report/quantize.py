@@ -100,6 +100,8 @@ def _facts(results: QuantizeResults) -> list[tuple[str, str]]:
         facts.append(("told by", TOLD_BY["names"]))
     for what, before, after in error_changes(results):
         where = " on the calibration text" if what == "output error" else ""
+        if where and results.settings.calibration_order == "sequential":
+            where += ", in sequence"
         facts.append((what, units.error_change(before, after) + where))
     if totals.seconds is not None:
         facts.append(("time", units.seconds(totals.seconds)))

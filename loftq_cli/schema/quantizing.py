@@ -80,6 +80,9 @@ class QuantizeSettings(Model):
     iterations: int | None
     init: str = "loftq"
     calibration: CalibratedOn | None = None
+    # Whose activations it saw: null without a calibration, and in older reports, where it is
+    # parallel.
+    calibration_order: Literal["sequential", "parallel"] | None = None
     svd: str = "auto"
     target_modules: list[str] | str
     seed: int

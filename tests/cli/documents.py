@@ -46,6 +46,7 @@ def calibrated() -> dict[str, Any]:
         "init": "calibrated",
         "iterations": None,
         "calibration": {"sha256": "0123456789abcdef", "windows": 4, "tokens": 4096},
+        "calibration_order": "sequential",
     }
     return whole
 

@@ -168,7 +168,7 @@ def test_moments_are_those_of_an_ordinary_forward(
     name: str, saved: Callable[[str], Path], text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(calibration, "_BATCH_TOKENS", BATCH * WINDOW)
-    monkeypatch.setattr(calibration, "_PANEL", 48)  # does not divide 64
+    monkeypatch.setattr("loftq_cli.models.moments._PANEL", 48)  # does not divide 64
     directory = saved(name)
     expected, counts = ordinary(directory, text)
     with opened(directory, text) as found:

@@ -98,11 +98,14 @@ def finished(place: Path) -> int:
     return 0
 
 
-def kill_and_rerun(source: Path, container: str, base: Path, kills: int) -> None:
-    """Kills runs when some files are finished, and a moment later; the moments are random."""
+def kill_and_rerun(source: Path, container: str, base: Path, kills: int, *more: object) -> None:
+    """Kills runs when some files are finished, and a moment later; the moments are random.
+
+    They are asked for with ``more`` options.
+    """
     reference = base / "reference" / "out"
     reference.parent.mkdir()
-    asked = ("quantize", "-m", source, "--container", container, "-o")
+    asked = ("quantize", "-m", source, "--container", container, *more, "-o")
     whole = Loftq(base, *asked, reference)
     assert whole.wait() == 0, whole.err
     expected = contents(reference)

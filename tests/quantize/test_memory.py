@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from loftq_cli import hardware
 from loftq_cli.engines.estimates import Machine, memory_bytes, plan_memory
 from loftq_cli.engines.plan import Plan, make_plan
-from loftq_cli.engines.settings import Settings
+from loftq_cli.engines.settings import CalibrationText, Settings
 from loftq_cli.errors import DoesNotFit, UsageError
 from loftq_cli.models.layers import Inventory, LinearLayer
 from loftq_cli.options import size
@@ -72,6 +72,26 @@ def test_looking_at_the_losses_first_is_counted(options: dict[str, Any]) -> None
         more, less = (memory_bytes(each, MACHINE, ahead=ahead) for each in (measured, fixed))
         assert more >= less
     assert more - less > weights
+
+
+def test_two_streams_are_counted_unless_they_go_to_the_disk() -> None:
+    """And a block's quantized weights, beside the original ones."""
+    text = CalibrationText("", 1_000_000)
+    parallel, sequential = (
+        plan((1024, 512), (512, 1024), (512, 512), settings=Settings(
+            init="calibrated", calibration=text, calibration_order=order,
+        ))
+        for order in ("parallel", "sequential")
+    )  # fmt: skip
+
+    def more(limit: int | None) -> int:
+        one, other = (plan_memory(each, limit, MACHINE) for each in (sequential, parallel))
+        return one.peak_bytes - other.peak_bytes
+
+    streams = 2 * 1_000_000 * 512 * 2  # bfloat16, as wide as most layers' inputs
+    assert streams < more(None) < streams + 50e6
+    assert more(8 * streams) == more(None)
+    assert more(8 * streams - 8) == more(None) - streams
 
 
 def test_more_threads_hold_more_pieces() -> None:

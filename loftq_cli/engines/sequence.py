@@ -1,0 +1,115 @@
+"""What a calibrated start knows of its layers' inputs, and those of what it has made of layers.
+
+In sequence, the inputs of a layer are those that the quantized layers before it leave. These come
+from here: of the file that is being made as they were made, and of finished files, an earlier run's
+too, from there. Either gives the same bits, so a run that goes on ends in the same bytes.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from loftq_cli.checkpoint.adapter import ADAPTER_NAME, adapter_part, lora_names
+from loftq_cli.checkpoint.safetensors import read_header
+from loftq_cli.checkpoint.tensors import load_tensor
+from loftq_cli.engines.plan import Plan, PlannedLayer
+from loftq_cli.engines.settings import Settings
+from loftq_cli.record import Record
+from loftq_cli.report import units
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from loftq_cli.core.input_moments import Drift
+    from loftq_cli.models.calibration import Calibration
+    from loftq_cli.models.quantized_layers import QuantizedLayer
+
+
+class FinishedLayers:
+    """Layers as the runtime will have them, each to be asked for once it is quantized."""
+
+    def __init__(self, settings: Settings, directory: Path, device: str) -> None:
+        """Files lie in ``directory``; what comes from finished ones is read to ``device``."""
+        self._settings = settings
+        self._directory = directory
+        self._device = device
+        self._of: dict[str, tuple[str, PlannedLayer]] = {}
+        self._kept: dict[str, tuple[Any, tuple[Tensor, Tensor] | None]] = {}
+
+    def lies_in(self, planned: PlannedLayer, file_name: str) -> None:
+        """Which file a layer is in, or will be."""
+        self._of[planned.layer.module] = file_name, planned
+
+    def keep(self, module: str, quantized: Any, adapter: tuple[Tensor, Tensor] | None) -> None:
+        """A layer of the file that is being made: its codes, and A and B as they will lie there."""
+        self._kept[module] = quantized, adapter
+
+    def __call__(self, module: str) -> QuantizedLayer:
+        """What has become of a layer. One that was kept is forgotten then."""
+        from loftq_cli.models.quantized_layers import QuantizedLayer
+
+        file_name, planned = self._of[module]
+        if module in self._kept:
+            quantized, adapter = self._kept.pop(module)
+        else:
+            quantized, adapter = self._read(file_name, planned)
+        Q = self._settings.quantizer(planned.bits).dequantize(quantized)
+        return QuantizedLayer(Q, adapter, self._settings.scaling)
+
+    def _read(
+        self, file_name: str, planned: PlannedLayer
+    ) -> tuple[Any, tuple[Tensor, Tensor] | None]:
+        header, container = read_header(self._directory / file_name), self._settings.container
+        tensors = {name: (header, info) for name, info in header.tensors.items()}
+        quantized = container.quantized(container.read(tensors, planned.weight, self._device))
+        if not planned.adapted:
+            return quantized, None
+        part = self._directory / adapter_part(file_name)
+        header = read_header(part if part.exists() else self._directory / ADAPTER_NAME)
+        A, B = (
+            load_tensor(header, header.tensors[name]) for name in lora_names(planned.layer.module)
+        )
+        return quantized, (A, B)
+
+
+class LayerInputs:
+    """What is asked for each layer of a task, in the order of the plan."""
+
+    def __init__(self, calibration: Calibration, finished: FinishedLayers | None = None) -> None:
+        """With ``finished`` layers the calibration follows those."""
+        self._calibration = calibration
+        self._finished = finished
+
+    def of(self, module: str) -> tuple[Tensor, Drift | None]:
+        """The second moments of its inputs (in × in), and how far these are from the original's."""
+        return self._calibration.moments(module), self._calibration.drift(module)
+
+    def keep(self, module: str, quantized: Any, adapter: tuple[Tensor, Tensor] | None) -> None:
+        """Told of each layer when it is quantized; as `FinishedLayers.keep`."""
+        if self._finished is not None:
+            self._finished.keep(module, quantized, adapter)
+
+
+def layer_inputs(
+    calibration: Calibration, plan: Plan, directory: Path, device: str, record: Record
+) -> tuple[Plan, LayerInputs]:
+    """The plan in the order in which the inputs of its layers are known, and these inputs."""
+    finished = None
+    if plan.settings.calibration_order == "sequential":
+        finished = FinishedLayers(plan.settings, directory, device)
+        if not calibration.follow(finished):
+            finished = None
+            record.warn(
+                "this model runs in one piece only: all layers are calibrated on what the original "
+                "gives them, as with --calibration-order parallel"
+            )
+    if calibration.on_disk:
+        size = units.size(calibration.on_disk)
+        record.note(f"{size} of hidden states lie on the disk between two blocks")
+    plan = plan.in_order(calibration.order)
+    if finished is not None:
+        for task in plan.tasks:
+            for planned in task.layers:
+                finished.lies_in(planned, task.file_name)
+    return plan, LayerInputs(calibration, finished)
