@@ -173,6 +173,12 @@ def _held_against(
         for tensor in place.stack.planned(place.module, dtype)
     ]
     attached = {_module(name) for name in state if ".lora_" in name}
+    if any(each.name in state and state[each.name].shape != each.shape for each in stacks):
+        raise UnsupportedModel(
+            "PEFT has A and B of experts in another layout",
+            cause="before 0.20 it has them the other way round",
+            hint="pip install -U peft, or leave experts out of --target-modules",
+        )
     # As it is loaded: PEFT may give the tensors other names first.
     tensors = {
         **{name: tensor for name, tensor in state.items() if ".lora_" not in name},

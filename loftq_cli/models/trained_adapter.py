@@ -102,6 +102,11 @@ class TrainedAdapter:
     heads: Mapping[str, TensorInfo]
     stacks: Mapping[str, tuple[TensorInfo, TensorInfo]] = field(default_factory=dict)
 
+    @property
+    def experts(self) -> list[str]:
+        """Those of the modules that are matrices of experts."""
+        return [name for name, pair in self.pairs.items() if isinstance(pair, ExpertPair)]
+
     def factors(self, module: str) -> tuple[Tensor, Tensor, float]:
         """A (r, in) and B (out, r) in float32, and the scaling of their product."""
         pair = self.pairs[module]

@@ -77,6 +77,10 @@ Train with activation checkpointing, or each block's experts stay dequantized fr
 to the backward. What was trained goes on with `adapter="trained-adapter"`, and
 `loftq merge` writes it in 16 bits."""
 
+_ON_PARAMETERS = """\
+The adapter is on experts too, by PEFT's `target_parameters`: that takes PEFT 0.20 or later, which
+has A and B of experts the other way round than before."""
+
 _ADAPTER_LEFT_OUT = """\
 What loads the directory in one call, such as `pipeline`, loads the backbone without its adapter and
 does not say so. Give it the `model` of above instead."""
@@ -179,6 +183,8 @@ def _used(results: QuantizeResults, here: str) -> list[str]:
         ]
     if why_not_by_transformers(results) is None:
         notes.insert(1, _ADAPTER_LEFT_OUT)
+    if results.expert_adapters is not None:
+        notes.insert(0, _ON_PARAMETERS)
     if for_other_readers(results):
         notes.insert(0, _TRANSFORMERS_4.format(load=_by_our_loader(results)))
     return [

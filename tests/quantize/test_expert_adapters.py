@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,7 +12,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora.layer import ParamWrapper
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import loftq_cli
 from loftq_cli.models.loading import load_model
@@ -130,6 +131,15 @@ def test_verified_and_its_damage_found(
     tests = {each["name"]: each for each in json.loads(done.out)["results"]["tests"]}
     assert tests["adapter"]["status"] == tests["totals"]["status"] == "passed"
     assert "4 parameters of experts" in tests["adapter"]["detail"]
+    shutil.copytree(written.out, tmp_path / "out")
+    file = tmp_path / "out" / "loftq_init" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    tensors["base_model.model.model.layers.1.mlp.experts.lora_B.weight"][:, 0] *= 2
+    save_file(tensors, file, metadata={"format": "pt"})
+    done = loftq("verify", tmp_path / "out", "--source", written.source, "--json")
+    tests = {each["name"]: each for each in json.loads(done.out)["results"]["tests"]}
+    assert tests["residuals"]["status"] == "failed"
+    assert "experts do not leave what was reported with" in tests["residuals"]["detail"]
 
 
 @pytest.mark.parametrize("name", ["Mixtral", "DeepSeek-V3"])

@@ -10,10 +10,11 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from loftq_cli.checkpoint.adapter import lora_names
+from loftq_cli.checkpoint.adapter import ADAPTER_DIRECTORY, lora_names
 from loftq_cli.checkpoint.index import Checkpoint
 from loftq_cli.checkpoint.tensors import load_tensor
 from loftq_cli.checks.battery import Finding, NothingToCheck
@@ -24,6 +25,7 @@ from loftq_cli.engines.placement import read_weight
 from loftq_cli.errors import CheckFailed
 from loftq_cli.models.layers import LinearLayer
 from loftq_cli.models.spec import ResolvedModel
+from loftq_cli.models.trained_adapter import TrainedAdapter, read_trained, with_experts
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,7 +44,8 @@ class LayerResidual:
     """One layer's ‖W − Q − s·B·A‖ / ‖W‖: ``error`` by the files, ``reported`` by the report.
 
     ``backbone`` is the same without the adapter, ``norm`` is ‖W‖. ``copied`` is false where a
-    weight should be the source's, byte by byte, and is not.
+    weight should be the source's, byte by byte, and is not. Of an expert all are of its codes
+    alone; with its part of an adapter on all of them it leaves ``with_others``.
     """
 
     name: str
@@ -53,6 +56,7 @@ class LayerResidual:
     reported: float | None
     reported_backbone: float | None = None
     copied: bool = True
+    with_others: float | None = None
 
     @property
     def agrees(self) -> bool:
@@ -106,6 +110,7 @@ class Residuals:
         self.measured.sort(key=lambda each: order[each.name])
         self._require_agreement()
         self._require_total()
+        self._require_total_of_experts()
         return self._finding(same_files)
 
     def _require_in_source(self, layer: ClaimedLayer, original: LinearLayer | None) -> None:
@@ -131,18 +136,64 @@ class Residuals:
             found = self.written.plain_layers[layer.name]
             Q = read_weight(self.written.checkpoint, found, device)
             copied = Q.dtype == W.dtype and _same_bytes(W, Q)
-        correction = None
-        adapter = self.written.adapter_header
+        correction, of_expert = None, False
+        adapter, on_experts = self.written.adapter_header, self._on_experts
         if adapter is not None and layer.stored_rank:
             A, B = (
                 load_tensor(adapter, adapter.tensors[name]).to(W.device).double()
                 for name in lora_names(layer.name)
             )
             correction = (B * self.written.claims.scaling, A)
+        elif on_experts is not None and layer.name in on_experts.pairs:
+            A, B, scaling = on_experts.factors(layer.name)
+            correction, of_expert = (
+                (B.to(W.device).double() * scaling, A.to(W.device).double()),
+                True,
+            )
         error, backbone, norm = _residual(W, Q, correction)
         return LayerResidual(
-            layer.name, layer.shape, error, backbone, norm, layer.error, layer.backbone, copied
+            layer.name,
+            layer.shape,
+            backbone if of_expert else error,
+            backbone,
+            norm,
+            layer.error,
+            layer.backbone,
+            copied,
+            error if of_expert else None,
         )
+
+    @cached_property
+    def _on_experts(self) -> TrainedAdapter | None:
+        """The adapter, told apart by experts, where it corrects those."""
+        reported = self.written.claims.results.expert_adapters
+        if reported is None or reported.weight_error_relative is None:
+            return None
+        adapter = read_trained(self.written.directory / ADAPTER_DIRECTORY)
+        return with_experts(adapter, self.written.architecture, self.written.weights.values())
+
+    def _require_total_of_experts(self) -> None:
+        """What all experts with adapters leave, where all were measured."""
+        reported, on_experts = self.written.claims.results.expert_adapters, self._on_experts
+        measured = [each for each in self.measured if each.with_others is not None]
+        if reported is None or on_experts is None or len(measured) < len(on_experts.experts):
+            return
+        whole = math.hypot(*(each.norm for each in measured)) or 1.0
+        for what, said, errors in (
+            ("with", reported.weight_error_relative, [each.with_others for each in measured]),
+            ("without", reported.backbone_error_relative, [each.backbone for each in measured]),
+        ):
+            lost = (
+                (error or 0.0) * each.norm for error, each in zip(errors, measured, strict=True)
+            )
+            found = math.hypot(*lost) / whole
+            if said is None or abs(found - said) > TOLERANCE:
+                raise CheckFailed(
+                    f"experts do not leave what was reported {what} their adapters",
+                    cause=f"they leave {found:.6f}, reported was {said}: the adapter, or the "
+                    "report, was changed",
+                    hint=WRITE_AGAIN,
+                )
 
     def _require_some_agreement(self, same_files: bool | None) -> None:
         """A fine-tuned twin has the same names and shapes, and agrees nowhere."""
