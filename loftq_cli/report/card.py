@@ -74,8 +74,8 @@ loftq has a loader of its own, with which experts stay packed too:
 {load}
 
 Train with activation checkpointing, or each block's experts stay dequantized from the forward pass
-to the backward. What was trained goes on with `adapter="trained-adapter"`, and
-`loftq merge` writes it in 16 bits."""
+to the backward. `adapter="trained-adapter"` loads what was trained, and `loftq merge` writes it in
+16 bits."""
 
 _ON_PARAMETERS = """\
 The adapter is on experts too, by PEFT's `target_parameters`: that takes PEFT 0.20 or later, which
@@ -184,9 +184,9 @@ def _used(results: QuantizeResults, here: str) -> list[str]:
     if why_not_by_transformers(results) is None:
         notes.insert(1, _ADAPTER_LEFT_OUT)
     if results.expert_adapters is not None:
-        notes.insert(0, _ON_PARAMETERS)
+        notes.insert(1, _ON_PARAMETERS)
     if for_other_readers(results):
-        notes.insert(0, _TRANSFORMERS_4.format(load=_by_our_loader(results)))
+        notes.insert(1, _TRANSFORMERS_4.format(load=_by_our_loader(results)))
     return [
         *(["## Install", integer_card.install(results)] if integers else []),
         "## Load",
@@ -318,6 +318,8 @@ def _figures(results: QuantizeResults) -> str:
             "what plain quantization (QLoRA) leaves, the second what backbone and adapter leave "
             "together."
         )
+        if results.expert_adapters is not None:
+            parts[-1] += " Those of experts are in it without their adapters."
     calibration = results.settings.calibration
     if calibration is not None and any(what == "output error" for what, *_ in changes):
         tokens = f" ({units.number(calibration.tokens)} tokens)" if calibration.tokens else ""

@@ -57,10 +57,10 @@ Nothing is rounded on the way. An adapter that was trained there is exact here, 
 round."""
 
 _DEQUANTIZED_EXPERTS = """\
-So are its experts. Packed while PEFT trains the other layers they are in bitsandbytes' 4 bits
-alone: made with `--experts quantize`, and loaded by `loftq_cli.load`. Made again with `--experts
-keep`, which leaves them in 16 bits, the directory goes into gptqmodel's container (`loftq export`),
-where the rest stays packed."""
+Experts are dequantized too. Only in bitsandbytes' 4 bits do they stay packed while PEFT trains the
+other layers: made with `--experts quantize`, and loaded by `loftq_cli.load`. Made again with
+`--experts keep`, which leaves them in 16 bits, the directory goes into gptqmodel's container
+(`loftq export`), where the rest stays packed."""
 
 _PACKED = """\
 The weights stay packed while it trains. A LoRA of your own on them needs its `target_modules` by

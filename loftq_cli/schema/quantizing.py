@@ -48,7 +48,8 @@ class ExpertAdapters(Model):
     """Adapters on the parameters that a model holds its experts as, by PEFT's `target_parameters`.
 
     `experts` counts each of a parameter's, `parameters` what is trained. Errors are those of all of
-    them, without and with the adapters: null in a dry run, and where nothing is corrected.
+    them, without and with the adapters: null in a dry run, and where nothing is corrected. Layers
+    and totals have those of experts without.
     """
 
     target_parameters: list[str]
