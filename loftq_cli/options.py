@@ -137,8 +137,8 @@ class SweepOptions(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class CompareOptions(Options):
-    """Of `compare`. ``init``, ``bits``, ``container``, ``block_size``, ``ranks``,
-    ``tasks`` and ``learning_rate`` are lists with commas."""
+    """Of `compare`. ``init``, ``bits``, ``container``, ``block_size``, ``experts``,
+    ``ranks``, ``tasks`` and ``learning_rate`` are lists with commas."""
 
     command = "compare"
 
@@ -149,6 +149,7 @@ class CompareOptions(Options):
     ranks: str = "16"
     text: Path | None = None
     calibration_text: Path | None = None
+    experts: str | None = None
     tasks: str | None = None
     train_text: Path | None = None
     train_steps: int | None = None

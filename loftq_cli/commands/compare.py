@@ -33,6 +33,13 @@ from loftq_cli.report.units import listed
         metavar="N,N,…",
         help="Weights that share one scale; what a container does not have is left out.",
     ),
+    experts=option(
+        str | None,
+        "--experts",
+        metavar="quantize,keep",
+        show_default="as each container has it",
+        help="What becomes of the matrices of experts, either or both.",
+    ),
     text=option(
         Path | None,
         "--text",

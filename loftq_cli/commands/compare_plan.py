@@ -62,6 +62,7 @@ class Grid:
     container: str
     bits: int
     block_size: int | None
+    experts: str | None = None  # None: as the container has it
 
     @property
     def kind(self) -> type[Container]:
@@ -164,15 +165,16 @@ def _grids(asked: CompareOptions, texts: Texts) -> list[Grid]:
     sizes = block_sizes(asked.block_size)
     found: dict[Grid, None] = {}
     refused = None
-    for number, name, size in product(bits, names, sizes):
+    experts = [None] if asked.experts is None else items(asked.experts, "--experts")
+    for number, name, size, each in product(bits, names, sizes, experts):
         has_blocks = "block_size" in kind_of(name, number).options
-        grid = Grid(name, number, size if has_blocks else None)
+        grid = Grid(name, number, size if has_blocks else None, each)
         try:
             _settings(QLORA, grid, ranks(asked.ranks)[0], asked, texts)
             found[grid] = None
         except UsageError as error:
             refused = error
-    if refused is not None and (not found or len(names) == len(sizes) == 1):
+    if refused is not None and (not found or len(names) == len(sizes) == len(experts) == 1):
         raise refused
     return list(found)
 
@@ -235,14 +237,14 @@ def _settings(
 ) -> Settings:
     """By the rules of `quantize`; what means nothing to a start or a grid is not said to it."""
     known = () if grid is None else grid.kind.options
-    unsaid = {*FORMAT} - {*known} | {"bits", "container", "block_size"}
+    unsaid = {*FORMAT} - {*known} | {"bits", "container", "block_size", "experts"}
     if not start.iterates:
         unsaid.add("iterations")
     said = ((name, value) for name, value in vars(asked).items() if name not in unsaid)
     text = texts.calibration if start.needs_moments else None
     changed: dict[str, Any] = {"init": start.name, "calibration_text": text, "rank": rank}
     if grid is not None:
-        changed |= {"bits": grid.bits, "container": grid.container}
+        changed |= {"bits": grid.bits, "container": grid.container, "experts": grid.experts}
         if grid.block_size is not None:
             changed["block_size"] = grid.block_size
     return settings_of(QuantizeOptions.like(said, **changed))

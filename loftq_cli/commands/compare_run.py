@@ -293,6 +293,7 @@ class Bench:
                 "containers": containers,
                 "block_size": sizes[0],
                 "block_sizes": sizes,
+                "experts": None if asked.experts is None else items(asked.experts, "--experts"),
                 "target_modules": items(asked.target_modules, "--target-modules"),
                 "tasks": [] if self.downstream is None else self.downstream.tasks,
                 **how,
@@ -346,6 +347,7 @@ def _grid(settings: Settings) -> dict[str, Any]:
         "grid": f"{kind}{settings.bits}",
         "container": container.name,
         "block_size": container.block_size,
+        "experts": settings.experts,
     }
 
 

@@ -247,6 +247,8 @@ def _for_start(
         elif name in ("quant_type", "double_quant"):
             if own:
                 yield name, value
+        elif name == "experts":
+            yield name, best.experts
         elif name != "iterations" or start.iterates:
             yield name, value
 

@@ -158,6 +158,7 @@ def _against_bytes(results: CompareResults) -> Table:
         Column("grid", "grid", "name"),
         Column("block_size", "block", show=_block),
         Column("container", "container"),
+        Column("experts", "experts"),
         Column("stored_bits", "stored bits", show=units.plain),
         Column("backbone_bytes", "backbone", show=units.size),
         Column("data_free_kl", "data-free", show=units.small),
@@ -191,5 +192,7 @@ def _table(
         ]
         if len(results.settings.containers) > 1:
             bits.insert(0, Column("container", "container"))
+    if results.settings.experts:
+        bits.append(Column("experts", "experts"))
     names = [Column("init", "start", "name"), *bits, Column("rank", "rank")]
     return Table(title, [*names, *columns], methods)

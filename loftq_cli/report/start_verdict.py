@@ -26,7 +26,7 @@ WORTHWHILE_SHARE = 0.02
 # Standard errors that a difference in loss has to exceed.
 ERRORS = 2.0
 
-Grid = tuple[int, str | None, int | None]
+Grid = tuple[int, str | None, int | None, str | None]
 Key = tuple[str, int | None, Grid]
 Losses = Mapping[Key, Sequence[float]]
 
@@ -37,8 +37,8 @@ def key(method: ComparedMethod) -> Key:
 
 
 def grid_of(method: ComparedMethod) -> Grid:
-    """What its weights are rounded to, and where they lie: bits, container, block size."""
-    return method.bits, method.container, method.block_size
+    """What its weights are rounded to, and where they lie; and whether experts are."""
+    return method.bits, method.container, method.block_size, method.experts
 
 
 def relative_to_qlora(methods: Sequence[ComparedMethod]) -> list[ComparedMethod]:
@@ -116,6 +116,7 @@ def _by_distance(here: Sequence[ComparedMethod], where: str) -> BitsVerdict:
         bits=best.bits,
         container=best.container or DEFAULT_CONTAINER,
         block_size=best.block_size,
+        experts=best.experts,
         init=best.init,
         rank=best.rank,
         gain=gain,

@@ -14,9 +14,12 @@ from loftq_cli.report.units import listed
 from loftq_cli.schema import ComparedMethod, GridVerdict
 
 
-def called(grid: str | None, container: str | None, block_size: int | None) -> str:
-    """`int4 in blocks of 64 (gptq)`."""
-    return f"{grid}{blocks(block_size)} ({container})"
+def called(
+    grid: str | None, container: str | None, block_size: int | None, experts: str | None = None
+) -> str:
+    """`int4 in blocks of 64 (gptq)`, `int4 in blocks of 64 (gptq, experts kept)`."""
+    kept = ", experts kept" if experts == "keep" else ""
+    return f"{grid}{blocks(block_size)} ({container}{kept})"
 
 
 def blocks(size: int | None) -> str:
@@ -32,10 +35,12 @@ def by_stored_bits(methods: Sequence[ComparedMethod]) -> list[GridVerdict]:
     """
     groups: dict[tuple[object, ...], list[ComparedMethod]] = {}
     for each in methods:
-        groups.setdefault((each.grid, each.container, each.block_size), []).append(each)
-    if len({here[0].stored_bits for here in groups.values()}) < 2:
+        groups.setdefault((each.grid, each.container, each.block_size, each.experts), []).append(
+            each
+        )
+    if len({_size(here) for here in groups.values()}) < 2:
         return []
-    found = sorted(groups.values(), key=lambda here: (here[0].stored_bits, _least(here)))
+    found = sorted(groups.values(), key=lambda here: (*_size(here), _least(here)))
     verdicts: list[GridVerdict] = []
     lowest = math.inf
     for here in found:
@@ -45,6 +50,7 @@ def by_stored_bits(methods: Sequence[ComparedMethod]) -> list[GridVerdict]:
                 grid=first.grid or f"{first.bits} bits",
                 container=first.container or DEFAULT_CONTAINER,
                 block_size=first.block_size,
+                experts=first.experts,
                 stored_bits=first.stored_bits,
                 backbone_bytes=first.backbone_bytes,
                 least=own < lowest,
@@ -79,6 +85,11 @@ def _best(here: Sequence[ComparedMethod], kind: str, *, calibrated: bool) -> dic
     return {f"{kind}_init": best.init, f"{kind}_kl": best.kl_divergence}
 
 
+def _size(here: Sequence[ComparedMethod]) -> tuple[int, float]:
+    """What the files take: stored bits alone say nothing of experts that are kept."""
+    return here[0].backbone_bytes, here[0].stored_bits
+
+
 def _least(here: Sequence[ComparedMethod]) -> float:
     return min(
         (each.kl_divergence for each in here if each.kl_divergence is not None), default=math.inf
@@ -91,5 +102,5 @@ def _kl(grid: GridVerdict) -> str:
 
 
 def _sized(grid: GridVerdict) -> str:
-    name = called(grid.grid, grid.container, grid.block_size)
+    name = called(grid.grid, grid.container, grid.block_size, grid.experts)
     return f"{name} with {units.plain(grid.stored_bits)} stored bits"

@@ -54,6 +54,7 @@ class CompareSettings(Model):
     container: str = DEFAULT_CONTAINER
     containers: list[str] = [DEFAULT_CONTAINER]
     block_sizes: list[int] = []
+    experts: list[str] | None = None
     iterations: str
     lora_alpha: float | None  # null: the rank
     rslora: bool
@@ -112,6 +113,7 @@ class ComparedMethod(Model):
     `bits` is what a weight's code can say, `stored_bits` what it takes in the files, scales
     included (of "original" the mean of all its tensors). `grid` is what weights are rounded to,
     `nf4` or `int2`, in `container` and blocks of `block_size` (-1: a whole row); null for 16 bits.
+    `experts` is what was asked for of experts, `quantize` or `keep`.
     What is relative to QLoRA is so on the same grid and at the same rank, and null where there is
     none: `error_removed` is the share of QLoRA's weight error that is gone, `kl_gain` is QLoRA's KL
     divergence over this one. `seconds` are those of making the files. KL, perplexity and losses are
@@ -132,6 +134,7 @@ class ComparedMethod(Model):
     grid: str | None = None
     container: str | None = None
     block_size: int | None = None
+    experts: str | None = None
     rank: int | None
     weight_error_relative: float | None
     error_removed: float | None = None
@@ -168,6 +171,7 @@ class BitsVerdict(Model):
     bits: int
     container: str = DEFAULT_CONTAINER
     block_size: int | None = None
+    experts: str | None = None
     init: str
     rank: int
     gain: bool
@@ -186,12 +190,13 @@ class BitsVerdict(Model):
 class GridVerdict(Model):
     """What a grid comes to with the best start of each kind, of all ranks: KL against bytes.
 
-    `least` says that no grid of as many stored bits or fewer has a lower KL.
+    `least` says that no grid of as many bytes or fewer has a lower KL.
     """
 
     grid: str
     container: str
     block_size: int | None = None
+    experts: str | None = None
     stored_bits: float
     backbone_bytes: int
     data_free_init: str | None = None

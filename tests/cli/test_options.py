@@ -32,9 +32,9 @@ CONTRACT = {
     "sweep-ranks": "--model -m --ranks --target-modules --bits --quant-type --block-size "
     "--batch-size --sequence-length --vram --error --device --container",
     "targets": "--model -m --rank --container",
-    "compare": "--model -m --init --bits --container --ranks --text --calibration-text --tasks "
-    "--train-text --train-steps --learning-rate --seeds --quant-type --block-size --double-quant "
-    "--iterations --lora-alpha --rslora --target-modules --device --dtype --seed "
+    "compare": "--model -m --init --bits --container --experts --ranks --text --calibration-text "
+    "--tasks --train-text --train-steps --learning-rate --seeds --quant-type --block-size "
+    "--double-quant --iterations --lora-alpha --rslora --target-modules --device --dtype --seed "
     "--trust-remote-code",
     "check": "--model -m --device --dtype",
     "verify": "--source --sample --device",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import math
 import shutil
 import weakref
@@ -28,10 +29,12 @@ from loftq_cli.commands.compare_rates import LADDER
 from loftq_cli.commands.compare_train import forecast
 from loftq_cli.errors import UsageError
 from loftq_cli.models import evaluation
+from loftq_cli.models.spec import DEMO_DIRECTORY
 from loftq_cli.options import LARGEST_SEED, CompareOptions
 from loftq_cli.report.start_verdict import difference, key, relative_to_qlora, verdict
 from loftq_cli.schema import ComparedMethod, Training
 from tests.conftest import Outcome
+from tests.experts import save
 
 Loftq = Callable[..., Outcome]
 Refused = Callable[..., str]
@@ -355,6 +358,17 @@ def test_every_combination_that_there_is() -> None:
     assert calibrated == [("gptq", 8, 64)]
 
 
+def test_experts_both_ways() -> None:
+    asked = CompareOptions(model="gpt2", container="compressed-tensors", experts="keep,quantize")
+    found = methods(asked, texts_of(asked))
+    assert [each.experts for each in found if each.init == "qlora"] == ["keep", "quantize"]
+    with pytest.raises(UsageError, match="nothing loads quantized experts in gptq"):
+        grids(container="gptq", experts="quantize")
+    assert grids(container="gptq, compressed-tensors", experts="quantize") == [
+        ("compressed-tensors", 4, 64)
+    ]
+
+
 @pytest.mark.parametrize(
     ("changes", "what"),
     [
@@ -362,6 +376,7 @@ def test_every_combination_that_there_is() -> None:
         ({"container": "gptq,", "bits": "4"}, "an empty item"),
         ({"block_size": "64,all"}, "takes whole numbers"),
         ({"container": "gptq", "block_size": "256,512"}, "no block size 512"),
+        ({"experts": "drop"}, "--experts takes"),
         ({"container": "gptq", "double_quant": True}, "--container gptq has no --quant-type or"),
         ({"container": "gptq", "quant_type": "fp4", "bits": "8"}, "--container gptq has no"),
     ],
@@ -545,6 +560,24 @@ def on_grid(
 ) -> ComparedMethod:
     about = {"grid": grid, "block_size": size, "stored_bits": stored, "container": "gptq"}
     return method(init, kl, int(grid[-1]), **{**about, **changes})
+
+
+def test_kept_experts_against_their_bytes(tmp_path: Path, loftq: Loftq, other_text: Path) -> None:
+    save("Mixtral", tmp_path / "model", vocab_size=4096)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(DEMO_DIRECTORY / name, tmp_path / "model" / name)
+    line = ("compare", "-m", tmp_path / "model", "--container", "compressed-tensors", "--json")
+    done = loftq(
+        *line, "--experts", "quantize,keep", "--init", "qlora", "--ranks", 4, "--text", other_text
+    )
+    assert done.code == 0, done.err
+    results = json.loads(done.out)["results"]
+    kept, quantized = results["verdict"]["grids"][::-1]
+    assert (kept["experts"], quantized["experts"]) == ("keep", "quantize")
+    assert kept["backbone_bytes"] > 1.2 * quantized["backbone_bytes"]
+    assert quantized["least"]
+    by_experts = {each["experts"]: each["kl_divergence"] for each in results["methods"][1:]}
+    assert by_experts["keep"] < by_experts["quantize"]
 
 
 def test_grids_against_their_bytes() -> None:

@@ -36,7 +36,7 @@ def compare_figures(results: CompareResults) -> Iterator[Figure]:
 def _grid(method: ComparedMethod) -> str:
     if method.grid is None:
         return f"{method.bits} bits"
-    return called(method.grid, method.container, method.block_size)
+    return called(method.grid, method.container, method.block_size, method.experts)
 
 
 def _method(method: ComparedMethod) -> str:
