@@ -62,9 +62,12 @@ from loftq_cli.errors import InvalidSetting, NonFiniteWeight
 Method = Literal["calibrated", "qera", "qera-diagonal"]
 # Unless a number is asked for, the iterations end with the first that takes less than this off the
 # error; and after so many.
-_ENOUGH, _MOST_ITERATIONS = 2e-3, 10
-# Times through all codes in an iteration.
-_SWEEPS = 2
+_ENOUGH, _MOST_ITERATIONS = 3e-3, 10
+# Times through all codes before the first low rank of what they leave, and before those after it.
+# Against two each time, until 2e-3, trained models' layers end 0.2 % lower with a fifth less work.
+_FIRST_SWEEPS, _SWEEPS = 4, 1
+# And before absmax are rounded all together.
+_SWEEPS_OF_ABSMAX = 2
 
 
 @torch.no_grad()
@@ -141,14 +144,14 @@ class _Problem:
         # W·D and E‖W·(x − x̃)‖²; None and 0 where the inputs are the original's.
         self.drifted = None if drift is None else rows_times(W, drift.cross)
         self.drift_energy = 0.0 if drift is None else drift.output_energy * self.unit**2
-        # √E‖W·x‖², in the units of the source.
-        self.output_norm = math.sqrt(self._energy(W, input_moments)) / self.unit
         # As they were given; the identity where they are zero.
-        self.moments = (
-            input_moments if input_moments.any() else torch.eye(W.shape[1], device=W.device)
-        )
+        known = bool(input_moments.any())
+        self.moments = input_moments if known else torch.eye(W.shape[1], device=W.device)
         # √E‖W·x‖², which errors are relative to; 1 if that is zero.
-        self.norm = math.sqrt(self._energy(W, self.moments)) or 1.0
+        norm = math.sqrt(self._energy(W))
+        self.norm = norm or 1.0
+        # The same in the units of the source.
+        self.output_norm = (norm if known else math.sqrt(self.drift_energy)) / self.unit
         self.dtype = quantizer.dtype or source.dtype
         size, largest = quantizer.block_size(W.shape[1]), quantizer.largest(self.dtype)
         self.grid = Grid.of(quantizer.levels, size, W, largest, self.unit)
@@ -165,10 +168,10 @@ class _Problem:
 
     def output_error(self, R: Tensor) -> float:
         """√E‖W·x − Ŵ·x̃‖² / √E‖W·x‖² for R = W − Ŵ."""
-        return math.sqrt(self._energy(R, self.moments)) / self.norm
+        return math.sqrt(self._energy(R)) / self.norm
 
-    def _energy(self, R: Tensor, moments: Tensor) -> float:
-        return output_energy(R, moments, self.drifted, self.drift_energy)
+    def _energy(self, R: Tensor) -> float:
+        return output_energy(R, self.moments, self.drifted, self.drift_energy)
 
     def stored(self, rounding: Rounding, like: QuantizedBlockwise | None) -> Any:
         """What is written to the file; with the absmax of ``like``, if that is given."""
@@ -207,8 +210,9 @@ def _alternate(problem: _Problem, iterations: int | None) -> tuple[_Found, list[
     errors: list[float] = []
     most = _MOST_ITERATIONS if iterations is None else iterations
     for iteration in range(1, most + 1):
+        sweeps = _FIRST_SWEEPS if iteration == 1 else _SWEEPS
         rounding = descend(
-            T - low_rank.dense(), inputs.moments, rounding, grid, sweeps=_SWEEPS, free=kept is None
+            T - low_rank.dense(), inputs.moments, rounding, grid, sweeps=sweeps, free=kept is None
         )
         quantized = problem.stored(rounding, kept)
         R = problem.residual(quantized)
@@ -241,7 +245,7 @@ def _first_rounding(
     if not quantizer.rounds_together:
         return rounding, None
     # They are as good as they will be before they are rounded themselves.
-    rounding = descend(T, inputs.moments, rounding, grid, sweeps=_SWEEPS, free=True)
+    rounding = descend(T, inputs.moments, rounding, grid, sweeps=_SWEEPS_OF_ABSMAX, free=True)
     kept = problem.stored(rounding, None)
     return gptq(T, inputs.root, grid, restore_absmax(kept) * problem.unit), kept
 
