@@ -71,9 +71,11 @@ _SECONDS_SEARCHED = 4.1e-9
 _SECONDS_AN_ITERATION = 4.0e-3
 # Steps until another hardly pays, as a rule.
 _ITERATIONS = 10
-# Calibrated, seconds a weight and input of its layer; and in float32, what is held: copies of the
-# weight, and matrices of the moments' size.
-_SECONDS_CALIBRATED = 2.0e-10
+# Calibrated, seconds a weight, for the loops over its codes, and a weight and input of its layer,
+# for the products; and in float32, what is held: copies of the weight, and matrices as large as the
+# moments.
+_SECONDS_CALIBRATED = 4.5e-7
+_SECONDS_CALIBRATED_AND_INPUT = 1.6e-10
 _CALIBRATED, _MOMENTS = 8, 8
 _SEQUENTIAL, _DRIFT = 4, 3  # what is added to those
 # And the model's own passes over the text, seconds a weight and token.
@@ -281,7 +283,8 @@ def seconds(plan: Plan) -> float:
     for planned in plan.layers:
         weights = planned.layer.parameters
         if settings.start.needs_moments:
-            total += weights * planned.layer.in_features * _SECONDS_CALIBRATED
+            each = planned.layer.in_features * _SECONDS_CALIBRATED_AND_INPUT
+            total += weights * (_SECONDS_CALIBRATED + each)
         elif not _alternates(planned, settings):
             total += weights * (_SECONDS_FIRST_SEARCH if searches else _SECONDS_A_WEIGHT)
         elif _takes_exact(planned, settings):
