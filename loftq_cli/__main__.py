@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import sys
@@ -15,6 +16,9 @@ def main() -> None:
     from loftq_cli.cli import main as run
 
     code = run()
+    # Where all is given back to the system, nobody has to look for garbage in it first, which takes
+    # a second with all libraries.
+    gc.freeze()
     # Python ends itself by SIGINT, whatever the exit code, if Ctrl-C ever came out of code given to
     # `exec` as text, as libraries do while they are imported. The next such code makes it forget.
     exec("")

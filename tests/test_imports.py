@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import resource
 import subprocess
 import sys
 
 import pytest
+
+from loftq_cli.errors import LoftqError
+from loftq_cli.libraries import importing
 
 # fmt: off
 HEAVY = {
@@ -39,6 +43,29 @@ def test_help_and_version_import_nothing_heavy(argv: list[str]) -> None:
 def test_the_help_of_a_command_imports_no_torch(command: str) -> None:
     # Typer itself imports pydantic for every command line that is more than its own help.
     assert imported_by(WATCH.format(argv=[command, "--help"])) & HEAVY <= {"pydantic"}
+
+
+def test_no_garbage_is_looked_for_while_libraries_are_imported() -> None:
+    assert gc.isenabled()
+    with importing():
+        assert not gc.isenabled()
+        with importing():
+            pass
+        assert not gc.isenabled()
+    with pytest.raises(LoftqError), importing():
+        raise LoftqError("")
+    assert gc.isenabled()
+
+
+def test_the_end_of_a_command_does_not_look_through_all_there_is() -> None:
+    code = """
+import atexit, gc, sys
+atexit.register(lambda: print("imported:", gc.get_count()[0] < 1000 < gc.get_freeze_count()))
+sys.argv[1:] = ["--version"]
+from loftq_cli.__main__ import main
+main()
+"""
+    assert imported_by(code) == {"True"}
 
 
 def test_the_public_face_imports_nothing_heavy() -> None:

@@ -43,6 +43,7 @@ from loftq_cli.engines.settings import Settings
 from loftq_cli.engines.tasks import TaskResult, TaskSpec
 from loftq_cli.errors import LoftqError
 from loftq_cli.formats import EngineName
+from loftq_cli.libraries import importing
 from loftq_cli.models.companions import Companions, companions
 from loftq_cli.models.layers import linear_layers
 from loftq_cli.models.lookup import find_model
@@ -255,7 +256,7 @@ def _prepare(job: Job, cluster: Cluster | None, record: Record) -> _Prepared:
             found = replace(found, directory=found.directory.absolute())
         checkpoint = found.checkpoint().cast(job.settings.dtype)
         _tell_of_stream(found, checkpoint, record)
-    with record.timing("plan"):
+    with record.timing("plan"), importing():
         devices = choose_devices(job, cluster, record)
         asked = ask(
             found.directory,

@@ -29,6 +29,7 @@ from loftq_cli.engines.plan import Plan, PlannedLayer, Task
 from loftq_cli.engines.sequence import LayerInputs
 from loftq_cli.engines.settings import Settings
 from loftq_cli.errors import LoftqError
+from loftq_cli.libraries import importing
 from loftq_cli.models.layers import LeftTensor, LinearLayer
 from loftq_cli.record import Progress
 from loftq_cli.starts import QLORA
@@ -291,7 +292,8 @@ def _warm_up(
     W = torch.randn(256, width, generator=torch.Generator().manual_seed(0)).to(dtype)
     layer = LinearLayer("", "", 256, width, transposed=False, dtype="")
     planned = PlannedLayer(layer, bits, 8 if adapted else 0)
-    with suppress(torch.OutOfMemoryError):  # as for the layers, which go to the CPU then
+    # Out of memory the layers go to the CPU.
+    with importing(), suppress(torch.OutOfMemoryError):
         initialize(W.to(device), planned, replace(settings, iterations=2), torch.eye(width))
 
 

@@ -19,6 +19,11 @@ from typing import Any, NamedTuple
 _HARMLESS = {"device"}
 _ASKING = {"isinstance", "hasattr", "type", "id"}
 _ANY = "*"  # a part of a path that an index chooses
+# Neither torch nor what transformers shares between its models knows a layer by name.
+_SHARED = (
+    "builtins", "torch.", "transformers.distributed.", "transformers.generation.",
+    "transformers.modeling_", "transformers.utils.",
+)  # fmt: skip
 # These run before there are weights, or put one in another's place.
 _NOT_FORWARD = ("__init__", "init_", "_init_", "reset_", "tie_", "_tie_", "get_", "set_", "resize_")
 
@@ -64,8 +69,7 @@ def _reads(kind: type) -> tuple[_Read, ...]:
     """All such reads in the methods of a class and of those that it inherits from."""
     found: set[_Read] = set()
     for each in kind.__mro__:
-        # Neither torch nor what transformers shares between its models knows a layer by name.
-        if not each.__module__.startswith(("torch.", "builtins", "transformers.modeling_")):
+        if not each.__module__.startswith(_SHARED):
             found |= _classes(each.__module__).get(each.__name__, frozenset())
     return tuple(sorted(found))
 
