@@ -14,6 +14,7 @@ import torch
 from loftq_cli.checkpoint.index import open_checkpoint
 from loftq_cli.engines import tasks
 from loftq_cli.engines.plan import Plan, make_plan
+from loftq_cli.engines.sequence import LayerInputs
 from loftq_cli.engines.settings import Settings
 from loftq_cli.engines.tasks import TaskResult, TaskSpec, run_task
 from loftq_cli.errors import LoftqError
@@ -38,21 +39,32 @@ def plan_of(spec: TaskSpec) -> Plan:
     return make_plan(linear_layers(infos, config), spec.settings)
 
 
+class Moments(dict[str, torch.Tensor]):
+    """A calibration that has been."""
+
+    def moments(self, module: str) -> torch.Tensor:
+        return self[module]
+
+    def drift(self, module: str) -> None:
+        return None
+
+
 def test_another_process_writes_the_same_bytes(spec: TaskSpec, tmp_path: Path) -> None:
     plan = plan_of(spec)
     (task,) = plan.tasks
-    moments = {}
+    moments = Moments()
     for layer in plan.layers:
         x = torch.randn(256, layer.layer.in_features, generator=torch.Generator().manual_seed(1))
         moments[layer.layer.module] = x.T @ x / len(x)
+    inputs = LayerInputs(moments)  # type: ignore[arg-type]
     there = replace(spec, output=tmp_path / "there")
     there.output.mkdir()
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        other = pool.submit(run_task, task, there, moments.__getitem__)
-        ours, theirs = run_task(task, spec, moments.__getitem__), other.result()
+        other = pool.submit(run_task, task, there, inputs)
+        ours, theirs = run_task(task, spec, inputs), other.result()
         # An error arrives as what it is, with the name of the tensor.
         moments["model.layers.0.mlp.up_proj"] *= float("nan")
-        failed = pool.submit(run_task, task, there, moments.__getitem__).exception()
+        failed = pool.submit(run_task, task, there, inputs).exception()
     assert isinstance(failed, LoftqError)
     assert "model.layers.0.mlp.up_proj" in failed.what
     assert ours.files == theirs.files
