@@ -364,17 +364,14 @@ def _calibration(ready: _Prepared, record: Record) -> Iterator[Calibration | Non
         return
     from loftq_cli.models.calibration import open_calibration
 
-    layers = [planned.layer for planned in ready.plan.layers if not planned.layer.expert]
-    if experts := len(ready.plan.layers) - len(layers):
-        record.warn(
-            f"no moments of the inputs of {experts} matrices of experts, which the model holds as "
-            "one: there the errors of weights are what counts"
-        )
+    layers = [planned.layer for planned in ready.plan.layers]
+    experts = [layer.module for layer in layers if layer.expert]
     with open_calibration(
         ready.found.directory,
         text,
-        [layer.module for layer in layers],
+        [layer.module for layer in layers if not layer.expert],
         device=ready.device,
+        experts=experts,
         trust_remote_code=ready.job.trust_remote_code,
         max_memory_bytes=ready.job.memory_limit or hardware.memory_bytes(),
         most_tokens=asked.tokens,
@@ -382,6 +379,11 @@ def _calibration(ready: _Prepared, record: Record) -> Iterator[Calibration | Non
         if calibration.text_sha256 != asked.sha256:
             raise LoftqError(
                 f"{text} has changed since the run began", hint="run it again when it is complete"
+            )
+        if unknown := sum(not calibration.knows(module) for module in experts):
+            record.warn(
+                f"no moments of the inputs of {unknown} matrices of experts, of a class that does "
+                "not show them: there the errors of weights are what counts"
             )
         widest = max(layer.in_features for layer in layers)
         if calibration.tokens < widest:
@@ -392,7 +394,7 @@ def _calibration(ready: _Prepared, record: Record) -> Iterator[Calibration | Non
         yield calibration
         if calibration.unseen:
             record.warn(
-                f"no token of the calibration text reached "
+                f"no token of the calibration text, or only a few, reached "
                 f"{units.plural(len(calibration.unseen), 'layer')}, {min(calibration.unseen)} "
                 "among them: there the errors of weights were what counted"
             )

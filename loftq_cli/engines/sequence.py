@@ -81,8 +81,13 @@ class LayerInputs:
         self._calibration = calibration
         self._finished = finished
 
-    def of(self, module: str) -> tuple[Tensor, Drift | None]:
-        """The second moments of its inputs (in × in), and how far these are from the original's."""
+    def of(self, module: str) -> tuple[Tensor | None, Drift | None]:
+        """The second moments of its inputs (in × in), and how far these are from the original's.
+
+        None of an expert whose inputs cannot be seen.
+        """
+        if not self._calibration.knows(module):
+            return None, None
         return self._calibration.moments(module), self._calibration.drift(module)
 
     def keep(self, module: str, quantized: Any, adapter: tuple[Tensor, Tensor] | None) -> None:

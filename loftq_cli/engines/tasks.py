@@ -175,8 +175,7 @@ class _RunningTask:
         _warm_up(self.settings, planned.adapted, planned.bits, W.dtype, W.device)
         began = time.perf_counter()
         layer = planned.layer
-        inputs = None if layer.expert else self.inputs
-        seen = (None, None) if inputs is None else inputs.of(layer.module)
+        seen = (None, None) if self.inputs is None else self.inputs.of(layer.module)
 
         try:
             result = with_fallback(
@@ -205,8 +204,8 @@ class _RunningTask:
         stored = None
         if planned.adapted:
             stored = self._keep_adapter(planned, result.lora_A, result.lora_B)
-        if inputs is not None:
-            inputs.keep(layer.module, result.quantized, stored)
+        if self.inputs is not None:
+            self.inputs.keep(layer.module, result.quantized, stored)
         tensors = list(self.settings.container.tensors(layer.tensor, result.quantized))
         self.timings.add("compute", began)
         yield from tensors
@@ -253,8 +252,9 @@ def initialize(
     import torch
 
     start, rank = settings.start, planned.rank
-    # An expert is no module whose inputs could be watched.
-    if planned.layer.expert or not (planned.adapted or start.needs_moments):
+    # Of some experts no inputs can be seen.
+    unseen = input_moments is None and planned.layer.expert
+    if unseen or not (planned.adapted or start.needs_moments):
         start, rank = QLORA, 1  # quantized and no more
     given: dict[str, Any] = {}
     if start.needs_moments:

@@ -19,7 +19,7 @@ was made good more than once: KL of the demo in NF2 rose by 32 % where in turns 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,10 +28,17 @@ from loftq_cli.checkpoint.index import open_checkpoint
 from loftq_cli.errors import LoftqError, UnsupportedModel
 from loftq_cli.models.architecture import Architecture, read_architecture
 from loftq_cli.models.dtypes import stored_dtype
+from loftq_cli.models.expert_inputs import ExpertInputs, places_in
 from loftq_cli.models.layerwise import StagedModel, replaced
 from loftq_cli.models.loading import LoadedModel, load_tokenizer, read_weights
 from loftq_cli.models.moments import NO_CALIBRATION, StageInputs
-from loftq_cli.models.quantized_layers import QuantizedLayer, quantized_forwards
+from loftq_cli.models.quantized_layers import (
+    QuantizedLayer,
+    quantized_experts,
+    quantized_forwards,
+    quantized_product,
+)
+from loftq_cli.models.routed import ExpertPlace
 from loftq_cli.models.source import read_config
 from loftq_cli.models.streams import FOR_HIDDEN_STATES, Stream
 from loftq_cli.models.texts import digest, read_text, text_windows
@@ -73,10 +80,13 @@ class Calibration:
         device: str,
         text_sha256: str = "",
         *,
+        experts: Mapping[str, ExpertPlace] | None = None,
         scratch: Path | None = None,
         max_memory_bytes: int | None = None,
     ) -> None:
-        """Hidden states lie in ``scratch`` where they take too much of ``max_memory_bytes``."""
+        """``experts`` are matrices of experts, with their places in the model.
+
+        Hidden states lie in ``scratch`` where they take too much of ``max_memory_bytes``."""
         self.text_sha256 = text_sha256
         self.windows = int(windows.shape[0])
         self.window_length = int(windows.shape[1])
@@ -85,11 +95,17 @@ class Calibration:
         self._device = device
         self._scratch = scratch
         self._limit = max_memory_bytes
-        self._staged = StagedModel(model, windows, list(dict.fromkeys(modules)), device)
+        self._experts = dict(experts or {})
+        # The matrices that a module of experts holds. To the model it is one layer more.
+        self._held: dict[str, list[str]] = {}
+        for name, place in self._experts.items():
+            self._held.setdefault(place.module, []).append(name)
+        layers = [*dict.fromkeys(modules), *self._held]
+        self._staged = StagedModel(model, windows, layers, device)
         self._quantized: Callable[[str], QuantizedLayer] | None = None
-        self._inputs: StageInputs | None = None
+        self._inputs: StageInputs | ExpertInputs | None = None
         self._turn = -1
-        self.order = [module for stage in self._staged.stages for module in stage]
+        self.order = self._in_order(self._staged.stages)
         self.unseen: set[str] = set()
         self._restart()
 
@@ -113,9 +129,13 @@ class Calibration:
         if len(self._staged.stages) == 1:
             return False
         self._quantized = quantized
-        self.order = [module for _, turn in self._staged.turns for module in turn]
+        self.order = self._in_order([modules for _, modules in self._staged.turns])
         self._restart()
         return True
+
+    def knows(self, module: str) -> bool:
+        """Whether it can be asked about: of some experts it cannot be seen what they are given."""
+        return module in self._turn_of
 
     def moments(self, module: str) -> Tensor:
         """E[x·xᵀ] of the inputs of ``module``: float32 (in × in), on the device, to be read only.
@@ -147,7 +167,11 @@ class Calibration:
         """
         return self._of(module).drift(module)
 
-    def _of(self, module: str) -> StageInputs:
+    def _in_order(self, stages: Iterable[Sequence[str]]) -> list[str]:
+        """All modules that can be asked about."""
+        return [name for stage in stages for each in stage for name in self._held.get(each, [each])]
+
+    def _of(self, module: str) -> StageInputs | ExpertInputs:
         """What is known of the module's turn, which runs first if it has not."""
         turn = self._turn_of[module]
         if turn < self._turn:
@@ -172,14 +196,25 @@ class Calibration:
         # Of the stage that the quantized model is at, what its modules become.
         self._layers: dict[str, QuantizedLayer] = {}
         # The modules that are looked at in one pass, and the stage that they are in.
-        self._turns = self._staged.turns if followed else [*enumerate(self._staged.stages)]
+        turns = self._staged.turns if followed else [*enumerate(self._staged.stages)]
+        # Experts are looked at by themselves, whatever they are given.
+        self._turns = [
+            (stage, part) for stage, modules in turns for part in self._apart(modules) if part
+        ]
         self._turn_of = {
-            module: turn for turn, (_, modules) in enumerate(self._turns) for module in modules
+            name: turn
+            for turn, (_, modules) in enumerate(self._turns)
+            for name in self._in_order([modules])
         }
         self._turn = -1
         self._inputs = None
 
-    def _run(self, stage: int, modules: list[str]) -> StageInputs:
+    def _apart(self, modules: list[str]) -> list[list[str]]:
+        """The linear modules, and each that holds experts."""
+        linear = [module for module in modules if module not in self._held]
+        return [linear, *([module] for module in modules if module in self._held)]
+
+    def _run(self, stage: int, modules: list[str]) -> StageInputs | ExpertInputs:
         """Runs the model up to this stage and through it, and looks at what these are given."""
         while self._original.done < stage:
             for _ in self._staged.run(self._original):
@@ -189,14 +224,7 @@ class Calibration:
         # Before the very first nothing is quantized.
         paired = self._quantized is not None and self._turns[0][1] is not modules
         forwards = self._caught_up(stage, here[: here.index(modules)]) if paired else {}
-        calls = [self._staged.calls[module] for module in modules]
-        inputs = StageInputs(
-            self._model,
-            {module: self._staged.groups[module] for module in modules},
-            self._device,
-            paired=paired,
-            calls=sum(calls) if self._quantized is not None and all(calls) else 0,
-        )
+        inputs = self._watched(modules, paired=paired)
         original = self._staged.run(self._original, ahead=last)
         again = self._staged.run(self._runtime, ahead=False)
         with inputs.watching():
@@ -210,8 +238,23 @@ class Calibration:
                 inputs.end()
         next(original, None)  # so that it comes to its end
         inputs.finish()
-        self.unseen.update(module for module in modules if not inputs.tokens(module))
+        self.unseen.update(name for name in self._in_order([modules]) if not inputs.tokens(name))
         return inputs
+
+    def _watched(self, modules: list[str], *, paired: bool) -> StageInputs | ExpertInputs:
+        """What is to see what these modules are given."""
+        if (held := self._held.get(modules[0])) is not None:
+            experts = self._model.get_submodule(modules[0])
+            places = {name: self._experts[name] for name in held}
+            return ExpertInputs(experts, places, self._device, self._become if paired else None)
+        calls = [self._staged.calls[module] for module in modules]
+        return StageInputs(
+            self._model,
+            {module: self._staged.groups[module] for module in modules},
+            self._device,
+            paired=paired,
+            calls=sum(calls) if self._quantized is not None and all(calls) else 0,
+        )
 
     def _caught_up(self, stage: int, before: list[list[str]]) -> dict[str, Callable[..., Any]]:
         """Runs the quantized model up to the stage; what those of it compute that came before."""
@@ -224,12 +267,21 @@ class Calibration:
         return self._forwards([module for modules in before for module in modules])
 
     def _forwards(self, modules: list[str]) -> dict[str, Callable[..., Any]]:
+        linear, *_ = self._apart(modules)
+        layers = {module: self._become(module) for module in linear}
+        forwards = quantized_forwards(self._model, layers, self._device)
+        for path in modules:
+            if (held := self._held.get(path)) is not None:
+                places = {name: self._experts[name] for name in held}
+                product = quantized_product(places, self._become, self._device)
+                forwards[path] = quantized_experts(self._model.get_submodule(path), product)
+        return forwards
+
+    def _become(self, module: str) -> QuantizedLayer:
         assert self._quantized is not None
-        for module in modules:
-            if module not in self._layers:
-                self._layers[module] = self._quantized(module)
-        layers = {module: self._layers[module] for module in modules}
-        return quantized_forwards(self._model, layers, self._device)
+        if module not in self._layers:
+            self._layers[module] = self._quantized(module)
+        return self._layers[module]
 
 
 @contextmanager
@@ -239,11 +291,15 @@ def open_calibration(
     modules: Sequence[str],
     *,
     device: str,
+    experts: Sequence[str] = (),
     trust_remote_code: bool = False,
     max_memory_bytes: int | None = None,
     most_tokens: int = MOST_TOKENS,
 ) -> Iterator[Calibration]:
     """The model in ``directory``, ready to say what ``modules`` are given on ``text``.
+
+    ``experts`` are matrices of experts as the files name them. Not of all classes it can be seen
+    what reaches them (see `Calibration.knows`).
 
     The same files give the same moments, bit for bit, on the same machine. Weights that are not
     within half of ``max_memory_bytes`` (None: no limit) stay in their files and are read when their
@@ -283,6 +339,7 @@ def open_calibration(
             modules,
             device,
             digest(content),
+            experts=places_in(architecture, model, experts),
             scratch=Path(scratch),
             max_memory_bytes=max_memory_bytes,
         )

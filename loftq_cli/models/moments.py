@@ -57,7 +57,7 @@ class StageInputs:
         self._paired = paired
         self._calls = calls
         self._sums = {
-            leader: _Sum(_width(model, leader), device, drifts=paired)
+            leader: Moments(_width(model, leader), device, drifts=paired)
             for leader in dict.fromkeys(groups.values())
         }
         self._energies = {
@@ -111,12 +111,7 @@ class StageInputs:
 
     def drift(self, module: str) -> Drift | None:
         """Where inputs are paired, how far those of the quantized model are from the original's."""
-        from loftq_cli.core.input_moments import Drift
-
-        found = self._sums[self._groups[module]]
-        if found.cross is None:
-            return None
-        return Drift(found.cross, float(self._energies[module]) / max(found.tokens, 1))
+        return self._sums[self._groups[module]].drift(float(self._energies[module]))
 
     def tokens(self, module: str) -> int:
         """How many reached it."""
@@ -169,7 +164,7 @@ class StageInputs:
         )
 
 
-class _Sum:
+class Moments:
     """Σ x·xᵀ and, where they drift, Σ (x − x̃)·x̃ᵀ; and how many x there were."""
 
     def __init__(self, width: int, device: str, *, drifts: bool) -> None:
@@ -203,6 +198,14 @@ class _Sum:
         self.mean /= max(self.tokens, 1)
         if self.cross is not None:
             self.cross /= max(self.tokens, 1)
+
+    def drift(self, energy: float) -> Drift | None:
+        """Of a layer for which ``energy`` is Σ ‖W·(x − x̃)‖²; None where no others were given."""
+        from loftq_cli.core.input_moments import Drift
+
+        if self.cross is None:
+            return None
+        return Drift(self.cross, energy / max(self.tokens, 1))
 
     def _rows(self, x: Tensor) -> Tensor:
         return x.detach().reshape(-1, x.shape[-1]).to(self.mean.device, self.mean.dtype)

@@ -8,9 +8,12 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from loftq_cli.models.layerwise import given
+from loftq_cli.models.routed import ExpertPlace, with_products
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from loftq_cli.models.routed import Product
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,38 @@ def quantized_forwards(
 ) -> dict[str, Callable[..., Any]]:
     """For `layerwise.replaced`: these modules compute what they become, on ``device``."""
     return {name: _forward(model.get_submodule(name), layers[name], device) for name in layers}
+
+
+def quantized_experts(experts: Any, product: Product) -> Callable[..., Any]:
+    """For `layerwise.replaced`: a module of experts whose products are these."""
+
+    def forward(own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        with with_products(experts, product):
+            return own(*args, **kwargs)
+
+    return forward
+
+
+def quantized_product(
+    places: Mapping[str, ExpertPlace], quantized: Callable[[str], QuantizedLayer], device: str
+) -> Product:
+    """Products with the codes that matrices of experts have become, on ``device``.
+
+    ``places`` are those of all matrices in one module, and ``quantized`` is asked for those that
+    are multiplied with.
+    """
+    import torch
+    from torch.nn.functional import linear
+
+    parts: dict[tuple[str, int], list[str]] = {}
+    for name, place in sorted(places.items(), key=lambda each: each[1].part):
+        parts.setdefault((place.parameter, place.expert), []).append(name)
+
+    def product(parameter: str, expert: int, x: Tensor, weight: Tensor) -> Tensor:
+        Q = torch.cat([quantized(name).Q for name in parts[parameter, expert]])
+        return linear(x, Q.to(device, weight.dtype))
+
+    return product
 
 
 def _forward(module: Any, layer: QuantizedLayer, device: str) -> Callable[..., Any]:

@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from loftq_cli.containers.fused import expert_stack
+from loftq_cli.models.routed import ExpertPlace
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -176,6 +177,20 @@ class ModelStacks:
         if source is None or self.expert_shape(tensor) is None:
             return None
         return list(self._rule(source).source_patterns).index(source)
+
+    def expert_place(self, tensor: str) -> ExpertPlace | None:
+        """Where the model holds an expert's matrix of the files; None: the tensor is none."""
+        if (restacked := self.restacked(tensor)) is not None:
+            place = restacked.place
+            path, _, name = place.tensor.rpartition(".")
+            return ExpertPlace(path, name, place.expert, place.part, place.parts)
+        if (part := self.expert_part(tensor)) is None:
+            return None
+        parameter, source = self._parameter_of(tensor)
+        assert source is not None
+        path, _, name = parameter.rpartition(".")
+        expert = int(tensor.removesuffix(".weight").rsplit(".", 2)[1])
+        return ExpertPlace(path, name, expert, part, len(self._rule(source).source_patterns))
 
     def restacked(self, tensor: str) -> Restacked | None:
         """Where a matrix goes that only loftq knows by this name; None: it is none."""
