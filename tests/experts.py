@@ -28,13 +28,17 @@ _PLACES = {
 }
 
 
-def save(name: str, directory: Path, **config: Any) -> Any:
+def build(name: str, **config: Any) -> Any:
     """A model of the zoo, whose experts are wide enough for whole blocks."""
     entry = ZOO[name]
     wide = {"moe_intermediate_size": 64} if name != "Mixtral" else {}
-    model = replace(entry, config={**entry.config, **wide, **config}).build()
+    return replace(entry, config={**entry.config, **wide, **config}).build().eval()
+
+
+def save(name: str, directory: Path, **config: Any) -> Any:
+    model = build(name, **config)
     model.save_pretrained(directory)
-    return model.eval()
+    return model
 
 
 def unpacked(tensors: dict[str, torch.Tensor], module: str) -> torch.Tensor:
