@@ -30,7 +30,7 @@ from loftq_cli.models.architecture import Architecture, read_architecture
 from loftq_cli.models.dtypes import stored_dtype
 from loftq_cli.models.expert_inputs import ExpertInputs, places_in
 from loftq_cli.models.layerwise import StagedModel, replaced
-from loftq_cli.models.loading import LoadedModel, load_tokenizer, read_weights
+from loftq_cli.models.loading import LoadedModel, load_tokenizer, placement, read_weights
 from loftq_cli.models.moments import NO_CALIBRATION, StageInputs
 from loftq_cli.models.quantized_layers import (
     QuantizedLayer,
@@ -327,7 +327,7 @@ def open_calibration(
             # Weights that change their form when they are loaded (experts) are written there.
             offload_folder=scratch,
             offload_buffers=True,
-            **_placement(device, max_memory_bytes),
+            **placement(device, max_memory_bytes, _FOR_WEIGHTS),
         )
         for module in model.modules():
             # Nothing is generated: keys and values of earlier tokens need not be kept.
@@ -383,21 +383,3 @@ def _positions(model: Any) -> int | None:
         if getattr(table, "padding_idx", None) is not None
     ]
     return min(usable, default=None)
-
-
-def _placement(device: str, max_memory_bytes: int | None) -> dict[str, Any]:
-    """Where the weights are: on the device, in memory or in their files.
-
-    Wherever that is, it is on ``device`` that transformers and accelerate compute with them.
-    """
-    if device == "cpu" and max_memory_bytes is None:
-        return {"device_map": {"": "cpu"}}
-    limits: dict[int | str, int] = {}
-    if device != "cpu":
-        import torch
-
-        free, _ = torch.cuda.mem_get_info(device)
-        limits[torch.device(device).index or 0] = int(free * _FOR_WEIGHTS)
-    in_memory = max_memory_bytes if max_memory_bytes is not None else 1 << 60
-    limits["cpu"] = int(in_memory * _FOR_WEIGHTS)
-    return {"device_map": "auto", "max_memory": limits}

@@ -266,3 +266,22 @@ def logical_parameters(model: Any) -> int:
         state = getattr(parameter, "quant_state", None)
         total += parameter.numel() if state is None else state.shape.numel()
     return total
+
+
+def placement(device: str, max_memory_bytes: int | None, share: float) -> dict[str, Any]:
+    """For `read_weights`: where weights are, on the device, in memory or in their files.
+
+    They may take this ``share`` of what is free on the device, and of ``max_memory_bytes``. Wherever
+    they are, it is on ``device`` that transformers and accelerate compute with them.
+    """
+    if device == "cpu" and max_memory_bytes is None:
+        return {"device_map": {"": "cpu"}}
+    limits: dict[int | str, int] = {}
+    if device != "cpu":
+        import torch
+
+        free, _ = torch.cuda.mem_get_info(device)
+        limits[torch.device(device).index or 0] = int(free * share)
+    in_memory = max_memory_bytes if max_memory_bytes is not None else 1 << 60
+    limits["cpu"] = int(in_memory * share)
+    return {"device_map": "auto", "max_memory": limits}
