@@ -271,8 +271,8 @@ def logical_parameters(model: Any) -> int:
 def placement(device: str, max_memory_bytes: int | None, share: float) -> dict[str, Any]:
     """For `read_weights`: where weights are, on the device, in memory or in their files.
 
-    They may take this ``share`` of what is free on the device, and of ``max_memory_bytes``. Wherever
-    they are, it is on ``device`` that transformers and accelerate compute with them.
+    They may take this ``share`` of what is free on the device, and of ``max_memory_bytes``.
+    Wherever they are, it is on ``device`` that transformers and accelerate compute with them.
     """
     if device == "cpu" and max_memory_bytes is None:
         return {"device_map": {"": "cpu"}}
