@@ -25,7 +25,7 @@ def places_in(
     architecture: Architecture, model: Any, experts: Iterable[str]
 ) -> dict[str, ExpertPlace]:
     """Where the model holds those experts whose inputs can be seen, as they are computed."""
-    found = {module: architecture.expert_place(f"{module}.weight") for module in experts}
+    found = {module: architecture.stacks.expert_place(f"{module}.weight") for module in experts}
     known = {
         module: place
         for module, place in found.items()
