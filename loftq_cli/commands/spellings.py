@@ -196,9 +196,9 @@ OPTIONS = {
         "--experts",
         metavar="quantize|keep",
         help="What becomes of the matrices of experts. compressed-tensors quantizes them unless "
-        "told to keep them, and stacks that only loftq puts together again if told to. "
-        "bitsandbytes keeps them, as plain transformers 5 cannot load them, and quantizes them in "
-        "4 bits, for loftq_cli.load and transformers 4, if it is told to.",
+        "told to keep them, and stacks that only loftq puts together again if told to. The others "
+        "keep them, as plain transformers 5 cannot load them, and quantize them if told to: "
+        "bitsandbytes in 4 bits for loftq_cli.load and transformers 4, gptq for gptqmodel.",
     ),
     "adapter_dtype": option(
         AdapterDtype,

@@ -24,7 +24,7 @@ from loftq_cli.checkpoint.tensors import tensor_memory
 from loftq_cli.checkpoint.writer import PlannedTensor
 from loftq_cli.containers import packing
 from loftq_cli.containers.base import Damaged, StoredWeight, Weight
-from loftq_cli.containers.fused import fused_name
+from loftq_cli.containers.fused import expert_number, fused_name
 from loftq_cli.containers.integers import Integers, by_width, dtype_of
 
 if TYPE_CHECKING:
@@ -33,9 +33,18 @@ if TYPE_CHECKING:
     from loftq_cli.core.integers import QuantizedIntegers
 
 
+_EXPERTS = ("gate_proj", "up_proj", "down_proj")
+
+
 class Gptq(Integers):
     name = "gptq"
     libraries = ("gptqmodel", "optimum")
+    # gptqmodel (7.7) has classes of its own that hold each expert as a layer.
+    why_experts_stay = (
+        "an expert: transformers loads no quantized ones in gptq (--experts quantize writes them "
+        "for gptqmodel's own loader)"
+    )
+    takes_experts = True
     multiples = (packing.GROUP, packing.GROUP)
     layer_class = "quantized layer of gptqmodel"
     codes_part = "qweight"
@@ -48,6 +57,12 @@ class Gptq(Integers):
     def scale_bytes(self, shape: tuple[int, int], bits: int) -> int:
         rows, columns = shape
         return self._blocks(columns) * (2 * rows + rows * bits // 8) + 4 * columns
+
+    def why_unfit(self, weight: Weight) -> str | None:
+        last = weight.module.rpartition(".")[2]
+        if expert_number(weight.module) is not None and last not in _EXPERTS:
+            return f"gptqmodel looks for {', '.join(_EXPERTS)} in an expert, not for {last}"
+        return super().why_unfit(weight)
 
     def planned(self, weight: Weight) -> list[PlannedTensor]:
         rows, columns = weight.shape

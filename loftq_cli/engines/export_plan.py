@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from loftq_cli.checkpoint.adapter import ADAPTER_DIRECTORY
 from loftq_cli.checkpoint.index import INDEX_FILE
 from loftq_cli.containers import kind_of
 from loftq_cli.containers.base import Container, Weight
@@ -23,6 +24,7 @@ from loftq_cli.engines.written import (
 from loftq_cli.errors import CorruptCheckpoint, InvalidSetting, UnsupportedModel, UsageError
 from loftq_cli.formats import DTYPE_NAMES
 from loftq_cli.models.source import CONFIG_FILE, README_FILE, REPORT_FILE, main_dtype
+from loftq_cli.models.trained_adapter import missing_modules, read_trained
 
 _MADE_ANEW = {REPORT_FILE, README_FILE, CONFIG_FILE, INDEX_FILE, ADAPTER_CONFIG_NAME}
 
@@ -93,13 +95,8 @@ def plan_export(source: Path, container: str, *, trust_remote_code: bool = False
         source, report, before, trust_remote_code=trust_remote_code
     )
     experts = [each for each in written.weights if architecture.expert_shape(each.name)]
-    if experts and not after.takes_experts:
-        raise InvalidSetting(
-            f"{experts[0].module} does not fit into {container}",
-            cause=f"it is {after.why_experts_stay}",
-            hint="make the directory again: loftq quantize --experts keep",
-        )
     after.require_fit(written.weights)
+    _require_unadapted(source, report, [each.module for each in experts])
     _require_dtype(written.weights, after, main_dtype(written.config))
     skipped = _skipped(source, written.config, before)
     return ExportPlan(written, _as_told(skipped, report, before, after), after)
@@ -128,6 +125,21 @@ def _container(source: Path, report: Report, before: Container, name: str) -> Co
     return after.of(settings)
 
 
+def _require_unadapted(source: Path, report: Report, experts: Sequence[str]) -> None:
+    """Refuses an adapter whose targets hit experts too, once a reader holds those as layers."""
+    if not (experts and report.results.layers):
+        return
+    hit = missing_modules(read_trained(source / ADAPTER_DIRECTORY), experts)
+    if hit:
+        raise InvalidSetting(
+            f"the adapter would be put on {hit[0]} too ({len(hit)} such matrices)",
+            cause="its config chooses layers by the ends of their names, for readers that hold "
+            "experts as one",
+            hint="make the directory from the original: loftq quantize --experts quantize "
+            "--container gptq",
+        )
+
+
 def _require_dtype(weights: Sequence[Weight], container: Container, main: str) -> None:
     """Refuses a weight in another dtype than the model's where no tensor could say so."""
     for weight in weights:
@@ -147,7 +159,9 @@ def _as_told(
 ) -> Sequence[str]:
     """The list as the readers of the other container want it (`plan.skip_list`)."""
     left = {each.name: each.reason for each in report.results.untouched}
-    experts = report.results.settings.experts
+    counted = report.results.experts
+    quantized = counted is not None and counted.quantized > 0
+    experts = "quantize" if quantized else report.results.settings.experts
     told, wanted = (more_skipped(each, experts, left) for each in (before, after))
     return skipped if told == wanted else sorted({*skipped} - told | wanted)
 

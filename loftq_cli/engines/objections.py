@@ -8,7 +8,7 @@ so each is asked of a new one.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -115,7 +115,7 @@ def _as_quantized(
         cause = f"its loader makes quantized layers of {_some(beyond)}, without codes to load"
         raise _unloadable(original, cause)
     quantized = type(original)(model)
-    written, became = _as_written(plan, tensors)
+    written, became = _as_written(plan, tensors, planned)
     wanted = original.placed(tensors).keys() - became.keys()
     wanted |= {name for names in became.values() for name in names}
     if lost := sorted(wanted - quantized.placed(written).keys()):
@@ -126,12 +126,15 @@ def _as_quantized(
 
 
 def _as_written(
-    plan: Plan, tensors: list[TensorInfo]
+    plan: Plan, tensors: list[TensorInfo], modules: Collection[str]
 ) -> tuple[list[TensorInfo], dict[str, list[str]]]:
-    """The tensors that there will be, and which ones those become that are not there any more."""
+    """The tensors that there will be, and which ones those become that are not there any more.
+
+    Only of these ``modules`` there will be others.
+    """
     became: dict[str, list[str]] = {}
     parts: list[PlannedTensor] = []
-    for planned in plan.layers:
+    for planned in (each for each in plan.layers if each.layer.module in modules):
         stored = plan.settings.container.planned(planned.weight)
         names = [part.name for part in stored]
         name = planned.tensor if planned.tensor in names else names[0]

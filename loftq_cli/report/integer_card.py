@@ -57,10 +57,11 @@ Nothing is rounded on the way. An adapter that was trained there is exact here, 
 round."""
 
 _DEQUANTIZED_EXPERTS = """\
-Experts are dequantized too. Only in bitsandbytes' 4 bits do they stay packed while PEFT trains the
-other layers: made with `--experts quantize`, and loaded by `loftq_cli.load`. Made again with
-`--experts keep`, which leaves them in 16 bits, the directory goes into gptqmodel's container
-(`loftq export`), where the rest stays packed."""
+Experts are dequantized too. Made with `--experts quantize` they stay packed while PEFT trains the
+other layers: in bitsandbytes' 4 bits, loaded by `loftq_cli.load`, and with `--container gptq` by
+gptqmodel, which knows those of Qwen and DeepSeek-V3. Made again with `--experts keep`, which leaves
+them in 16 bits, the directory goes into gptqmodel's container (`loftq export`), where the rest
+stays packed."""
 
 _PACKED = """\
 The weights stay packed while it trains. A LoRA of your own on them needs its `target_modules` by

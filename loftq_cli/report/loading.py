@@ -64,6 +64,9 @@ def why_not_by_transformers(results: QuantizeResults) -> str | None:
     mixed = len({layer.bits for layer in all_layers(results)}) > 1
     if container == "gptq" and results.conv1d:
         return "classes with Conv1D layers set weights that packed layers do not have"
+    experts = results.experts
+    if container == "gptq" and experts is not None and experts.quantized:
+        return "its rules stack experts before it knows that they are packed"
     if container == "gptq" and mixed:
         return "it hands optimum one width for all layers"
     if own_experts(results):

@@ -7,6 +7,7 @@ To be run where the extra `gptq` is installed; elsewhere there is nothing to ask
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig, GPTQConfig
 
 from loftq_cli import api
+from loftq_cli.containers.gptq import Gptq
 from tests.containers.demo_opt import WrittenOpt, windows
 
 os.environ["TORCHDYNAMO_DISABLE"] = "1"  # a compiled kernel takes half a minute and gives the same
@@ -163,3 +165,38 @@ def test_each_width_is_read_where_dynamic_says_so(quantized_opt: Quantized) -> N
     for module, Q in written.Q().items():
         held = written.container.held(loaded.model.get_submodule(module))
         assert torch.equal(held, Q), module
+
+
+@pytest.mark.parametrize("name", ["Qwen2-MoE", "Qwen3-MoE", "DeepSeek-V3"])
+def test_experts_stay_packed_in_its_own_classes(name: str, tmp_path: Path) -> None:
+    from gptqmodel import BACKEND, GPTQModel
+    from peft import PeftModel
+
+    from loftq_cli.models.loading import load_model
+    from loftq_cli.models.spec import DEMO_DIRECTORY
+    from tests.experts import experts_of, save, tokens
+
+    original, out = save(name, tmp_path / "source"), tmp_path / "out"
+    for each in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(DEMO_DIRECTORY / each, tmp_path / "source" / each)
+    api.quantize(
+        str(tmp_path / "source"), output=out, container=NAME, rank=4, iterations=1,
+        experts="quantize",
+    )  # fmt: skip
+    loaded = GPTQModel.load(str(out), device="cpu", backend=BACKEND.GPTQ_TORCH)
+    held = [path for path, each in loaded.model.named_modules() if Gptq.holds(each)]
+    assert sum(".experts." in each for each in held) == len(experts_of(original))
+    model = PeftModel.from_pretrained(
+        loaded.model, out, subfolder="loftq_init", is_trainable=True
+    ).eval()
+    on = [path for path, each in model.named_modules() if hasattr(each, "lora_A")]
+    assert on
+    assert not any(".experts." in each for each in on)
+    ours = load_model(out, device="cpu", dtype="float32").model
+    # It computes in 16 bits.
+    assert gap(logits(model, tokens()), logits(ours, tokens())) < 0.02
+    assert torch.equal(logits(model, tokens()), logits(model, tokens()))
+    model(input_ids=tokens(), labels=tokens()).loss.backward()
+    trained = [each.grad for each in model.parameters() if each.requires_grad]
+    assert len(trained) == 2 * len(on)
+    assert all(each is not None and bool(each.isfinite().all()) for each in trained)

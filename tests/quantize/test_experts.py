@@ -243,7 +243,7 @@ def test_merged_and_quantized_again(
     assert "is an expert" in done.err
 
 
-@pytest.mark.parametrize("flags", [("--container", "gptq"), ("--bits", 8), ("--init", "lora")])
+@pytest.mark.parametrize("flags", [("--bits", 8), ("--init", "lora")])
 def test_where_nothing_reads_them_they_are_not_quantized(
     flags: tuple[object, ...], made: Callable[[str], Made], loftq: Loftq
 ) -> None:
@@ -254,12 +254,37 @@ def test_where_nothing_reads_them_they_are_not_quantized(
     assert done.code == 2, done.err
 
 
-def test_not_exported_where_nothing_reads_them(
+def test_in_gptq_for_its_own_loader(
     made: Callable[[str], Made], tmp_path: Path, loftq: Loftq
 ) -> None:
-    done = loftq("export", made("Mixtral").out, "--container", "gptq", "-o", tmp_path / "out")
+    """Kept unless asked for, exported as they would have been written, by names that it knows."""
+    written, out = made("Qwen3-MoE"), tmp_path / "out"
+    line = ("quantize", "-m", written.source, "--container", "gptq", "--rank", 4)
+    kept = json.loads(loftq(*line, "--dry-run", "--json").out)["results"]["experts"]
+    assert (kept["quantized"], "gptqmodel's own loader" in kept["reason"]) == (0, True)
+    done = loftq(*line, "--iterations", 2, "--experts", "quantize", "-o", out)
+    assert done.code == 0, done.err
+    loaded = load_model(out, device="cpu", dtype="float32")
+    same_experts(loaded.base, written.out)
+    assert "GPTQModel.load" in (out / "README.md").read_text()
+    assert loftq("verify", out, "--source", written.source).code == 0
+    exported = tmp_path / "exported"
+    done = loftq("export", written.out, "--container", "gptq", "-o", exported)
+    assert done.code == 0, done.err
+    for name in ("model.safetensors", "config.json", "loftq_init/adapter_model.safetensors"):
+        assert (exported / name).read_bytes() == (out / name).read_bytes()
+    assert "GPTQModel.load" in (exported / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("name", "said"), [("Mixtral", "not for w"), ("Qwen2-MoE", "the adapter would be put on")]
+)
+def test_not_exported_where_nothing_would_read_it(
+    name: str, said: str, made: Callable[[str], Made], tmp_path: Path, loftq: Loftq
+) -> None:
+    done = loftq("export", made(name).out, "--container", "gptq", "-o", tmp_path / "out")
     assert done.code == 1
-    assert "--experts keep" in done.err
+    assert said in done.err
     assert not (tmp_path / "out").exists()
 
 
