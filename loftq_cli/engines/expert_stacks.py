@@ -136,6 +136,7 @@ def _unknown(target: str, names: Sequence[str]) -> UnknownTargetModule:
         f"no experts are called '{target}'",
         cause=f"those that can have adapters are experts.{' and experts.'.join(ends)}"
         if ends
-        else "adapters are for experts that lie one by one in the files, and there are none",
+        else "adapters are for experts that a model holds as stacks of gate, up and down, and it "
+        "has none that loftq knows as such",
         hint=f"--target-modules {ALL_LINEAR}" + (f",{ALL_EXPERTS}" if ends else ""),
     )
