@@ -64,7 +64,8 @@ Method = Literal["calibrated", "qera", "qera-diagonal"]
 # error; and after so many.
 _ENOUGH, _MOST_ITERATIONS = 2e-3, 10
 # Times through all codes before the first low rank of what they leave, and before those after it.
-# Against two each time, trained models' layers end 0.2 % lower with a seventh less work.
+# Against two each time, trained models' layers (rank 8) end 0.2 % lower with a seventh less work,
+# and a random one of 4096×4096 (rank 64) 0.4 % higher with a fifth less.
 _FIRST_SWEEPS, _SWEEPS = 4, 1
 # And before absmax are rounded all together.
 _SWEEPS_OF_ABSMAX = 2
