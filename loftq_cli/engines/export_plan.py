@@ -23,6 +23,7 @@ from loftq_cli.engines.written import (
 )
 from loftq_cli.errors import CorruptCheckpoint, InvalidSetting, UnsupportedModel, UsageError
 from loftq_cli.formats import DTYPE_NAMES
+from loftq_cli.models.layers import STACKED_EXPERTS
 from loftq_cli.models.source import CONFIG_FILE, README_FILE, REPORT_FILE, main_dtype
 from loftq_cli.models.trained_adapter import missing_modules, read_trained
 
@@ -95,6 +96,14 @@ def plan_export(source: Path, container: str, *, trust_remote_code: bool = False
         source, report, before, trust_remote_code=trust_remote_code
     )
     experts = [each for each in written.weights if architecture.expert_shape(each.name)]
+    own = [each for each in experts if architecture.stacks.restacked(each.name) is not None]
+    if own and not after.restacks:
+        raise InvalidSetting(
+            f"{own[0].module} does not fit into {container}",
+            cause=f"the model has {STACKED_EXPERTS}",
+            hint="make the directory from the original, where they stay in 16 bits: loftq quantize "
+            f"--container {container}",
+        )
     after.require_fit(written.weights)
     _require_unadapted(source, report, [each.module for each in experts])
     _require_dtype(written.weights, after, main_dtype(written.config))

@@ -258,6 +258,16 @@ def test_layers_of_their_own_in_bitsandbytes(bits: int, tmp_path: Path, loftq: L
         assert relative(found, loaded.model(tokens()).logits) < (0.01 if bits == 4 else 0.1)
 
 
+@pytest.mark.parametrize("name", ["Llama 4", "Gemma 4", "gpt-oss"])
+def test_not_exported_for_a_reader_that_has_them_as_one(
+    name: str, made: Callable[[str], Made], tmp_path: Path, loftq: Loftq
+) -> None:
+    done = loftq("export", made(name).out, "--container", "gptq", "-o", tmp_path / "out")
+    assert done.code == 1, done.err
+    assert "stacked experts" in done.err
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("container", [CT, "bitsandbytes"])
 def test_what_transformers_takes_apart_cannot_be_kept(
     container: str, made: Callable[[str], Made], tmp_path: Path, loftq: Loftq
