@@ -246,7 +246,7 @@ def run_quantize(asked: QuantizeOptions, record: Record) -> tuple[Report, Verify
             cause="all of its weights would have to be on this disk, or in memory",
             hint="leave --stream out, or choose a start without a calibration text",
         )
-    workers = len(deal_out(asked.device.split(","), asked.workers, settings.start))
+    workers = len(deal_out(asked.device.split(","), asked.workers))
     if settings.container.warning is not None:
         record.warn(settings.container.warning)
     if asked.dry_run:

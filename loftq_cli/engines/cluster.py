@@ -25,7 +25,6 @@ from loftq_cli.checkpoint.writer import TEMPORARY_SUFFIX, disk_errors
 from loftq_cli.errors import DoesNotFit, LoftqError, UsageError, first_line
 from loftq_cli.options import QuantizeOptions
 from loftq_cli.report.units import size
-from loftq_cli.starts import find
 
 # Of these every node has to have the same version: they decide the bytes, or read them.
 _LIBRARIES = ("torch", "numpy", "numba", "bitsandbytes", "safetensors", "transformers", "ray")
@@ -52,11 +51,6 @@ def require_cluster_options(asked: QuantizeOptions) -> None:
             )
     if asked.device not in ("auto", "cpu", "cuda"):
         raise UsageError("Ray deals out the GPUs itself", hint="--device cuda")
-    if find(asked.init).needs_moments:
-        raise UsageError(
-            f"--init {asked.init} is for --engine local",
-            cause="what the layers are given comes from one run of the model, block after block",
-        )
     if not re.fullmatch(r"auto|local|[^/\s]+:\d{1,5}", asked.ray_address, re.ASCII):
         raise UsageError(
             f"--ray-address takes auto, local or HOST:PORT, not {asked.ray_address!r:.80}",

@@ -8,8 +8,9 @@ what is left to do, how much of it at a time, the manifest, and what a lost proc
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
+from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
 
@@ -109,40 +110,60 @@ def _run(
     results: dict[str, TaskResult],
 ) -> None:
     """Adds the results of the tasks that wait, each recorded as soon as it is there."""
-    flying: dict[str, Task] = {}
-    lost: set[str] = set()
+
+    def has_room(tasks: list[Task]) -> bool:
+        return _has_room(plan, tasks, staging)
+
+    for task, result in finished(waiting, engine, staging.directory, record, told, has_room):
+        for tensor in result.on_cpu:
+            record.warn(f"{tensor} does not fit on {result.device}: computed on the CPU")
+        record.add_timings(result.seconds)
+        payload = [asdict(each) for each in result.outcomes]
+        for name, file in result.files.items():
+            staging.record(name, file, payload if name == task.file_name else None)
+        told.all_of(task)
+        results[task.file_name] = result
+
+
+def finished(
+    tasks: Iterable[Task],
+    engine: Engine,
+    directory: Path,
+    record: Record,
+    progress: Progress,
+    has_room: Callable[[list[Task]], bool] = lambda tasks: True,
+) -> Iterator[tuple[Task, TaskResult]]:
+    """Runs tasks that write into ``directory``, each begun again once where its process is lost.
+
+    Args:
+        has_room: whether the first of these may be begun beside the others.
+
+    Raises:
+        LoftqError: a task failed, or took two processes with it.
+    """
+    waiting, flying, lost = deque(tasks), dict[str, Task](), set[str]()
     while waiting or flying:
-        while (
-            waiting
-            and len(flying) < engine.slots
-            and _has_room(plan, [waiting[0], *flying.values()], staging)
-        ):
+        while waiting and len(flying) < engine.slots and has_room([waiting[0], *flying.values()]):
             task = waiting.popleft()
             flying[task.file_name] = task
             engine.submit(task)
-        task, end = engine.wait(told)
+        task, end = engine.wait(progress)
         del flying[task.file_name]
-        if isinstance(end, Lost):
-            _discard(task, staging)
-            if task.file_name in lost:
-                raise LoftqError(
-                    f"two processes in turn ended while they made {task.file_name}",
-                    cause=f"the last: {end.where}, {end.cause}",
-                    hint="the same line goes on with what is finished; with less memory free than "
-                    "the run takes, fewer at once may do",
-                )
-            lost.add(task.file_name)
-            record.note(f"{end.where} ended, {end.cause}: {task.file_name} is made again")
-            waiting.appendleft(task)
+        if not isinstance(end, Lost):
+            yield task, end
             continue
-        for tensor in end.on_cpu:
-            record.warn(f"{tensor} does not fit on {end.device}: computed on the CPU")
-        record.add_timings(end.seconds)
-        payload = [asdict(each) for each in end.outcomes]
-        for name, file in end.files.items():
-            staging.record(name, file, payload if name == task.file_name else None)
-        told.all_of(task)
-        results[task.file_name] = end
+        for name in _files_of(task):
+            discard_unfinished(directory / name)
+        if task.file_name in lost:
+            raise LoftqError(
+                f"two processes in turn ended while they made {task.file_name}",
+                cause=f"the last: {end.where}, {end.cause}",
+                hint="the same line goes on with what is finished; with less memory free than "
+                "the run takes, fewer at once may do",
+            )
+        lost.add(task.file_name)
+        record.note(f"{end.where} ended, {end.cause}: {task.file_name} is made again")
+        waiting.appendleft(task)
 
 
 class _Once(Progress):
@@ -178,11 +199,6 @@ def _has_room(plan: Plan, tasks: list[Task], staging: Staging) -> bool:
         for tensor in [*plan.model_tensors(task), *plan.adapter_tensors(task.layers)]
     )
     return len(tasks) == 1 or needed <= free_bytes(staging.directory)
-
-
-def _discard(task: Task, staging: Staging) -> None:
-    for name in _files_of(task):
-        discard_unfinished(staging.path(name))
 
 
 def _files_of(task: Task) -> Iterable[str]:

@@ -94,11 +94,15 @@ class Machine(NamedTuple):
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Whether the next layer is read while one is worked on, the peak in bytes, and why."""
+    """Whether the next layer is read while one is worked on, the peak in bytes, and why.
+
+    ``task_bytes`` is that of a process which only makes files or layers.
+    """
 
     ahead: bool
     peak_bytes: int
     reason: str
+    task_bytes: int
 
     @property
     def name(self) -> str:
@@ -119,12 +123,13 @@ def plan_memory(plan: Plan, limit: int | None, machine: Machine, workers: int = 
         (True, "the next layer is read while one is worked on"),
         (False, "one layer is held at a time"),
     ):
-        peak = model + memory_bytes(plan, machine, ahead=ahead)
+        alone = memory_bytes(plan, machine, ahead=ahead)
+        peak = model + alone
         if limit is None:
-            return MemoryPlan(ahead, peak, f"{does}; no --max-memory")
+            return MemoryPlan(ahead, peak, f"{does}; no --max-memory", alone)
         if peak <= limit:
             needs = f"about {_megabytes(peak)} of the {_megabytes(limit)} of --max-memory"
-            return MemoryPlan(ahead, peak, f"{does}: {needs}")
+            return MemoryPlan(ahead, peak, f"{does}: {needs}", alone)
     assert limit is not None
     needed, largest = max(
         ((_layer_bytes(plan, each, machine, ahead=False), each) for each in plan.layers),
@@ -145,21 +150,21 @@ def _plan_of_workers(plan: Plan, limit: int | None, machine: Machine, workers: i
     most, whose = (
         (machine.memory_bytes, "this machine") if limit is None else (limit, "--max-memory")
     )
-    one = 0
+    one, this = 0, LIBRARY_BYTES + _calibration_bytes(plan, most)
     for ahead in (True, False):
         one = memory_bytes(plan, machine, ahead=ahead)
-        peak = LIBRARY_BYTES + workers * one
+        peak = this + workers * one
         if most is None or peak <= most:
             reason = f"{workers} workers, each with about {_megabytes(one)}"
             if most is not None:
                 reason += f", in the {_megabytes(most)} of {whose}"
-            return MemoryPlan(ahead, peak, reason)
+            return MemoryPlan(ahead, peak, reason, one)
     assert most is not None
-    fit = max(1, (most - LIBRARY_BYTES) // one)
+    fit = max(1, (most - this) // one)
     raise DoesNotFit(
         f"{workers} workers do not fit into the {_megabytes(most)} of {whose}",
-        cause=f"each takes about {_megabytes(one)}, beside {_megabytes(LIBRARY_BYTES)} for the "
-        "process that gives them their tasks",
+        cause=f"each takes about {_megabytes(one)}, beside {_megabytes(this)} for the process that "
+        "gives them their tasks",
         hint=f"--workers {fit}",
     )
 

@@ -268,8 +268,8 @@ def _prepare(job: Job, cluster: Cluster | None, record: Record) -> _Prepared:
         _tell(asked, record)
         plan, checkpoint, architecture, _ = asked
         tell_of_experts(plan, checkpoint, record)
-        # More processes than tasks would have nothing to do.
-        devices = devices[: len(plan.tasks)]
+        # More processes than tasks would have nothing to do. Calibrated layers are tasks each.
+        devices = devices[: len(plan.layers if job.settings.calibration else plan.tasks)]
         memory = memory_plan(plan, job.memory_limit, len(devices), record)
     beside = _beside(job, found, checkpoint, record)
     return _Prepared(

@@ -83,11 +83,27 @@ class PlannedLayer:
 
 
 @dataclass(frozen=True)
+class GatheredInputs:
+    """What another process has seen of a layer's inputs: a file of the directory that is written.
+
+    ``drift_energy`` is E‖W·(x − x̃)‖², which is the layer's own.
+    """
+
+    file_name: str
+    drift_energy: float
+
+
+@dataclass(frozen=True)
 class Task:
-    """One output file: layers to quantize and tensors to copy, in the checkpoint's order."""
+    """One output file: layers to quantize and tensors to copy, in the checkpoint's order.
+
+    ``inputs`` are those of its one layer where that is to be calibrated, and not in the process
+    that has the model.
+    """
 
     file_name: str
     entries: tuple[PlannedLayer | LeftTensor, ...]
+    inputs: GatheredInputs | None = None
 
     @property
     def layers(self) -> list[PlannedLayer]:

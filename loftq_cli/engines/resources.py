@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -9,10 +10,11 @@ from loftq_cli import hardware
 from loftq_cli.engines import estimates
 from loftq_cli.engines.cluster import Cluster
 from loftq_cli.engines.engine import Engine
+from loftq_cli.engines.in_turn import InTurn
 from loftq_cli.engines.local import InThisProcess
 from loftq_cli.engines.plan import Plan
 from loftq_cli.engines.ray import OnRay
-from loftq_cli.engines.sequence import LayerInputs
+from loftq_cli.engines.sequence import CalibratedInputs
 from loftq_cli.engines.tasks import TaskSpec
 from loftq_cli.engines.workers import Workers, deal_out
 from loftq_cli.record import Record
@@ -26,8 +28,8 @@ def choose_devices(job: Job, cluster: Cluster | None, record: Record) -> list[st
     """The device of each worker; of one there is nothing to tell."""
     if cluster is not None:
         shared = cluster.device(job.device)
-        if job.settings.is_measured:
-            hardware.resolve_device(shared.value)  # this process measures
+        if job.settings.is_measured or job.settings.calibration is not None:
+            hardware.resolve_device(shared.value)  # this process measures, or runs the model
         record.resolved("device", *shared)
         return [shared.value]
     chosen = hardware.resolve_devices(job.device)
@@ -36,7 +38,7 @@ def choose_devices(job: Job, cluster: Cluster | None, record: Record) -> list[st
         record.warn("--max-memory counts memory of the CPU: the GPU is not used")
     names = [each.value for each in chosen]
     record.resolved("device", ",".join(names), chosen[0].reason)
-    devices = deal_out(names, job.workers, job.settings.start)
+    devices = deal_out(names, job.workers)
     if len(devices) > 1:
         reason = "one for each GPU" if job.workers is None else "asked for"
         record.resolved("workers", len(devices), reason)
@@ -60,15 +62,21 @@ def engine_of(
     devices: Sequence[str],
     memory: estimates.MemoryPlan,
     cluster: Cluster | None,
-    inputs: LayerInputs | None,
+    inputs: CalibratedInputs | None,
     record: Record,
 ) -> Engine:
-    """Where the tasks of the plan run; ``memory`` is that of one process on a cluster."""
+    """Where the tasks of the plan run, with the ``inputs`` of a calibrated start."""
+    below: Engine
     if cluster is not None:
-        return _on_ray(cluster, spec, memory.peak_bytes, len(plan.tasks), record)
-    if len(devices) > 1:
-        return Workers(spec, devices)
-    return InThisProcess(spec, inputs)
+        at_once = len(plan.tasks)
+        if inputs is not None:
+            at_once = max(Counter(map(inputs.turn, plan.layers)).values())
+        below = _on_ray(cluster, spec, memory.task_bytes, at_once, record)
+    elif len(devices) > 1:
+        below = Workers(spec, devices)
+    else:
+        return InThisProcess(spec, inputs)
+    return below if inputs is None else InTurn(spec, inputs, below, record)
 
 
 def _on_ray(

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from loftq_cli.checkpoint.adapter import ADAPTER_NAME, adapter_part, lora_names
 from loftq_cli.checkpoint.safetensors import read_header
 from loftq_cli.checkpoint.tensors import load_tensor
-from loftq_cli.engines.plan import Plan, PlannedLayer
+from loftq_cli.engines.plan import GatheredInputs, Plan, PlannedLayer
 from loftq_cli.engines.settings import Settings
 from loftq_cli.record import Record
 from loftq_cli.report import units
@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from loftq_cli.core.input_moments import Drift
     from loftq_cli.models.calibration import Calibration
     from loftq_cli.models.quantized_layers import QuantizedLayer
+
+# The tensors of a file of gathered inputs.
+MOMENTS, DRIFT = "moments", "drift"
 
 
 class FinishedLayers:
@@ -38,7 +41,7 @@ class FinishedLayers:
         self._kept: dict[str, tuple[Any, tuple[Tensor, Tensor] | None]] = {}
 
     def lies_in(self, planned: PlannedLayer, file_name: str) -> None:
-        """Which file a layer is in, or will be."""
+        """Which file a layer is in, or will be; the last that is said counts."""
         self._of[planned.layer.module] = file_name, planned
 
     def keep(self, module: str, quantized: Any, adapter: tuple[Tensor, Tensor] | None) -> None:
@@ -74,7 +77,21 @@ class FinishedLayers:
 
 
 class LayerInputs:
-    """What is asked for each layer of a task, in the order of the plan."""
+    """What is asked for each layer of a calibrated start, in the order of the plan."""
+
+    def of(self, module: str) -> tuple[Tensor | None, Drift | None]:
+        """The second moments of its inputs (in × in), and how far these are from the original's.
+
+        None of an expert whose inputs cannot be seen.
+        """
+        raise NotImplementedError
+
+    def keep(self, module: str, quantized: Any, adapter: tuple[Tensor, Tensor] | None) -> None:
+        """Told of each layer when it is quantized; as `FinishedLayers.keep`."""
+
+
+class CalibratedInputs(LayerInputs):
+    """Those of a model that runs in this process."""
 
     def __init__(self, calibration: Calibration, finished: FinishedLayers | None = None) -> None:
         """With ``finished`` layers the calibration follows those."""
@@ -82,23 +99,47 @@ class LayerInputs:
         self._finished = finished
 
     def of(self, module: str) -> tuple[Tensor | None, Drift | None]:
-        """The second moments of its inputs (in × in), and how far these are from the original's.
-
-        None of an expert whose inputs cannot be seen.
-        """
         if not self._calibration.knows(module):
             return None, None
         return self._calibration.moments(module), self._calibration.drift(module)
 
     def keep(self, module: str, quantized: Any, adapter: tuple[Tensor, Tensor] | None) -> None:
-        """Told of each layer when it is quantized; as `FinishedLayers.keep`."""
         if self._finished is not None:
             self._finished.keep(module, quantized, adapter)
+
+    def turn(self, planned: PlannedLayer) -> tuple[Any, ...]:
+        """The same for layers that come after each other and do not wait for each other."""
+        module = planned.layer.module
+        return self._calibration.turn_of(module) if self._calibration.knows(module) else ()
+
+    def lies_in(self, planned: PlannedLayer, file_name: str) -> None:
+        """Told of each layer that another process has quantized, and where it put it."""
+        if self._finished is not None:
+            self._finished.lies_in(planned, file_name)
+
+
+class StoredInputs(LayerInputs):
+    """Those of one layer, that another process has seen."""
+
+    def __init__(self, directory: Path, gathered: GatheredInputs) -> None:
+        self._path = directory / gathered.file_name
+        self._drift_energy = gathered.drift_energy
+
+    def of(self, module: str) -> tuple[Tensor | None, Drift | None]:
+        from loftq_cli.core.input_moments import Drift
+
+        header = read_header(self._path)
+        moments, *cross = (
+            load_tensor(header, header.tensors[name])
+            for name in (MOMENTS, DRIFT)
+            if name in header.tensors
+        )
+        return moments, Drift(cross[0], self._drift_energy) if cross else None
 
 
 def layer_inputs(
     calibration: Calibration, plan: Plan, directory: Path, device: str, record: Record
-) -> tuple[Plan, LayerInputs]:
+) -> tuple[Plan, CalibratedInputs]:
     """The plan in the order in which the inputs of its layers are known, and these inputs."""
     finished = None
     if plan.settings.calibration_order == "sequential":
@@ -117,4 +158,4 @@ def layer_inputs(
         for task in plan.tasks:
             for planned in task.layers:
                 finished.lies_in(planned, task.file_name)
-    return plan, LayerInputs(calibration, finished)
+    return plan, CalibratedInputs(calibration, finished)

@@ -26,7 +26,7 @@ from loftq_cli.checkpoint.writer import WrittenFile, disk_errors, write_safetens
 from loftq_cli.engines.pipeline import Chunk, Timings, read_ahead, write_behind
 from loftq_cli.engines.placement import read_weight, with_fallback
 from loftq_cli.engines.plan import Plan, PlannedLayer, Task
-from loftq_cli.engines.sequence import LayerInputs
+from loftq_cli.engines.sequence import LayerInputs, StoredInputs
 from loftq_cli.engines.settings import Settings
 from loftq_cli.errors import LoftqError
 from loftq_cli.libraries import importing
@@ -100,12 +100,15 @@ def run_task(
     """Writes the task's weights, and its share of the adapter beside them.
 
     Args:
-        inputs: asked for each layer of a calibrated start, in the task's order, and told of it.
+        inputs: asked for each layer of a calibrated start, in the task's order, and told of it;
+            unless the task has those of its layer.
 
     Raises:
         LoftqError: a tensor cannot be read or quantized, or the files cannot be written. A file is
             there whole or not at all.
     """
+    if task.inputs is not None:
+        inputs = StoredInputs(spec.output, task.inputs)
     running = _RunningTask(task, spec, inputs, progress or Progress())
     part = adapter.adapter_part(task.file_name)
     with disk_errors(spec.output):

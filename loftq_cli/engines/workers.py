@@ -25,7 +25,6 @@ from loftq_cli.engines.tasks import TaskResult, TaskSpec, run_task
 from loftq_cli.errors import LoftqError, UsageError, first_line
 from loftq_cli.libraries import quiet_libraries
 from loftq_cli.record import Progress
-from loftq_cli.starts import Start
 
 # Spawned, not forked: what CUDA and OpenMP hold does not survive a fork.
 _SPAWN = get_context("spawn")
@@ -33,24 +32,17 @@ _SPAWN = get_context("spawn")
 _PATIENCE_SECONDS = 30.0
 
 
-def deal_out(devices: Sequence[str], workers: int | None, start: Start) -> list[str]:
+def deal_out(devices: Sequence[str], workers: int | None) -> list[str]:
     """The device of each worker: without a number of ``workers`` one for each device.
 
     Raises:
-        UsageError: there are fewer than devices, or several where the moments of one run are asked
-            for: these come block after block, and freed are those that are behind.
+        UsageError: there are fewer than devices.
     """
     count = len(devices) if workers is None else workers
     if count < len(devices):
         raise UsageError(
             f"--workers {count} leaves some of the {len(devices)} GPUs without work",
             hint=f"--device {','.join(devices[:count])}, or leave --workers out",
-        )
-    if count > 1 and start.needs_moments:
-        raise UsageError(
-            f"--init {start.name} takes one worker",
-            cause="what the layers are given comes from one run of the model, block after block",
-            hint="leave --workers out (all threads share each layer), and name one device",
         )
     return [devices[number % len(devices)] for number in range(count)]
 

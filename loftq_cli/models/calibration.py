@@ -114,6 +114,15 @@ class Calibration:
         """Tokens that the model is run on. With fewer than its inputs, a layer's G is singular."""
         return self.windows * self.window_length
 
+    def turn_of(self, module: str) -> tuple[Any, ...]:
+        """What is the same for modules that are looked at together, and known before any other.
+
+        Of an expert, matrices of one stack: its second waits for what its first has become.
+        """
+        place = self._experts.get(module)
+        within = () if place is None else (place.expert, place.parameter)
+        return self._turn_of[module], *within
+
     def follow(self, quantized: Callable[[str], QuantizedLayer]) -> bool:
         """From now on inputs are those that a model gives whose earlier layers are quantized.
 

@@ -89,7 +89,6 @@ def test_nothing_answers() -> None:
         (["--engine", "ray", "--device", "cuda:1"], "Ray deals out the GPUs itself"),
         (["--engine", "ray", "--ray-address", "ray://head:10001"], "auto, local or HOST:PORT"),
         (["--ray-address", "local"], "--ray-address is for --engine ray"),
-        (["--engine", "ray", "--init", "qera", "--calibration-text", "x"], "--engine local"),
     ],
     ids=lambda value: value[-1] if isinstance(value, list) else "",
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 
+import loftq_cli
 from loftq_cli import quantize
 from loftq_cli.checkpoint.files import LocalFile
 from loftq_cli.checkpoint.index import open_checkpoint
@@ -20,6 +22,7 @@ from loftq_cli.engines import cluster as clusters
 from loftq_cli.engines import ray as engine
 from loftq_cli.engines.cluster import connected
 from loftq_cli.errors import DoesNotFit, LoftqError
+from tests.battery import BATTERY, Entry
 from tests.engines import full_disk
 from tests.engines.conftest import LINE, OPTIONS, Watching, children
 from tests.quantize.test_killed import Loftq, contents, finished
@@ -32,6 +35,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning:ray"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning:ray"),
 ]
+DEMO = Path(loftq_cli.__file__).parent / "demo"
 NODE = {"num_cpus": 1, "memory": 2 * 10**9, "object_store_memory": 80 * 10**6}
 
 
@@ -79,6 +83,25 @@ def test_two_nodes_write_what_one_process_writes(
     assert document.timings_seconds["connect"] > 0
     assert signal.getsignal(signal.SIGTERM) is handler
     assert not ray.is_initialized()
+
+
+def test_calibrated_layers_of_a_block_run_side_by_side(
+    two: Two, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("loftq_cli.models.texts.LONGEST_WINDOW", 64)
+    text, source = tmp_path / "text.txt", tmp_path / "source"
+    text.write_text((DEMO / "calibration.txt").read_text("utf-8")[:6_000], "utf-8")
+    entry = BATTERY["gpt2"]
+    config = {**entry.config, "vocab_size": 4096}
+    Entry(entry.model_class, entry.config_class, config).build().save_pretrained(source)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(DEMO / name, source)
+    written = []
+    for place, options in (("one", OPTIONS), ("two", two.options())):
+        out = tmp_path / place / "out"
+        quantize(str(source), output=out, init="calibrated", calibration_text=text, **options)
+        written.append(contents(out))
+    assert written[0] == written[1]
 
 
 def test_a_node_that_differs_is_named(

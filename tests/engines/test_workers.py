@@ -16,7 +16,6 @@ from loftq_cli import quantize
 from loftq_cli.engines import workers as engine
 from loftq_cli.engines.workers import Threads, deal_out
 from loftq_cli.errors import DoesNotFit, UsageError
-from loftq_cli.starts import STARTS
 from tests.conftest import Outcome
 from tests.engines import full_disk
 from tests.engines.conftest import LINE, OPTIONS, Watching, children
@@ -149,18 +148,12 @@ def test_workers_that_do_not_fit_exit_4_before_anything_is_written(
     ],
 )
 def test_devices_are_dealt_out(devices: list[str], workers: int | None, dealt: list[str]) -> None:
-    assert deal_out(devices, workers, STARTS["loftq"]) == dealt
+    assert deal_out(devices, workers) == dealt
 
 
-def test_what_cannot_be_dealt_out(source: Path, tmp_path: Path, loftq: Command) -> None:
+def test_what_cannot_be_dealt_out() -> None:
     with pytest.raises(UsageError, match="2 GPUs without work"):
-        deal_out(["cuda:0", "cuda:1"], 1, STARTS["loftq"])
-    text = tmp_path / "text"
-    text.write_text("some words")
-    done = loftq("quantize", "-m", source, "-o", tmp_path / "out", "--init", "qera",
-                 "--calibration-text", text, "--workers", 2)  # fmt: skip
-    assert done.code == 2
-    assert "block after block" in done.err
+        deal_out(["cuda:0", "cuda:1"], 1)
 
 
 def test_threads_are_divided() -> None:

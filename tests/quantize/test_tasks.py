@@ -14,7 +14,7 @@ import torch
 from loftq_cli.checkpoint.index import open_checkpoint
 from loftq_cli.engines import tasks
 from loftq_cli.engines.plan import Plan, make_plan
-from loftq_cli.engines.sequence import LayerInputs
+from loftq_cli.engines.sequence import CalibratedInputs
 from loftq_cli.engines.settings import Settings
 from loftq_cli.engines.tasks import TaskResult, TaskSpec, run_task
 from loftq_cli.errors import LoftqError
@@ -42,6 +42,9 @@ def plan_of(spec: TaskSpec) -> Plan:
 class Moments(dict[str, torch.Tensor]):
     """A calibration that has been."""
 
+    def knows(self, module: str) -> bool:
+        return module in self
+
     def moments(self, module: str) -> torch.Tensor:
         return self[module]
 
@@ -56,7 +59,7 @@ def test_another_process_writes_the_same_bytes(spec: TaskSpec, tmp_path: Path) -
     for layer in plan.layers:
         x = torch.randn(256, layer.layer.in_features, generator=torch.Generator().manual_seed(1))
         moments[layer.layer.module] = x.T @ x / len(x)
-    inputs = LayerInputs(moments)  # type: ignore[arg-type]
+    inputs = CalibratedInputs(moments)  # type: ignore[arg-type]
     there = replace(spec, output=tmp_path / "there")
     there.output.mkdir()
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
