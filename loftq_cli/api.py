@@ -193,6 +193,11 @@ def load(
             trainable=trainable,
             trust_remote_code=trust_remote_code,
         )
+    if trainable and loaded.adapter is None:
+        raise UsageError(
+            f"{model} has no adapter to train",
+            hint="adapter=DIRECTORY; or put one on with PEFT, and leave trainable out",
+        )
     if loaded.adapter is not None:  # what is trained names it, and PEFT looks there
         base = str(model) if on_hub else str(directory.resolve())
         loaded.model.peft_config["default"].base_model_name_or_path = base

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from loftq_cli import starts
 from loftq_cli.commands.compare_rates import LADDER
@@ -14,6 +14,7 @@ from loftq_cli.containers import container_names, kind_of, widths
 from loftq_cli.containers.base import Container
 from loftq_cli.engines.settings import FORMAT, Settings, settings_of
 from loftq_cli.errors import UsageError
+from loftq_cli.formats import Experts
 from loftq_cli.models.spec import DEMO_DIRECTORY
 from loftq_cli.models.texts import is_same, require_different
 from loftq_cli.options import (
@@ -165,10 +166,15 @@ def _grids(asked: CompareOptions, texts: Texts) -> list[Grid]:
     sizes = block_sizes(asked.block_size)
     found: dict[Grid, None] = {}
     refused = None
-    experts = [None] if asked.experts is None else items(asked.experts, "--experts")
-    for number, name, size, each in product(bits, names, sizes, experts):
+    experts: list[str | None] = [None]
+    if asked.experts is not None:
+        named = list(dict.fromkeys(items(asked.experts, "--experts")))
+        for each in named:
+            choice(each, "--experts", get_args(Experts))
+        experts = [*named]
+    for number, name, size, kept in product(bits, names, sizes, experts):
         has_blocks = "block_size" in kind_of(name, number).options
-        grid = Grid(name, number, size if has_blocks else None, each)
+        grid = Grid(name, number, size if has_blocks else None, kept)
         try:
             _settings(QLORA, grid, ranks(asked.ranks)[0], asked, texts)
             found[grid] = None

@@ -17,8 +17,9 @@ from loftq_cli.commands.compare_plan import Texts, TrainingPlan
 from loftq_cli.commands.compare_train import Contest, Trainee, Trials, described, forecast
 from loftq_cli.commands.loaded import choose
 from loftq_cli.commands.run import Run
+from loftq_cli.engines.experts import has_experts
 from loftq_cli.engines.settings import Settings
-from loftq_cli.errors import InvalidSetting, LoftqError
+from loftq_cli.errors import InvalidSetting, LoftqError, UsageError
 from loftq_cli.options import CompareOptions, block_sizes, items
 from loftq_cli.record import Listener, Progress, Record
 from loftq_cli.report.start_verdict import Key, key, relative_to_qlora, verdict
@@ -128,7 +129,10 @@ class Bench:
         from loftq_cli.engines.plan import make_plan
 
         inventory = self.architecture.inventory(open_checkpoint(self.directory).infos)
-        weights = [each.weight for each in make_plan(inventory, Settings(rank=1)).layers]
+        plan = make_plan(inventory, Settings(rank=1))
+        if self.asked.experts is not None and not has_experts(plan):
+            raise UsageError(f"--experts has no effect: {self.asked.model} has none")
+        weights = [each.weight for each in plan.layers]
         unfit: dict[str, str] = {}
         for each in planned:
             reasons = map(each.container.why_unfit, weights)

@@ -228,7 +228,7 @@ OPTIONS = {
         max=1024,
         metavar="N",
         help="Make as many output files at once, each in a process of its own with its share of "
-        "the threads.",
+        "the threads; calibrated starts, as many layers.",
         show_default="1, or one for each GPU of --device",
     ),
     "max_memory": option(

@@ -194,22 +194,25 @@ def _calibration_bytes(plan: Plan, limit: int | None) -> int:
     layers = [each.layer.parameters * DTYPE_BITS[each.layer.dtype] // 8 for each in plan.layers]
     weights = sum(layers) + sum(left.bytes for left in plan.left)
     held = weights if limit is None else min(weights, limit // 2)
-    if plan.settings.calibration_order == "parallel":
-        return held
-    return held + _stream_bytes(plan, limit) + _block_bytes(plan)
+    streams = 1 if plan.settings.calibration_order == "parallel" else 2
+    if any(each.layer.expert for each in plan.layers):
+        held += streams * _hidden_bytes(plan)  # what a block's experts are given
+    return held if streams == 1 else held + _stream_bytes(plan, limit) + _block_bytes(plan)
 
 
 def _stream_bytes(plan: Plan, limit: int | None) -> int:
-    """Two hidden states for every token of the text; none where they are to lie on the disk.
+    """Two hidden states for every token of the text; none where they are to lie on the disk."""
+    needed = 2 * _hidden_bytes(plan)
+    return needed if limit is None or needed <= limit * FOR_HIDDEN_STATES else 0
 
-    A hidden state is as wide as most layers' inputs.
-    """
+
+def _hidden_bytes(plan: Plan) -> int:
+    """A hidden state for every token of the text. It is as wide as most layers' inputs."""
     assert plan.settings.calibration is not None
     widths = Counter(each.layer.in_features for each in plan.layers)
     width = max(widths, key=lambda width: widths[width])
     nbytes = DTYPE_BITS[plan.layers[0].layer.dtype] // 8
-    needed = 2 * plan.settings.calibration.tokens * width * nbytes
-    return needed if limit is None or needed <= limit * FOR_HIDDEN_STATES else 0
+    return plan.settings.calibration.tokens * width * nbytes
 
 
 def _block_bytes(plan: Plan) -> int:

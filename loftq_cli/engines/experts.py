@@ -91,6 +91,11 @@ def expert_adapters(
     )
 
 
+def has_experts(plan: Plan) -> bool:
+    """Whether there are matrices of experts among its tensors, quantized or not."""
+    return any(_is_expert(entry) for task in plan.tasks for entry in task.entries)
+
+
 def tell_of_experts(plan: Plan, checkpoint: Checkpoint, record: Record) -> None:
     """Where most of the bytes stay as they were, that is said before hours are spent."""
     entries = (entry for task in plan.tasks for entry in task.entries)

@@ -113,7 +113,8 @@ def measure(
     for planned in sorted(layers, key=lambda planned: places.get(planned.layer.module, 0)):
         layer = planned.layer
         progress.start(layer.module)
-        seen = None if inputs is None or layer.expert else inputs.moments(layer.module)
+        known = inputs is not None and inputs.knows(layer.module)
+        seen = inputs.moments(layer.module) if inputs is not None and known else None
         try:
             W = read_weight(checkpoint, layer, device)
             found[layer.module] = with_fallback(partial(work, planned, seen), W, device)

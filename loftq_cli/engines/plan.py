@@ -136,14 +136,24 @@ class Plan:
         ]
 
     def in_order(self, modules: Sequence[str]) -> Plan:
-        """The same, to be worked on in this order of modules; what it does not name comes first."""
+        """The same, to be worked on in this order of modules.
+
+        A layer that it does not name comes first of its block, and tensors to copy before all.
+        """
         places = {module: place for place, module in enumerate(modules)}
-        entries = [entry for task in self.tasks for entry in task.entries]
-        entries.sort(
-            key=lambda entry: (
-                places.get(entry.layer.module, -1) if isinstance(entry, PlannedLayer) else -1
-            )
-        )
+        blocks: dict[str | None, int] = {}
+        for module, place in places.items():
+            blocks.setdefault(block_of(module), place)
+
+        def when(entry: PlannedLayer | LeftTensor) -> tuple[int, bool]:
+            if isinstance(entry, LeftTensor):
+                return -1, False
+            module = entry.layer.module
+            if module in places:
+                return places[module], True
+            return blocks.get(block_of(module), -1), False
+
+        entries = sorted((entry for task in self.tasks for entry in task.entries), key=when)
         return replace(self, tasks=tuple(_tasks(entries, self.settings)))
 
     def model_tensors(self, task: Task) -> list[PlannedTensor]:

@@ -104,7 +104,8 @@ class CalibratedInputs(LayerInputs):
         return self._calibration.moments(module), self._calibration.drift(module)
 
     def keep(self, module: str, quantized: Any, adapter: tuple[Tensor, Tensor] | None) -> None:
-        if self._finished is not None:
+        # Of others nobody will ask.
+        if self._finished is not None and self._calibration.knows(module):
             self._finished.keep(module, quantized, adapter)
 
     def turn(self, planned: PlannedLayer) -> tuple[Any, ...]:

@@ -238,7 +238,7 @@ def watched(
 ) -> Iterator[None]:
     """Tells ``see`` of every tensor that one of these linear modules is given.
 
-    And ``put_out`` of what it gives back, unless it is the model's head, where a pass ends.
+    And ``put_out`` of what it gives back.
     """
 
     def hook(name: str, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -249,10 +249,7 @@ def watched(
 
     handles = [
         model.get_submodule(name).register_forward_pre_hook(
-            # Before the one that stops at the head, which may be of interest itself.
-            functools.partial(hook, name),
-            with_kwargs=True,
-            prepend=True,
+            functools.partial(hook, name), with_kwargs=True
         )
         for name in modules
     ]

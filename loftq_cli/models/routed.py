@@ -37,10 +37,6 @@ class ExpertPlace(NamedTuple):
     part: int  # which of the matrices that lie one below the other in it
     parts: int
 
-    def of(self, rows: Tensor) -> Tensor:
-        """Its share of what is as high as the expert's matrix in the stack, in the last axis."""
-        return rows.chunk(self.parts, dim=-1)[self.part]
-
 
 def is_routed(module: Module) -> bool:
     """Whether this holds experts, and takes hidden states, indices and weights of the router.

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from loftq_cli.containers.fused import expert_stack
+from loftq_cli.containers.fused import expert_number, expert_stack
 from loftq_cli.models.routed import ExpertPlace
 
 if TYPE_CHECKING:
@@ -189,7 +189,8 @@ class ModelStacks:
         parameter, source = self._parameter_of(tensor)
         assert source is not None
         path, _, name = parameter.rpartition(".")
-        expert = int(tensor.removesuffix(".weight").rsplit(".", 2)[1])
+        expert = expert_number(tensor.removesuffix(".weight"))
+        assert expert is not None
         return ExpertPlace(path, name, expert, part, len(self._rule(source).source_patterns))
 
     def restacked(self, tensor: str) -> Restacked | None:

@@ -226,10 +226,11 @@ def _loading(results: QuantizeResults) -> str:
 def _by_our_loader(results: QuantizeResults) -> str:
     place = quoted(results.repository or PurePath(results.output).name)
     own_code = ", trust_remote_code=True" if results.own_code else ""
+    trainable = ", trainable=True" if results.totals.adapter_bytes else ""
     return python_block(f"""
         import loftq_cli
 
-        model = loftq_cli.load({place}, trainable=True{own_code})
+        model = loftq_cli.load({place}{trainable}{own_code})
         """)
 
 

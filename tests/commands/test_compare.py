@@ -376,7 +376,7 @@ def test_experts_both_ways() -> None:
         ({"container": "gptq,", "bits": "4"}, "an empty item"),
         ({"block_size": "64,all"}, "takes whole numbers"),
         ({"container": "gptq", "block_size": "256,512"}, "no block size 512"),
-        ({"experts": "drop"}, "--experts takes"),
+        ({"experts": "keep,drop"}, "--experts takes"),
         ({"container": "gptq", "double_quant": True}, "--container gptq has no --quant-type or"),
         ({"container": "gptq", "quant_type": "fp4", "bits": "8"}, "--container gptq has no"),
     ],

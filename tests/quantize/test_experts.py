@@ -14,8 +14,10 @@ import torch
 from bitsandbytes.functional import QuantState, dequantize_4bit
 from safetensors.torch import load_file, save_file
 
+import loftq_cli
 from loftq_cli import api
 from loftq_cli.checkpoint.index import open_checkpoint
+from loftq_cli.errors import UsageError
 from loftq_cli.models.architecture import read_architecture
 from loftq_cli.models.layers import linear_layers
 from loftq_cli.models.loading import load_model
@@ -350,6 +352,16 @@ def test_in_bitsandbytes_for_other_readers(
     with torch.no_grad():
         expected = made("Qwen2-MoE").original(tokens()).logits
         assert relative(plain(tokens()).logits, expected) < 0.2
+
+    again = tmp_path / "again"  # packed, and without an adapter
+    assert loftq("merge", out, "--requantize", "-o", again).code == 0
+    done = loftq("verify", again, "--json")
+    assert done.code == 0, done.err
+    tests = {test["name"]: test for test in json.loads(done.out)["results"]["tests"]}
+    assert tests["forward"]["status"] == "passed"
+    assert "trainable" not in (again / "README.md").read_text("utf-8")
+    with pytest.raises(UsageError, match="no adapter to train"):
+        loftq_cli.load(again, trainable=True)
 
 
 def test_stacked_ones_are_kept_and_told_to_servers(tmp_path: Path, loftq: Loftq) -> None:

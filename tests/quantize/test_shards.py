@@ -12,7 +12,8 @@ import torch
 from loftq_cli.checkpoint.staging import Staging
 from loftq_cli.engines import local, output
 from loftq_cli.engines import shards as module
-from loftq_cli.engines.plan import PlannedLayer
+from loftq_cli.engines.plan import Plan, PlannedLayer, Task
+from loftq_cli.engines.settings import Settings
 from loftq_cli.engines.shards import shards
 from loftq_cli.engines.tasks import run_task
 from loftq_cli.errors import LoftqError
@@ -25,11 +26,28 @@ Entry = PlannedLayer | LeftTensor
 
 
 def layer(name: str) -> PlannedLayer:
-    return PlannedLayer(LinearLayer(name, f"{name}.weight", 8, 8, "BF16", False), 4, 2)
+    return PlannedLayer(LinearLayer(name, f"{name}.weight", 8, 8, False, "BF16"), 4, 2)
 
 
 def copied(name: str) -> LeftTensor:
     return LeftTensor(name, (8,), "BF16", "a norm", 16)
+
+
+def test_layers_that_an_order_does_not_name_stay_in_their_blocks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Checkpoints name block 10 before block 2, models run it after."""
+    monkeypatch.setattr(module, "SHARD_BYTES", 1)
+    blocks = sorted(map(str, range(12)))
+    names = ("mlp.experts.0.up", "attn.q", "attn.k")
+    entries = [layer(f"h.{block}.{name}") for block in blocks for name in names]
+    order = [f"h.{block}.{name}" for block in range(12) for name in ("attn.k", "attn.q")]
+    plan = Plan(Settings(rank=2), (Task("model.safetensors", tuple(entries)),)).in_order(order)
+    assert [block_of(task.layers[0].layer.module) for task in plan.tasks] == [
+        f"h.{block}" for block in range(12)
+    ]
+    last = [planned.layer.module for planned in plan.tasks[-1].layers]
+    assert last == [f"h.11.{name}" for name in ("mlp.experts.0.up", "attn.k", "attn.q")]
 
 
 def names(groups: list[list[Entry]]) -> list[list[str]]:

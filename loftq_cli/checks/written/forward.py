@@ -64,9 +64,13 @@ def _load(written: Written) -> Any:
                 written.directory,
                 device=written.device,
                 dtype=written.dtype or stored_dtype(written.config) or "float32",
-                trainable=True,
+                trainable=bool(written.claims.adapted),
                 trust_remote_code=written.trust_remote_code,
             ).model
+        if not written.claims.adapted:
+            layers = (each.name for each in written.claims.layers)
+            linear = [name for name in layers if name not in written.experts]
+            return _with_a_new_adapter(written, model, linear)
         _require_layers(written, "adapted", set(adapters_of(model.get_base_model())))
         return model
     return _load_by_transformers(written)
@@ -115,11 +119,9 @@ def _load_by_transformers(written: Written) -> Any:
         if written.claims.container.stays_packed:
             _require_layers(written, "quantized", _quantized(model))
         keep_layout(model)
-        if not written.claims.adapted:  # one that changes nothing, as who trains it further has it
+        if not written.claims.adapted:
             modules = [layer.name for layer in written.claims.layers]
-            task = written.claims.results.task_type
-            with told_as(CheckFailed, "PEFT cannot put an adapter on it", hint=written.remedy):
-                return attach_fresh(model, 1, task, modules).eval()
+            return _with_a_new_adapter(written, model, modules)
         with told_as(CheckFailed, "PEFT cannot put the adapter on it", hint=written.remedy):
             model = PeftModel.from_pretrained(
                 model,
@@ -130,6 +132,12 @@ def _load_by_transformers(written: Written) -> Any:
             )
     _require_layers(written, "adapted", set(adapters_of(model.get_base_model())))
     return model.eval()
+
+
+def _with_a_new_adapter(written: Written, model: Any, modules: list[str]) -> Any:
+    """One that changes nothing, as who trains a model without an adapter further has it."""
+    with told_as(CheckFailed, "PEFT cannot put an adapter on it", hint=written.remedy):
+        return attach_fresh(model, 1, written.claims.results.task_type, modules).eval()
 
 
 def _quantized(model: Any) -> set[str]:
