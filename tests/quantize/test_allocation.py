@@ -339,7 +339,7 @@ def test_moments_are_asked_for_in_their_order_and_decide(source: Path) -> None:
             torch.diag(torch.cat((torch.ones(2), torch.zeros(n - 2)))) if n == 64 else moments_of(n)
         )
 
-    inputs = SimpleNamespace(moments=moments, order=order)
+    inputs = SimpleNamespace(moments=moments, order=order, knows=order.__contains__)
     plan = allocated(source, rank=4, rank_budget=True, inputs=inputs)
     assert asked == order
     assert [layer.layer.module for layer in plan.layers] == order[::-1]
