@@ -362,11 +362,9 @@ def test_experts_both_ways() -> None:
     asked = CompareOptions(model="gpt2", container="compressed-tensors", experts="keep,quantize")
     found = methods(asked, texts_of(asked))
     assert [each.experts for each in found if each.init == "qlora"] == ["keep", "quantize"]
-    with pytest.raises(UsageError, match="nothing loads quantized experts in gptq"):
-        grids(container="gptq", experts="quantize")
-    assert grids(container="gptq, compressed-tensors", experts="quantize") == [
-        ("compressed-tensors", 4, 64)
-    ]
+    with pytest.raises(UsageError, match="nothing loads quantized experts in bitsandbytes"):
+        grids(bits="8", experts="quantize")
+    assert grids(container="bitsandbytes, gptq", bits="8", experts="quantize") == [("gptq", 8, 64)]
 
 
 @pytest.mark.parametrize(

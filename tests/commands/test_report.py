@@ -599,7 +599,7 @@ def other_value(option: str) -> Any:
     return {
         "bits": 2, "quant_type": "fp4", "block_size": 128, "double_quant": True, "iterations": "3",
         "lora_alpha": 8.5, "rslora": True, "target_modules": ["c_attn", "c_proj"], "seed": 3,
-        "container": "gptq",
+        "container": "gptq", "experts": "keep",
     }[option]  # fmt: skip
 
 
@@ -620,7 +620,9 @@ ADVISED = [
 def test_an_advised_line_asks_for_what_was_measured(command: str, option: str) -> None:
     """Every setting that the advised command has an option for, as its own parser reads it."""
     content = copy.deepcopy(documents.ALL[command])
-    content["results"]["settings"][option] = other_value(option)
+    value = other_value(option)
+    # What experts became is said of each method; the settings have all that was asked for.
+    content["results"]["settings"][option] = [value] if option == "experts" else value
     if command == "quantize":  # a correction that takes little away calls for a sweep
         content["results"]["totals"] |= {
             "quantized_only_error_relative": 0.1, "weight_error_relative": 0.09,
@@ -630,11 +632,10 @@ def test_an_advised_line_asks_for_what_was_measured(command: str, option: str) -
         content["results"]["verdict"]["bits"][0] |= {
             "bits": 4, "trained_init": "loftq", "trained_gain": True, "trained_learning_rate": 1.0,
         }  # fmt: skip
-        if option == "container":  # each verdict has its own
-            content["results"]["verdict"]["bits"][0][option] = other_value(option)
+        if option in ("container", "experts"):  # each verdict has its own
+            content["results"]["verdict"]["bits"][0][option] = value
     _, advised = said(content)
     line = next(match[1] for text in advised if (match := re.search(r"(loftq [^()]*)", text)))
-    value = other_value(option)
     wanted = ",".join(value) if isinstance(value, list) else str(value)
     assert str(parsed(line)[option]) == wanted
 
