@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from loftq_cli import api
+from loftq_cli.schema import QuantizeResults
 from tests.zoo import ZOO
 from tests.zoo.making import decoder
 
@@ -39,6 +43,33 @@ def save(name: str, directory: Path, **config: Any) -> Any:
     model = build(name, **config)
     model.save_pretrained(directory)
     return model
+
+
+class Made(NamedTuple):
+    """What `quantize` made of a model, by directories."""
+
+    source: Path
+    out: Path
+    original: Any
+    results: QuantizeResults
+
+
+def made_once(
+    folders: pytest.TempPathFactory,
+    save: Callable[[str, Path], Any],
+    settings: Callable[[str], dict[str, Any]],
+) -> Callable[[str], Made]:
+    """Models by name, each saved and quantized in compressed-tensors when it is first asked for."""
+
+    @cache
+    def make(name: str) -> Made:
+        directory = folders.mktemp("experts")
+        source, out = directory / "source", directory / "out"
+        original = save(name, source)
+        asked = {"container": "compressed-tensors", **settings(name)}
+        return Made(source, out, original, api.quantize(str(source), output=out, **asked).results)
+
+    return make
 
 
 def unpacked(tensors: dict[str, torch.Tensor], module: str) -> torch.Tensor:

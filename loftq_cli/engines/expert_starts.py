@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from loftq_cli.models.architecture import Architecture
 
 
-class Place(NamedTuple):
+class AdaptedStack(NamedTuple):
     """The parameter of the model class that a stack is, and where PEFT has its A and B."""
 
     stack: ExpertStack
@@ -41,7 +41,7 @@ class Place(NamedTuple):
     module: str
 
 
-def places(plan: Plan, architecture: Architecture) -> list[Place]:
+def adapted_stacks(plan: Plan, architecture: Architecture) -> list[AdaptedStack]:
     """Where the plan's stacks are in the model.
 
     Raises:
@@ -49,12 +49,14 @@ def places(plan: Plan, architecture: Architecture) -> list[Place]:
     """
     stacks = {_parameter(stack, architecture): stack for stack in plan.stacks}
     modules = adapter_modules(architecture.model, stacks)
-    return [Place(stack, parameter, modules[parameter]) for parameter, stack in stacks.items()]
+    return [
+        AdaptedStack(stack, parameter, modules[parameter]) for parameter, stack in stacks.items()
+    ]
 
 
 def target_parameters(plan: Plan, architecture: Architecture) -> list[str]:
     """What PEFT finds these parameters by, and no others: the ends of their names if those do."""
-    adapted = {place.parameter for place in places(plan, architecture)}
+    adapted = {each.parameter for each in adapted_stacks(plan, architecture)}
     ends = {".".join(name.split(".")[-2:]) for name in adapted}
     others = {name for name, _ in architecture.model.named_parameters()} - adapted
     return sorted(adapted if any(is_targeted(name, [*ends]) for name in others) else ends)
@@ -64,7 +66,8 @@ def _parameter(stack: ExpertStack, architecture: Architecture) -> str:
     names = [part.tensor for parts in stack.experts for part in parts]
     found = set(architecture.parameters_of(names).values())
     parameter = found.pop()
-    order = [architecture.expert_part(part.tensor) for parts in stack.experts for part in parts]
+    ruled = [architecture.stacks.ruled_place(name) for name in names]
+    order = [None if place is None else place.part for place in ruled]
     expected = [number for parts in stack.experts for number in range(len(parts))]
     owner = architecture.model.get_submodule(parameter.rpartition(".")[0])
     shape = tuple(architecture.model.get_parameter(parameter).shape)
@@ -88,7 +91,7 @@ class ExpertStarts:
     plan: Plan
     checkpoint: Checkpoint
     staging: Staging
-    places: list[Place]
+    adapted: list[AdaptedStack]
     device: str
     progress: Progress
     energies: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])
@@ -97,7 +100,7 @@ class ExpertStarts:
     def planned(self) -> list[PlannedTensor]:
         dtype = self.plan.settings.adapter_dtype
         return [
-            tensor for place in self.places for tensor in place.stack.planned(place.module, dtype)
+            tensor for each in self.adapted for tensor in each.stack.planned(each.module, dtype)
         ]
 
     def tensors(self) -> Iterator[tuple[str, memoryview]]:
@@ -106,13 +109,13 @@ class ExpertStarts:
 
         dtype = getattr(torch, self.plan.settings.adapter_dtype)
         written: Tensors = {}
-        if any(place.stack.quantized for place in self.places):
+        if any(each.stack.quantized for each in self.adapted):
             headers = [read_header(self.staging.path(each.file_name)) for each in self.plan.tasks]
             written = {
                 name: (header, info) for header in headers for name, info in header.tensors.items()
             }
         weights = {planned.tensor: planned.weight for planned in self.plan.layers}
-        for stack, parameter, module in self.places:
+        for stack, parameter, module in self.adapted:
             first, second = stack.planned(module, self.plan.settings.adapter_dtype)
             A = torch.empty(first.shape, dtype=dtype)
             B = torch.empty(second.shape, dtype=dtype)

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING
 
 from loftq_cli.checkpoint.adapter import adapter_part
 from loftq_cli.checkpoint.safetensors import read_header, read_tensor
-from loftq_cli.checkpoint.tensors import load_pieces, tensor_memory
+from loftq_cli.checkpoint.tensors import tensor_memory
 from loftq_cli.checkpoint.writer import PlannedTensor, disk_errors, write_safetensors
 from loftq_cli.engines.engine import Engine, finished
-from loftq_cli.engines.pipeline import Chunk
+from loftq_cli.engines.pipeline import Chunk, copied
 from loftq_cli.engines.plan import GatheredInputs, Plan, PlannedLayer, Task
 from loftq_cli.engines.sequence import DRIFT, MOMENTS, CalibratedInputs
 from loftq_cli.engines.tasks import TaskResult, TaskSpec
@@ -136,8 +136,7 @@ class InTurn(Engine):
     def _weights(self, done: dict[str, tuple[Task, TaskResult]]) -> Iterator[Chunk]:
         for entry in self._task.entries:
             if isinstance(entry, LeftTensor):
-                for piece in load_pieces(*self._spec.checkpoint.tensors[entry.tensor]):
-                    yield entry.tensor, bytes(piece)  # the piece's buffer is used again
+                yield from copied(entry.tensor, *self._spec.checkpoint.tensors[entry.tensor])
             else:
                 yield from self._content(done[entry.layer.module][0].file_name)
 

@@ -17,7 +17,7 @@ from loftq_cli.checkpoint.safetensors import TensorInfo
 from loftq_cli.checkpoint.writer import PlannedTensor
 from loftq_cli.containers.fused import expert_stack
 from loftq_cli.engines.adapter_settings import adapter_settings
-from loftq_cli.engines.expert_starts import places
+from loftq_cli.engines.expert_starts import adapted_stacks
 from loftq_cli.engines.plan import Plan, skip_list
 from loftq_cli.errors import UnsupportedModel, first_line
 from loftq_cli.libraries import import_bitsandbytes
@@ -172,7 +172,7 @@ def _held_against(
     dtype = plan.settings.adapter_dtype
     stacks = [
         tensor
-        for place in places(plan, original)
+        for place in adapted_stacks(plan, original)
         for tensor in place.stack.planned(place.module, dtype)
     ]
     attached = {_module(name) for name in state if ".lora_" in name}

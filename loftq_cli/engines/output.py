@@ -17,7 +17,6 @@ from loftq_cli.checkpoint.adapter import (
 from loftq_cli.checkpoint.index import INDEX_FILE, Checkpoint
 from loftq_cli.checkpoint.safetensors import read_header, read_tensor
 from loftq_cli.checkpoint.staging import Staging
-from loftq_cli.checkpoint.tensors import load_pieces
 from loftq_cli.checkpoint.writer import (
     PlannedTensor,
     WrittenFile,
@@ -26,7 +25,8 @@ from loftq_cli.checkpoint.writer import (
     write_safetensors,
 )
 from loftq_cli.engines.adapter_settings import adapter_settings
-from loftq_cli.engines.expert_starts import ExpertStarts, places
+from loftq_cli.engines.expert_starts import ExpertStarts, adapted_stacks
+from loftq_cli.engines.pipeline import copied
 from loftq_cli.engines.plan import Plan, skip_list
 from loftq_cli.formats import DTYPE_NAMES
 from loftq_cli.models.source import CONFIG_FILE, README_FILE, REPORT_FILE
@@ -62,7 +62,7 @@ def join_adapter(
         for parameter in plan.trained_heads
     }
 
-    stacks = places(plan, architecture)
+    stacks = adapted_stacks(plan, architecture)
     count = sum(len(place.stack.experts) for place in stacks)
 
     def tensors(experts: ExpertStarts) -> Iterator[tuple[str, memoryview | bytes]]:
@@ -72,8 +72,7 @@ def join_adapter(
                 yield tensor, read_tensor(header, info)
         yield from experts.tensors()
         for name, (header, info) in heads.items():
-            for piece in load_pieces(header, info):
-                yield name, bytes(piece)  # the piece's buffer is used again
+            yield from copied(name, header, info)
 
     if ADAPTER_NAME not in staging.finished:
         shown = record.progress("starting experts", count) if count else nullcontext(Progress())

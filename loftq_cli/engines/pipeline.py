@@ -14,6 +14,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
+from loftq_cli.checkpoint.safetensors import Header, TensorInfo
+from loftq_cli.checkpoint.tensors import load_pieces
 from loftq_cli.checkpoint.writer import PlannedTensor, WrittenFile, write_safetensors
 from loftq_cli.models.hub_files import may_be_abandoned
 
@@ -35,6 +37,12 @@ class Timings:
 
     def add(self, stage: str, began: float) -> None:
         self.seconds[stage] += time.perf_counter() - began
+
+
+def copied(name: str, header: Header, info: TensorInfo) -> Iterator[Chunk]:
+    """A tensor of a file as it is there, piece by piece."""
+    for piece in load_pieces(header, info):
+        yield name, bytes(piece)  # the piece's buffer is used again
 
 
 def read_ahead(

@@ -21,9 +21,9 @@ from typing import TYPE_CHECKING, Any
 
 from loftq_cli.checkpoint import adapter
 from loftq_cli.checkpoint.index import Checkpoint
-from loftq_cli.checkpoint.tensors import load_pieces, tensor_memory
+from loftq_cli.checkpoint.tensors import tensor_memory
 from loftq_cli.checkpoint.writer import WrittenFile, disk_errors, write_safetensors
-from loftq_cli.engines.pipeline import Chunk, Timings, read_ahead, write_behind
+from loftq_cli.engines.pipeline import Chunk, Timings, copied, read_ahead, write_behind
 from loftq_cli.engines.placement import read_weight, with_fallback
 from loftq_cli.engines.plan import Plan, PlannedLayer, Task
 from loftq_cli.engines.sequence import LayerInputs, StoredInputs
@@ -151,20 +151,17 @@ class _RunningTask:
         ahead = self.spec.ahead
         for entry, W in read_ahead(self.task.entries, self._weight, self.timings, ahead=ahead):
             if isinstance(entry, LeftTensor):
-                yield from self._copied(entry.tensor)
+                yield from copied(entry.tensor, *self.spec.checkpoint.tensors[entry.tensor])
                 continue
             self.progress.start(entry.layer.module)
             if W is None:
                 self._keep_plain_adapter(entry)
-                yield from self._copied(entry.layer.tensor)
+                tensor = entry.layer.tensor
+                yield from copied(tensor, *self.spec.checkpoint.tensors[tensor])
             else:
                 yield from self._quantized(entry, W)
             self.progress.advance(entry.layer.module)
             del W
-
-    def _copied(self, tensor: str) -> Iterator[Chunk]:
-        for piece in load_pieces(*self.spec.checkpoint.tensors[tensor]):
-            yield tensor, bytes(piece)  # the piece's buffer is used again
 
     def _weight(self, entry: PlannedLayer | LeftTensor) -> torch.Tensor | None:
         """A layer's weight. Tensors to copy are read when it is their turn, piece by piece."""

@@ -168,13 +168,6 @@ class Architecture:
         """(out, in) of an expert's matrix in the files; None: the tensor is none."""
         return self.stacks.expert_shape(tensor)
 
-    def expert_part(self, tensor: str) -> int | None:
-        """Which of the matrices of one expert it is, by their order in the stack's rows.
-
-        None where transformers has no rule that makes the tensor a part of a stack.
-        """
-        return self.stacks.expert_part(tensor)
-
     def keeps_in_float32(self, parameter: str) -> bool:
         """Whether transformers keeps it in float32 when it casts a model."""
         names = {*self._kept_in_float32, *(self.model._keep_in_fp32_modules_strict or ())}

@@ -21,7 +21,6 @@ from loftq_cli.checkpoint.index import Checkpoint, load_json
 from loftq_cli.checkpoint.safetensors import shown
 from loftq_cli.checkpoint.tensors import load_tensor
 from loftq_cli.containers.bitsandbytes4 import Bitsandbytes4
-from loftq_cli.containers.fused import expert_number
 from loftq_cli.errors import CorruptCheckpoint, UnsupportedModel, told_as
 from loftq_cli.models.architecture import Architecture
 
@@ -176,11 +175,9 @@ def packed_experts(architecture: Architecture, checkpoint: Checkpoint) -> Packed
     """
     found: dict[str, dict[tuple[int, int], str]] = {}
     for weight in Bitsandbytes4.weights_in(checkpoint.tensors):
-        part = architecture.expert_part(weight)
-        number = expert_number(weight.removesuffix(".weight"))
-        if part is not None and number is not None:
-            parameter = architecture.parameters_of([weight])[weight]
-            found.setdefault(parameter, {})[number, part] = weight
+        if (place := architecture.stacks.ruled_place(weight)) is not None:
+            matrices = found.setdefault(f"{place.module}.{place.parameter}", {})
+            matrices[place.expert, place.part] = weight
     stacks = {
         parameter: _stack(parameter, architecture.model.get_parameter(parameter).shape, weights)
         for parameter, weights in found.items()

@@ -168,30 +168,23 @@ class ModelStacks:
             return None
         return stacked_shape(tensor, self._shapes[parameter], self._rule(source))
 
-    def expert_part(self, tensor: str) -> int | None:
-        """Which of the matrices of one expert it is, by their order in the stack's rows.
-
-        None where there is no rule that makes the tensor a part of a stack.
-        """
-        _, source = self._parameter_of(tensor)
-        if source is None or self.expert_shape(tensor) is None:
+    def ruled_place(self, tensor: str) -> ExpertPlace | None:
+        """Where a rule puts an expert's matrix; None: none makes the tensor a part of a stack."""
+        parameter, source = self._parameter_of(tensor)
+        expert = expert_number(tensor.removesuffix(".weight"))
+        if source is None or expert is None or self.expert_shape(tensor) is None:
             return None
-        return list(self._rule(source).source_patterns).index(source)
+        parts = list(self._rule(source).source_patterns)
+        path, _, name = parameter.rpartition(".")
+        return ExpertPlace(path, name, expert, parts.index(source), len(parts))
 
     def expert_place(self, tensor: str) -> ExpertPlace | None:
         """Where the model holds an expert's matrix of the files; None: the tensor is none."""
-        if (restacked := self.restacked(tensor)) is not None:
-            place = restacked.place
-            path, _, name = place.tensor.rpartition(".")
-            return ExpertPlace(path, name, place.expert, place.part, place.parts)
-        if (part := self.expert_part(tensor)) is None:
-            return None
-        parameter, source = self._parameter_of(tensor)
-        assert source is not None
-        path, _, name = parameter.rpartition(".")
-        expert = expert_number(tensor.removesuffix(".weight"))
-        assert expert is not None
-        return ExpertPlace(path, name, expert, part, len(self._rule(source).source_patterns))
+        if (restacked := self.restacked(tensor)) is None:
+            return self.ruled_place(tensor)
+        place = restacked.place
+        path, _, name = place.tensor.rpartition(".")
+        return ExpertPlace(path, name, place.expert, place.part, place.parts)
 
     def restacked(self, tensor: str) -> Restacked | None:
         """Where a matrix goes that only loftq knows by this name; None: it is none."""

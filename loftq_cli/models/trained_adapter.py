@@ -18,7 +18,6 @@ from loftq_cli.checkpoint.adapter import ADAPTER_CONFIG, PREFIX, lora_names
 from loftq_cli.checkpoint.index import load_json
 from loftq_cli.checkpoint.safetensors import Header, TensorInfo, read_header, shown
 from loftq_cli.checkpoint.tensors import load_tensor
-from loftq_cli.containers.fused import expert_number
 from loftq_cli.errors import CorruptCheckpoint, NonFiniteWeight, UnsupportedModel
 from loftq_cli.formats import DTYPE_NAMES
 from loftq_cli.models.adapters import adapter_weights
@@ -196,7 +195,7 @@ def with_experts(
     if not targets:
         return adapter
     parameters = architecture.parameters_of(
-        tensor for tensor in tensors if architecture.expert_part(tensor) is not None
+        tensor for tensor in tensors if architecture.stacks.ruled_place(tensor) is not None
     )
     targeted = {each for each in parameters.values() if is_targeted(each, targets)}
     modules = {
@@ -224,13 +223,11 @@ def with_experts(
                 f"is not rank {rank} for {experts} experts",
             )
         module = tensor.removesuffix(".weight")
-        shape, part = architecture.expert_shape(tensor), architecture.expert_part(tensor)
-        number = expert_number(module)
-        assert shape is not None
-        assert part is not None
-        assert number is not None
-        own = (part * shape[0], (part + 1) * shape[0])
-        pairs[module] = ExpertPair(A, B, _scaling(config, rank, alpha), number, experts, own)
+        place = architecture.stacks.ruled_place(tensor)
+        assert place is not None
+        height = rows // place.parts
+        own = (place.part * height, (place.part + 1) * height)
+        pairs[module] = ExpertPair(A, B, _scaling(config, rank, alpha), place.expert, experts, own)
     return replace(adapter, pairs=pairs)
 
 

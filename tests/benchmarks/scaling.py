@@ -62,11 +62,7 @@ def makespan(seconds: Sequence[float], workers: int) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("directory", type=Path, help="what quantize wrote, in one process")
-    parser.add_argument(
-        "--repeat", type=int, default=1, help="as if there were so many such models"
-    )
-    asked = parser.parse_args()
-    seconds = list(seconds_of_tasks(asked.directory).values()) * asked.repeat
+    seconds = list(seconds_of_tasks(parser.parse_args().directory).values())
     alone = sum(seconds)
     print(
         f"simulated from {len(seconds)} tasks of {min(seconds):.2f} to {max(seconds):.2f} s "

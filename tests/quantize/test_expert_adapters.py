@@ -6,7 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -17,37 +17,28 @@ from safetensors.torch import load_file, save_file
 import loftq_cli
 from loftq_cli.models.loading import load_model
 from tests.conftest import Outcome
-from tests.experts import NAMES, experts_in, experts_of, relative, save, takes_a_step, tokens
+from tests.experts import (
+    NAMES,
+    Made,
+    experts_in,
+    experts_of,
+    made_once,
+    relative,
+    save,
+    takes_a_step,
+    tokens,
+)
 
 Loftq = Callable[..., Outcome]
 CT = "compressed-tensors"
 RANK = 4
 
 
-class Made(NamedTuple):
-    source: Path
-    out: Path
-    original: Any
-    results: Any
-
-
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Made]:
     """A mixture of this name with adapters on attention and experts, made once."""
-    known: dict[str, Made] = {}
-
-    def make(name: str) -> Made:
-        if name not in known:
-            directory = tmp_path_factory.mktemp("experts")
-            original = save(name, directory / "source")
-            document = loftq_cli.quantize(
-                str(directory / "source"), output=directory / "out", container=CT, rank=RANK,
-                lora_alpha=8, iterations=1, target_modules="all-linear,experts", svd="exact",
-            )  # fmt: skip
-            known[name] = Made(directory / "source", directory / "out", original, document.results)
-        return known[name]
-
-    return make
+    asked = {"target_modules": "all-linear,experts", "lora_alpha": 8, "svd": "exact"}
+    return made_once(tmp_path_factory, save, lambda name: {"rank": RANK, "iterations": 1, **asked})
 
 
 def wrappers(model: Any) -> dict[tuple[str, str], ParamWrapper]:

@@ -7,7 +7,6 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -23,11 +22,12 @@ from loftq_cli.models.layers import linear_layers
 from loftq_cli.models.loading import load_model
 from loftq_cli.models.source import read_config
 from loftq_cli.models.spec import DEMO_DIRECTORY
-from loftq_cli.schema import QuantizeResults
 from tests.conftest import Outcome
 from tests.experts import (
     NAMES,
+    Made,
     experts_of,
+    made_once,
     relative,
     same_experts,
     save,
@@ -39,30 +39,10 @@ Loftq = Callable[..., Outcome]
 CT = "compressed-tensors"
 
 
-class Made(NamedTuple):
-    source: Path
-    out: Path
-    original: Any
-    results: QuantizeResults
-
-
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Made]:
     """A mixture of this name in compressed-tensors, made once."""
-    known: dict[str, Made] = {}
-
-    def make(name: str) -> Made:
-        if name not in known:
-            directory = tmp_path_factory.mktemp("experts")
-            original = save(name, directory / "source")
-            document = api.quantize(
-                str(directory / "source"), output=directory / "out", container=CT, rank=4,
-                iterations=2,
-            )  # fmt: skip
-            known[name] = Made(directory / "source", directory / "out", original, document.results)
-        return known[name]
-
-    return make
+    return made_once(tmp_path_factory, save, lambda name: {"rank": 4, "iterations": 2})
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -25,13 +25,14 @@ from loftq_cli.models.architecture import read_architecture
 from loftq_cli.models.layers import linear_layers
 from loftq_cli.models.loading import load_model
 from loftq_cli.models.source import read_config
-from loftq_cli.schema import QuantizeResults
 from tests.conftest import Outcome
 from tests.experts import (
     ASK,
     BLOCK_SIZE,
     KINDS,
+    Made,
     expected,
+    made_once,
     relative,
     save_stacked,
     stacks_of,
@@ -44,34 +45,15 @@ Loftq = Callable[..., Outcome]
 CT = "compressed-tensors"
 
 
-class Made(NamedTuple):
-    source: Path
-    out: Path
-    original: Any
-    results: QuantizeResults
-
-
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Made]:
     """Of this name in compressed-tensors, made once."""
-    known: dict[str, Made] = {}
 
-    def make(name: str) -> Made:
-        if name not in known:
-            directory = tmp_path_factory.mktemp("stacked")
-            original = save_stacked(name, directory / "source")
-            document = api.quantize(
-                str(directory / "source"),
-                output=directory / "out",
-                container=CT,
-                rank=4,
-                iterations=2,
-                experts="quantize" if KINDS[name].asked else None,
-            )
-            known[name] = Made(directory / "source", directory / "out", original, document.results)
-        return known[name]
+    def settings(name: str) -> dict[str, Any]:
+        experts = "quantize" if KINDS[name].asked else None
+        return {"rank": 4, "iterations": 2, "experts": experts}
 
-    return make
+    return made_once(tmp_path_factory, save_stacked, settings)
 
 
 @pytest.mark.parametrize("name", KINDS)
