@@ -30,7 +30,12 @@ from tests.benchmarks.layer import Case, peft, synchronize
 from tests.benchmarks.roofline import Floor, measure_floor
 
 SHAPES = [(4096, 4096), (4096, 11008), (768, 2304)]
-TESTS = ["tests/core/test_triton.py", "tests/core/test_waits.py", "tests/core/test_calibrated.py"]
+TESTS = [
+    "tests/core/test_triton.py",
+    "tests/core/test_waits.py",
+    "tests/core/test_calibrated.py",
+    "tests/quantize/test_placement.py",
+]
 COLUMNS = ("what", "seconds", "PEFT ÷ it", "error", "÷ floor", "besides")
 QUANTIZER = Blockwise(BlockwiseFormat("nf4", 64))
 
@@ -83,6 +88,7 @@ def gpu_tests(run: Run) -> None:
     marker = ["-m", "not gpu"] if run.device == "cpu" else ["-m", "gpu", "-n", "8"]
     tests = TESTS[:2] if run.device == "cpu" else TESTS
     command = ["-m", "pytest", "-q", "--dist", "worksteal", "-p", "no:cacheprovider"]
+    command += ["-p", "no:benchmark"]  # where it is installed, it warns beside xdist
     spent, said = run.child(*command, *marker, *tests)
     run.say("tests of the kernels", f"{spent:.1f}", "", "", "", said.strip().splitlines()[-1])
 

@@ -23,4 +23,4 @@ sys.exit(f"missing: {' '.join(missing)}" if missing else 0)
 CHECK
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
-PYTHONPATH=$PWD python -m tests.benchmarks.gpu "$@" "$work"
+PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} python -m tests.benchmarks.gpu "$@" "$work"
