@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import os
+import shutil
 import signal
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +17,15 @@ import pytest
 
 # As `loftq` itself does, and here before any test imports torch.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# Whatever is written is synced, for which a disk takes longer than tests this small work: where
+# there is room their directories lie in memory, also those of the processes that they start.
+_MEMORY, _ROOM = "/dev/shm", 3 << 30
+if (
+    "TMPDIR" not in os.environ
+    and os.access(_MEMORY, os.W_OK)
+    and shutil.disk_usage(_MEMORY).free > _ROOM
+):
+    os.environ["TMPDIR"] = tempfile.tempdir = _MEMORY
 # A shell starts what it sends to the background with SIGINT ignored, and processes that are started
 # here would inherit that: tests that interrupt one would then wait for nothing.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

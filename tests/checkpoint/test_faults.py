@@ -26,24 +26,24 @@ def run(output: Path, faulty: FaultyOs, monkeypatch: pytest.MonkeyPatch, *, forc
 @pytest.mark.parametrize("replaces", [False, True], ids=["new", "replaces"])
 @pytest.mark.parametrize("code", CODES, ids=lambda code: errno.errorcode[code])
 def test_every_call_fails_once(
-    replaces: bool, code: int, memory_path: Path, monkeypatch: pytest.MonkeyPatch
+    replaces: bool, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     counting = FaultyOs()
-    staged_run(memory_path / "whole")
-    staged_run(memory_path / "former", seed=1)
-    expected, former = contents(memory_path / "whole"), None
+    staged_run(tmp_path / "whole")
+    staged_run(tmp_path / "former", seed=1)
+    expected, former = contents(tmp_path / "whole"), None
     if replaces:
-        former = contents(memory_path / "former")
-        shutil.copytree(memory_path / "former", memory_path / "counted")
-    run(memory_path / "counted", counting, monkeypatch, force=replaces)
-    assert contents(memory_path / "counted") == expected
+        former = contents(tmp_path / "former")
+        shutil.copytree(tmp_path / "former", tmp_path / "counted")
+    run(tmp_path / "counted", counting, monkeypatch, force=replaces)
+    assert contents(tmp_path / "counted") == expected
     assert set(counting.calls) == set(WRITES)
 
     for position, name in enumerate(counting.calls):
-        output = memory_path / str(position) / "OUT"
+        output = tmp_path / str(position) / "OUT"
         output.parent.mkdir()
         if replaces:
-            shutil.copytree(memory_path / "former", output)
+            shutil.copytree(tmp_path / "former", output)
         at = f"{name}, call {position}"
         with pytest.raises(LoftqError) as caught:
             run(output, FaultyOs(position, failure(code)), monkeypatch, force=replaces)
@@ -57,12 +57,12 @@ def test_every_call_fails_once(
 
 
 def test_finished_files_survive_a_full_disk(
-    memory_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     counting = FaultyOs()
-    run(memory_path / "counted", counting, monkeypatch, force=False)
+    run(tmp_path / "counted", counting, monkeypatch, force=False)
     last = len(counting.calls) - 1 - counting.calls[::-1].index("posix_fallocate")
     with pytest.raises(DoesNotFit):
-        run(memory_path / "OUT", FaultyOs(last, failure(errno.ENOSPC)), monkeypatch, force=False)
-    assert staged_run(memory_path / "OUT") == []
-    assert contents(memory_path / "OUT") == contents(memory_path / "counted")
+        run(tmp_path / "OUT", FaultyOs(last, failure(errno.ENOSPC)), monkeypatch, force=False)
+    assert staged_run(tmp_path / "OUT") == []
+    assert contents(tmp_path / "OUT") == contents(tmp_path / "counted")

@@ -77,10 +77,10 @@ def test_killed_at_any_moment(count: int, replaces: bool, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("options", [[], ["--force"]], ids=["new", "replaces"])
-def test_killed_at_each_call(options: list[str], memory_path: Path) -> None:
+def test_killed_at_each_call(options: list[str], tmp_path: Path) -> None:
     """Where chance does not reach: every system call of a run is the last one once."""
     result = subprocess.run(
-        [sys.executable, killed_at_each_call.__file__, memory_path, *options],
+        [sys.executable, killed_at_each_call.__file__, tmp_path, *options],
         capture_output=True,
         text=True,
         env=ENVIRONMENT,

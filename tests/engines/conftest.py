@@ -12,8 +12,9 @@ import torch
 
 from loftq_cli import quantize
 from loftq_cli.checkpoint.staging import Staging
-from loftq_cli.engines import shards
+from loftq_cli.engines import shards, workers
 from loftq_cli.record import Listener, Progress
+from tests.forks import FORKS
 from tests.quantize.test_killed import contents
 
 OPTIONS = {"rank": 4, "iterations": 2, "double_quant": True, "device": "cpu"}
@@ -47,6 +48,12 @@ def expected(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     found = contents(out)
     assert sum(name.startswith("model-") for name in found) == 9
     return found
+
+
+@pytest.fixture
+def forked_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers begin where one that has imported everything stands, instead of anew."""
+    monkeypatch.setattr(workers, "_SPAWN", FORKS)
 
 
 class Watching(Listener):

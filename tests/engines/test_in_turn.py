@@ -21,6 +21,9 @@ DEMO = Path(loftq_cli.__file__).parent / "demo"
 OPTIONS: dict[str, Any] = {"init": "calibrated", "rank": 4, "iterations": 1, "device": "cpu"}
 
 
+pytestmark = pytest.mark.usefixtures("forked_workers")
+
+
 @pytest.fixture(autouse=True)
 def short_windows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("loftq_cli.models.texts.LONGEST_WINDOW", 64)

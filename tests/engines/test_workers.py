@@ -90,6 +90,7 @@ def test_the_same_line_goes_on_and_no_worker_outlives_the_run(
     assert same >= before // 2  # each with its part of the adapter
 
 
+@pytest.mark.usefixtures("forked_workers")
 def test_an_error_is_the_one_of_a_run_in_one_process(
     source: Path, tmp_path: Path, loftq: Command
 ) -> None:

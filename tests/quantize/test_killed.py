@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
-import multiprocessing
-import os
 import random
 import signal
 import sys
 import time
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
@@ -19,54 +16,23 @@ import torch
 from loftq_cli.checkpoint.staging import MANIFEST_FILE
 from loftq_cli.containers import container_names
 from tests.battery import BATTERY
-
-# Every run is a process of its own, forked from one that has imported what is slow: what is killed
-# is the run, not the start of Python.
-FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(
-    ["torch", "transformers", "peft", "bitsandbytes", "loftq_cli.cli", "loftq_cli.core.kernels"]
-)
+from tests.forks import Forked
 
 
-def run(argv: list[str], out: Path, err: Path) -> None:
+def run(argv: list[str]) -> None:
     """What a run of `loftq` does, with many small output files: there is a next to be killed in."""
     from loftq_cli.cli import main
     from loftq_cli.engines import shards
 
-    for number, path in ((1, out), (2, err)):
-        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     shards.SHARD_BYTES = 20_000
     sys.exit(main(argv))
 
 
-class Loftq:
-    """A running `loftq`, and what it has written so far."""
+class Loftq(Forked):
+    """A running `loftq`. What is killed is the run, not the start of Python."""
 
     def __init__(self, scratch: Path, *argv: object) -> None:
-        self._out, self._err = scratch / "stdout", scratch / "stderr"
-        for path in (self._out, self._err):
-            path.write_bytes(b"")
-        arguments = (list(map(str, argv)), self._out, self._err)
-        self.process: BaseProcess = FORKS.Process(target=run, args=arguments)
-        self.process.start()
-
-    @property
-    def out(self) -> str:
-        return self._out.read_text()
-
-    @property
-    def err(self) -> str:
-        return self._err.read_text()
-
-    def send(self, number: signal.Signals) -> None:
-        assert self.process.pid is not None
-        with contextlib.suppress(ProcessLookupError):  # it has ended
-            os.kill(self.process.pid, number)
-
-    def wait(self) -> int | None:
-        """The exit status, negative for a signal; None if it does not end."""
-        self.process.join(60)
-        return self.process.exitcode
+        super().__init__(scratch, run, list(map(str, argv)))
 
 
 def contents(directory: Path) -> dict[str, bytes]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +21,7 @@ from loftq_cli.models.layers import linear_layers
 from loftq_cli.models.source import read_config
 from loftq_cli.record import Progress
 from tests.battery import BATTERY
+from tests.forks import FORKS
 
 
 @pytest.fixture
@@ -62,7 +62,7 @@ def test_another_process_writes_the_same_bytes(spec: TaskSpec, tmp_path: Path) -
     inputs = CalibratedInputs(moments)  # type: ignore[arg-type]
     there = replace(spec, output=tmp_path / "there")
     there.output.mkdir()
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(1, mp_context=FORKS) as pool:
         other = pool.submit(run_task, task, there, inputs)
         ours, theirs = run_task(task, spec, inputs), other.result()
         # An error arrives as what it is, with the name of the tensor.
