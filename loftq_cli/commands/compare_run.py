@@ -13,17 +13,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loftq_cli import schema
+from loftq_cli.commands.compare_fit import grid_named, grid_of, possible
 from loftq_cli.commands.compare_plan import Texts, TrainingPlan
 from loftq_cli.commands.compare_train import Contest, Trainee, Trials, described, forecast
 from loftq_cli.commands.loaded import choose
 from loftq_cli.commands.run import Run
-from loftq_cli.engines.experts import has_experts
 from loftq_cli.engines.settings import Settings
-from loftq_cli.errors import InvalidSetting, LoftqError, UsageError
+from loftq_cli.errors import LoftqError
 from loftq_cli.options import CompareOptions, block_sizes, items
 from loftq_cli.record import Listener, Progress, Record
 from loftq_cli.report.start_verdict import Key, key, relative_to_qlora, verdict
-from loftq_cli.report.stored_bits import called
 from loftq_cli.report.task_verdict import with_tasks
 
 if TYPE_CHECKING:
@@ -88,7 +87,7 @@ class Bench:
     def compare(self, planned: Sequence[Settings]) -> schema.CompareResults:
         """The original and every planned method, with the verdict."""
         run = self.run
-        planned = self._possible(planned)
+        planned = possible(run, self.directory, self.architecture, self.asked, planned)
         several = len({grid_named(each) for each in planned if each.container.quantizes}) > 1
         found: list[schema.ComparedMethod] = []
         losses: dict[Key, Sequence[float]] = {}
@@ -119,38 +118,6 @@ class Bench:
             methods=found,
             verdict=with_tasks(verdict(found, losses, settings.training), found),
         )
-
-    def _possible(self, planned: Sequence[Settings]) -> list[Settings]:
-        """The methods whose grid takes this model, all of them where none does.
-
-        What one of those would be refused for is refused before the first is made.
-        """
-        from loftq_cli.checkpoint.index import open_checkpoint
-        from loftq_cli.engines.plan import make_plan
-
-        inventory = self.architecture.inventory(open_checkpoint(self.directory).infos)
-        plan = make_plan(inventory, Settings(rank=1))
-        if self.asked.experts is not None and not has_experts(plan):
-            raise UsageError(f"--experts has no effect: {self.asked.model} has none")
-        weights = [each.weight for each in plan.layers]
-        unfit: dict[str, str] = {}
-        for each in planned:
-            reasons = map(each.container.why_unfit, weights)
-            if reason := next((reason for reason in reasons if reason is not None), None):
-                unfit[grid_named(each)] = reason
-        fitting = [each for each in planned if grid_named(each) not in unfit]
-        if any(each.container.quantizes for each in fitting):
-            for grid, reason in unfit.items():
-                self.run.note(f"left out: {grid}, for {reason}")
-            planned = fitting
-        for each in planned:
-            try:
-                make_plan(inventory, each)
-            except InvalidSetting as error:
-                if error.hint:
-                    error.hint = error.hint.replace("--rank ", "--ranks ")
-                raise
-        return list(planned)
 
     def _measure_original(self) -> schema.ComparedMethod:
         from loftq_cli.checkpoint.index import open_checkpoint
@@ -329,7 +296,7 @@ def _method(
         init=settings.init,
         bits=settings.bits if settings.container.quantizes else round(totals.stored_bits),
         stored_bits=totals.stored_bits,
-        **_grid(settings),
+        **grid_of(settings),
         rank=settings.rank,
         weight_error_relative=totals.weight_error_relative,
         kl_divergence=finite(evaluation.kl_divergence),
@@ -340,21 +307,3 @@ def _method(
         seconds=totals.seconds or 0.0,
         **found,
     )
-
-
-def _grid(settings: Settings) -> dict[str, Any]:
-    container = settings.container
-    if not container.quantizes:
-        return {}
-    kind = container.quant_type.rstrip("0123456789")
-    return {
-        "grid": f"{kind}{settings.bits}",
-        "container": container.name,
-        "block_size": container.block_size,
-        "experts": settings.experts,
-    }
-
-
-def grid_named(settings: Settings) -> str:
-    """`int4 in blocks of 64 (gptq)`."""
-    return called(**_grid(settings)) if settings.container.quantizes else ""

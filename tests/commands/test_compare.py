@@ -773,3 +773,30 @@ def test_the_standard_error_of_paired_differences() -> None:
     assert mean == pytest.approx(2)
     assert error == pytest.approx(1 / math.sqrt(3))
     assert difference([2.0], [1.0]) == (1.0, None)
+
+
+def test_a_grid_that_could_not_be_loaded_is_left_out(
+    loftq: Loftq, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the first method is made, and the others are compared."""
+    import json
+    import shutil
+
+    from tests.experts import save
+
+    monkeypatch.setattr(evaluation, "MOST_TOKENS", 256)
+    vocabulary = json.loads((tiny / "config.json").read_text())["vocab_size"]
+    kept = {}
+    for name in ("Llama 4", "gpt-oss"):
+        directory = tmp_path / name
+        save(name, directory, vocab_size=vocabulary)
+        for file in tiny.glob("tokenizer*"):
+            shutil.copy(file, directory)
+        done = loftq("compare", "-m", directory, "--init", "qlora", "--experts", "quantize,keep",
+                     "--ranks", 2, "--json")  # fmt: skip
+        assert done.code == 0, done.err
+        methods = json.loads(done.out)["results"]["methods"][1:]
+        (kept[name],) = {each["experts"] for each in methods}
+        assert "left out: nf4 in blocks of 64 (bitsandbytes" in done.err
+    # transformers makes quantized layers of the one's experts, and none of the other's.
+    assert kept == {"Llama 4": "quantize", "gpt-oss": "keep"}
