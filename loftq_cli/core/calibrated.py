@@ -29,10 +29,18 @@ so the alternation is the same, with T for W and H for G. Where nothing comes be
 D holds what E[x·x̃ᵀ] − H does without the loss of digits where x̃ is near x; and the damping draws
 T to W, not to zero, in directions that few tokens reach.
 
+A layer whose output is added to the residual stream can also make good what the stream itself has
+lost until then. With h what the output is added to, and h̃ what that is in the quantized model,
+
+    E‖h + W·x − h̃ − Ŵ·x̃‖² + λ·‖W − Ŵ‖²      T = W + (W·D + S)·(H + λ)⁻¹,  S = E[(h − h̃)·x̃ᵀ]
+
+is minimized instead. So the layer's own output W·x may then be met less well than without; which
+iterate is better is seen by the distance from T, in that metric.
+
 The file is the same, and so is what runs it: only other codes, absmax and adapter. All errors are
 those of what will be loaded: the stored codes, dequantized in the dtype of the runtime, and
 the float32 adapter; those of the outputs by the moments as they were given, undamped, and against
-the original's W·x.
+the original's W·x, also where a layer makes good what the stream has lost.
 """
 
 import math
@@ -89,13 +97,15 @@ def initialize_calibrated(
 
     ``input_moments`` are E[x·xᵀ], symmetric; where all are zero, errors of weights are what counts.
     With a ``drift``, which only ``calibrated`` takes, they are those of the inputs x̃ that the
-    quantized layers before it leave, and the outputs are held against the original's, W·x.
+    quantized layers before it leave, and the outputs are held against the original's, W·x; with one
+    of the residual ``stream`` that they are added to, it is the stream that is kept.
     Without a ``rank`` only codes and absmax are chosen, and the adapter is empty. ``scaling`` is
     the factor that PEFT will multiply B·A with, and the adapter is rounded to ``adapter_dtype``
-    before its errors are measured. ``iterations`` are those of ``calibrated``, until
-    they stop paying unless given; the other methods have one. ``errors`` of the result are the
-    relative output errors of every iteration. Everything happens on ``W``'s device,
-    and the same arguments give the same bits on the same machine with as many threads.
+    before its errors are measured. ``iterations`` are those of ``calibrated``, until they stop
+    paying unless given; the other methods have one. ``errors`` of the result are the relative
+    output errors of every iteration, √E‖W·x − Ŵ·x̃‖² / √E‖W·x‖², stream or not. Everything happens
+    on ``W``'s device, and the same arguments give the same bits on the same machine with as many
+    threads.
     """
     if method not in get_args(Method):
         raise InvalidSetting(f"method {method!r} is not one of {', '.join(get_args(Method))}")
@@ -110,18 +120,18 @@ def initialize_calibrated(
     W = checked(W, scaling)
     if rank:
         check_rank(rank, W.shape[0], W.shape[1])
-    check_moments(input_moments, W.shape[1], drift)
+    check_moments(input_moments, W.shape, drift)
     generator = torch.Generator().manual_seed(seed)
     input_moments = input_moments.to(W.device, torch.float32)
     if drift is not None:
-        drift = replace(drift, cross=drift.cross.to(W.device, torch.float32))
+        drift = drift.to(W.device)
     problem = _Problem(W, input_moments, drift, quantizer, rank, generator)
     with one_thread_each():
         if method == "calibrated":
             found, errors = _alternate(problem, iterations)
         else:
             found = _low_rank_only(problem, diagonal=method == "qera-diagonal")
-            errors = [found.error]
+            errors = [found.lost]
         return _result(problem, found, errors, scaling, adapter_dtype)
 
 
@@ -145,6 +155,7 @@ class _Problem:
         # W·D and E‖W·(x − x̃)‖²; None and 0 where the inputs are the original's.
         self.drifted = None if drift is None else rows_times(W, drift.cross)
         self.drift_energy = 0.0 if drift is None else drift.output_energy * self.unit**2
+        self.stream = None if drift is None else drift.stream
         # As they were given; the identity where they are zero.
         known = bool(input_moments.any())
         self.moments = input_moments if known else torch.eye(W.shape[1], device=W.device)
@@ -161,7 +172,10 @@ class _Problem:
         """T (out × in), where nothing drifts W itself."""
         if self.drifted is None:
             return self.W
-        return inputs.times_inverse(self.drifted * inputs.unit).add_(self.W)
+        moved = self.drifted * inputs.unit
+        if self.stream is not None:
+            moved.add_(self.stream, alpha=self.unit * inputs.unit)
+        return inputs.times_inverse(moved).add_(self.W)
 
     def residual(self, quantized: Any) -> Tensor:
         """W − Q (out × in), in the units of this problem."""
@@ -184,11 +198,11 @@ class _Problem:
 
 @dataclass(frozen=True)
 class _Found:
-    """A start, and its relative output error."""
+    """A start, and what tells which is better: as a rule the relative output error."""
 
     quantized: Any  # the stored form, as its quantizer makes it
     low_rank: LowRank  # in the units of the problem
-    error: float
+    lost: float
     iteration: int = 1
 
 
@@ -219,13 +233,17 @@ def _alternate(problem: _Problem, iterations: int | None) -> tuple[_Found, list[
         R = problem.residual(quantized)
         rest = R if T is problem.W else R + (T - problem.W)
         low_rank = weighted_low_rank(rest, inputs.root, rank, generator, start=low_rank.subspace)
-        error = problem.output_error(R - low_rank.dense())
-        before = best.error if best else math.inf
-        if best is not None and error > before:
+        error = lost = problem.output_error(R - low_rank.dense())
+        if problem.stream is not None:
+            # What no weight could make good is no part of it. Much of what a stream has lost may be
+            # of that kind, and would hide what an iteration gains.
+            lost = math.sqrt(output_energy(rest - low_rank.dense(), inputs.moments))
+        before = best.lost if best else math.inf
+        if best is not None and lost > before:
             break  # nothing is left to gain but in the damped moments
         errors.append(error)
-        best = _Found(quantized, low_rank, error, iteration)
-        if iterations is None and error >= (1 - _ENOUGH) * before:
+        best = _Found(quantized, low_rank, lost, iteration)
+        if iterations is None and lost >= (1 - _ENOUGH) * before:
             break
     assert best is not None
     return best, errors

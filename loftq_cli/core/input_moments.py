@@ -46,15 +46,29 @@ class Drift:
 
     cross: Tensor  # E[(x − x̃)·x̃ᵀ] (in × in)
     output_energy: float  # E‖W·(x − x̃)‖²
+    # Of a layer that writes to the residual stream, which is h before it: in units of its output.
+    stream: Tensor | None = None  # S = E[(h − h̃)·x̃ᵀ] (out × in)
+
+    def to(self, device: torch.device) -> "Drift":
+        """In float32 on this device."""
+        stream = None if self.stream is None else self.stream.to(device, torch.float32)
+        return Drift(self.cross.to(device, torch.float32), self.output_energy, stream)
 
 
-def check_moments(moments: Tensor, in_features: int, drift: Drift | None = None) -> None:
-    """Raise unless these can be the second moments, and the drift, of that many inputs."""
-    for matrix in (moments,) if drift is None else (moments, drift.cross):
-        if matrix.shape != (in_features, in_features):
+def check_moments(moments: Tensor, weight: tuple[int, ...], drift: Drift | None = None) -> None:
+    """Raise unless these can be the second moments, and the drift, for a weight of this shape."""
+    out_features, in_features = weight
+    square = (in_features, in_features)
+    matrices = [(moments, square)]
+    if drift is not None:
+        matrices.append((drift.cross, square))
+        if drift.stream is not None:
+            matrices.append((drift.stream, (out_features, in_features)))
+    for matrix, shape in matrices:
+        if matrix.shape != shape:
             raise InvalidSetting(
                 f"calibration moments of shape {tuple(matrix.shape)} do not belong to a weight "
-                f"with {in_features} inputs"
+                f"with {out_features} outputs and {in_features} inputs"
             )
         if not all(bound.isfinite() for bound in matrix.aminmax()):
             raise LoftqError(

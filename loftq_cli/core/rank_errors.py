@@ -75,7 +75,7 @@ def rank_errors(
     check_weight(W)
     check_finite(W)
     if input_moments is not None:
-        check_moments(input_moments, W.shape[1])
+        check_moments(input_moments, W.shape)
         input_moments = input_moments.to(W.device)
     residual = quantizer.steps(W).quantize()[1]
     plain = quantizer.plain().steps(W).quantize()[1] if quantizer.searches else residual
@@ -124,7 +124,7 @@ def error_shares(
     check_finite(W)
     inputs = None
     if input_moments is not None:
-        check_moments(input_moments, W.shape[1])
+        check_moments(input_moments, W.shape)
         inputs = DampedMoments.of(input_moments.to(W.device))
     norm = sum_of_squares(W if inputs is None else rows_times(W.float(), inputs.root)) or 1.0
     found = []

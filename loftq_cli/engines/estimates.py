@@ -77,7 +77,7 @@ _ITERATIONS = 10
 _SECONDS_CALIBRATED = 4.5e-7
 _SECONDS_CALIBRATED_AND_INPUT = 1.6e-10
 _CALIBRATED, _MOMENTS = 8, 8
-_SEQUENTIAL, _DRIFT = 4, 3  # what is added to those
+_SEQUENTIAL, _DRIFT = 5, 3  # what is added to those
 # And the model's own passes over the text, seconds a weight and token.
 _SECONDS_A_PASS = 3.0e-11
 # Bytes a weight while its loss is measured: two float32 of the residual, and codes.

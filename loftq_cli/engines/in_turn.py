@@ -21,7 +21,7 @@ from loftq_cli.checkpoint.writer import PlannedTensor, disk_errors, write_safete
 from loftq_cli.engines.engine import Engine, finished
 from loftq_cli.engines.pipeline import Chunk, copied
 from loftq_cli.engines.plan import GatheredInputs, Plan, PlannedLayer, Task
-from loftq_cli.engines.sequence import DRIFT, MOMENTS, CalibratedInputs
+from loftq_cli.engines.sequence import DRIFT, MOMENTS, STREAM, CalibratedInputs
 from loftq_cli.engines.tasks import TaskResult, TaskSpec
 from loftq_cli.models.layers import LeftTensor
 from loftq_cli.record import Progress, Record
@@ -89,8 +89,13 @@ class InTurn(Engine):
             cross = {} if drift is None else {DRIFT: drift.cross}
             file_name = self._gather({MOMENTS: moments, **cross})
             gathered.append((moments, file_name))
-        energy = 0.0 if drift is None else drift.output_energy
-        return Task(name, (planned,), GatheredInputs(file_name, energy))
+        if drift is None:
+            return Task(name, (planned,), GatheredInputs((file_name,), 0.0))
+        file_names = [file_name]
+        if drift.stream is not None:
+            file_names.append(self._gather({STREAM: drift.stream}))
+            gathered.append((drift.stream, file_names[-1]))
+        return Task(name, (planned,), GatheredInputs(tuple(file_names), drift.output_energy))
 
     def _gather(self, tensors: dict[str, Tensor]) -> str:
         name = f"inputs-{next(self._numbers)}.safetensors"

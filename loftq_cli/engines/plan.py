@@ -84,12 +84,12 @@ class PlannedLayer:
 
 @dataclass(frozen=True)
 class GatheredInputs:
-    """What another process has seen of a layer's inputs: a file of the directory that is written.
+    """What another process has seen of a layer's inputs: files of the directory that is written.
 
     ``drift_energy`` is E‖W·(x − x̃)‖², which is the layer's own.
     """
 
-    file_name: str
+    file_names: tuple[str, ...]
     drift_energy: float
 
 

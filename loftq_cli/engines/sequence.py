@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from loftq_cli.models.calibration import Calibration
     from loftq_cli.models.quantized_layers import QuantizedLayer
 
-# The tensors of a file of gathered inputs.
-MOMENTS, DRIFT = "moments", "drift"
+# The tensors in files of gathered inputs.
+MOMENTS, DRIFT, STREAM = "moments", "drift", "stream"
 
 
 class FinishedLayers:
@@ -123,19 +123,20 @@ class StoredInputs(LayerInputs):
     """Those of one layer, that another process has seen."""
 
     def __init__(self, directory: Path, gathered: GatheredInputs) -> None:
-        self._path = directory / gathered.file_name
-        self._drift_energy = gathered.drift_energy
+        self._directory = directory
+        self._gathered = gathered
 
     def of(self, module: str) -> tuple[Tensor | None, Drift | None]:
         from loftq_cli.core.input_moments import Drift
 
-        header = read_header(self._path)
-        moments, *cross = (
-            load_tensor(header, header.tensors[name])
-            for name in (MOMENTS, DRIFT)
-            if name in header.tensors
-        )
-        return moments, Drift(cross[0], self._drift_energy) if cross else None
+        tensors: dict[str, Tensor] = {}
+        for file_name in self._gathered.file_names:
+            header = read_header(self._directory / file_name)
+            tensors |= {name: load_tensor(header, info) for name, info in header.tensors.items()}
+        drift = None
+        if DRIFT in tensors:
+            drift = Drift(tensors[DRIFT], self._gathered.drift_energy, tensors.get(STREAM))
+        return tensors[MOMENTS], drift
 
 
 def layer_inputs(

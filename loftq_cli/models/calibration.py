@@ -172,7 +172,8 @@ class Calibration:
         """How far from the original's the inputs are whose :meth:`moments` these are.
 
         None where they are the original's: unless quantized layers are followed, and in the first
-        turn. Modules that are given the same tensor get the same matrix.
+        turn. Modules that are given the same tensor get the same matrix; one that writes to the
+        residual stream has another, of what that has lost.
         """
         return self._of(module).drift(module)
 
@@ -263,6 +264,11 @@ class Calibration:
             self._device,
             paired=paired,
             calls=sum(calls) if self._quantized is not None and all(calls) else 0,
+            places={
+                module: self._staged.places[module]
+                for module in modules
+                if module in self._staged.places
+            },
         )
 
     def _caught_up(self, stage: int, before: list[list[str]]) -> dict[str, Callable[..., Any]]:

@@ -27,6 +27,7 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 from loftq_cli.errors import UnsupportedModel, told_as
+from loftq_cli.models.residual_stream import Place, places
 from loftq_cli.models.streams import Stream
 
 if TYPE_CHECKING:
@@ -51,6 +52,8 @@ class StagedModel:
         turns: the modules by group, in the order in which groups are first called in a pass through
             their stage, with the number of that.
         calls: how often a pass calls each module, 0 where that depends on the text.
+        places: what modules that write to the residual stream add to. Not of those that share
+            their input: they are not quantized one after the other.
         token_bytes: what a stream keeps of a token.
     """
 
@@ -68,7 +71,7 @@ class StagedModel:
             # Logits are of no use here, and the largest of all tensors.
             head.register_forward_pre_hook(_stop_here)
         probe = windows[:1, :_PROBE_TOKENS]
-        self._order, inputs = self._trace(probe, modules)
+        self._order, inputs, places = self._trace(probe, modules)
         self._turns = {name: stage for stage, name in enumerate(self._order)}
         self.stage_of = {module: self._find_stage(module) for module in modules}
         self.stages: list[list[str]] = [[] for _ in range(len(self._order) + 1)]
@@ -83,14 +86,18 @@ class StagedModel:
             for module in modules
         }
         self.calls = {module: len(inputs.get(module, ())) for module in modules}
+        sizes = Counter(self.groups.values())
+        self.places = {
+            module: place for module, place in places.items() if sizes[self.groups[module]] == 1
+        }
         # What was not called, such as an expert, comes last.
-        places = {module: place for place, module in enumerate(inputs)}
+        numbers = {module: number for number, module in enumerate(inputs)}
         self.turns = [
             (stage, [module for module in here if self.groups[module] == leader])
             for stage, here in enumerate(self.stages)
             for leader in sorted(
                 dict.fromkeys(self.groups[module] for module in here),
-                key=lambda leader: places.get(leader, len(places)),
+                key=lambda leader: numbers.get(leader, len(numbers)),
             )
         ]
 
@@ -107,28 +114,40 @@ class StagedModel:
 
     def _trace(
         self, ids: Tensor, modules: Sequence[str]
-    ) -> tuple[list[str], dict[str, tuple[Any, ...]]]:
+    ) -> tuple[list[str], dict[str, tuple[Any, ...]], dict[str, Place]]:
         """The layer blocks that can have their own turn, in order, and who shares which inputs.
+
+        And who writes to the residual stream of such a block.
 
         The inputs of a module are the identities of the tensors that it is called with. Those that
         are not called have none; the others come in the order of their first calls.
         """
         outputs: dict[str, Any] = {}
         calls: Counter[str] = Counter()
+        put_out: dict[str, list[Tensor]] = {}  # in the layer block that runs
+        found: dict[str, Place] = {}
         alive: list[Tensor] = []  # or another tensor might get the identity of one that is gone
         inputs: dict[str, tuple[Any, ...]] = {}
 
         def note(name: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             calls[name] += 1
+            put_out.clear()
+            before = _copied(given(args, kwargs)) if args or kwargs else None
             outputs[name] = forward(*args, **kwargs)
+            found.update(places(name, before, outputs[name], put_out))
             return outputs[name]
 
         def see(module: str, x: Tensor) -> None:
             alive.append(x)
             inputs[module] = (*inputs.get(module, ()), (id(x), x._version))
 
+        def keep(module: str, y: Any) -> None:
+            # Experts have no weight of their own.
+            if hasattr(self._model.get_submodule(module), "weight"):
+                put_out.setdefault(module, []).append(_copied(y))
+
         with (
-            watched(self._model, modules, see),
+            watched(self._model, modules, see, keep),
             told_as(
                 UnsupportedModel,
                 f"{type(self._model).__name__} cannot be run on text",
@@ -139,8 +158,8 @@ class StagedModel:
         order = list(outputs)
         self.token_bytes = sum(self._bytes(outputs).values()) // ids.numel()
         if any(count > 1 for count in calls.values()) or not self._agrees(ids, order, outputs):
-            return [], inputs
-        return order, inputs
+            return [], inputs, {}
+        return order, inputs, found
 
     def _bytes(self, outputs: Mapping[str, Any]) -> Counter[str]:
         """Of each stack, the largest of these outputs of layer blocks."""
@@ -269,6 +288,11 @@ def given(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
     """The input among the arguments of a linear module's call."""
     x: Tensor = args[0] if args else next(iter(kwargs.values()))
     return x
+
+
+def _copied(x: Any) -> Any:
+    """It may be changed in place."""
+    return x.clone() if hasattr(x, "clone") else x
 
 
 def _stop_here(module: Any, args: tuple[Any, ...]) -> None:

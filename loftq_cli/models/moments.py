@@ -6,18 +6,20 @@ And where a quantized model runs beside the original, with x̃ what it gives the
 
     H = E[x̃·x̃ᵀ]    D = E[(x − x̃)·x̃ᵀ]    (in × in), and E‖W·(x − x̃)‖²
 
-The last comes from what the layer puts out for either, of which its bias is no part.
+The last comes from what the layer puts out for either, of which its bias is no part. Of a layer
+that writes to the residual stream also what that has lost before it (`models.residual_stream`).
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from loftq_cli.errors import UnsupportedModel
 from loftq_cli.models.layerwise import Stop, watched
+from loftq_cli.models.residual_stream import Place, StreamLoss
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,10 +46,12 @@ class StageInputs:
         *,
         paired: bool = False,
         calls: int = 0,
+        places: Mapping[str, Place] | None = None,
     ) -> None:
         """``groups`` has for each module the first of those that are given the same tensor.
 
-        A pass may end after so many ``calls`` of all modules; with 0 it goes to its end.
+        A pass may end after so many ``calls`` of all modules; with 0 it goes to its end. Where
+        inputs are paired, ``places`` are those of the modules that write to the residual stream.
         """
         import torch
 
@@ -57,18 +61,31 @@ class StageInputs:
         self._paired = paired
         self._calls = calls
         self._sums = {
-            leader: Moments(_width(model, leader), device, drifts=paired)
+            leader: Moments(_shape(model, leader)[1], device, drifts=paired)
             for leader in dict.fromkeys(groups.values())
         }
         self._energies = {
             module: torch.zeros((), dtype=torch.float64, device=device) for module in groups
         }
+        places = (places or {}) if paired else {}
+        self._losses = {
+            module: StreamLoss(place, _shape(model, module), device)
+            for module, place in places.items()
+        }
+        self._blocks = {place.block for place in places.values()}
+        self._earlier = {module for place in places.values() for module in place.before}
         self.begin(0)
 
-    def watching(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def watching(self) -> Iterator[None]:
         """Within, all that the modules are given is summed up."""
         put_out = self._put_out if self._paired or self._calls else None
-        return watched(self._model, [*self._groups], self._see, put_out)
+        with (
+            watched(self._model, [*self._blocks], self._passes),
+            watched(self._model, [*self._earlier], lambda *_: None, self._passes),
+            watched(self._model, [*self._groups], self._see, put_out),
+        ):
+            yield
 
     def begin(self, tokens: int, *, whole: bool = True) -> None:
         """A batch of so many tokens comes, and unless ``whole`` it may end early."""
@@ -80,6 +97,8 @@ class StageInputs:
         self._outputs: dict[str, deque[Tensor]] = {}
         # What was summed up for a whole group, with its version.
         self._given: dict[str, list[tuple[Tensor, int]]] = {}
+        for each in self._losses.values():
+            each.begin()
 
     def now_quantized(self) -> None:
         """The same batch comes again, as the quantized model has it."""
@@ -104,6 +123,8 @@ class StageInputs:
         """The text is over."""
         for each in self._sums.values():
             each.finish()
+        for module, loss in self._losses.items():
+            loss.finish(self.tokens(module))
 
     def moments(self, module: str) -> Tensor:
         """E[x·xᵀ], or where inputs are paired E[x̃·x̃ᵀ]: float32 (in × in)."""
@@ -111,7 +132,8 @@ class StageInputs:
 
     def drift(self, module: str) -> Drift | None:
         """Where inputs are paired, how far those of the quantized model are from the original's."""
-        return self._sums[self._groups[module]].drift(float(self._energies[module]))
+        stream = self._losses[module].mean if module in self._losses else None
+        return self._sums[self._groups[module]].drift(float(self._energies[module]), stream)
 
     def tokens(self, module: str) -> int:
         """How many reached it."""
@@ -121,6 +143,11 @@ class StageInputs:
         """How many of them were NaN, infinite, or too large for squares in float32."""
         return int(self._sums[self._groups[module]].broken)
 
+    def _passes(self, name: str, x: Tensor) -> None:
+        """What the residual stream begins with in a block, or a layer of earlier turns adds."""
+        for loss in self._losses.values():
+            loss.passes(name, x, original=self._is_original)
+
     def _see(self, module: str, x: Tensor) -> None:
         leader = self._groups[module]
         if self._is_original:
@@ -129,6 +156,8 @@ class StageInputs:
             return
         if module == leader:
             self._sums[leader].add(x, self._before(self._inputs, module, x))
+        if module in self._losses:
+            self._losses[module].given(x)
         if leader in self._shared:
             self._given.setdefault(module, []).append((x, x._version))
 
@@ -199,13 +228,13 @@ class Moments:
         if self.cross is not None:
             self.cross /= max(self.tokens, 1)
 
-    def drift(self, energy: float) -> Drift | None:
+    def drift(self, energy: float, stream: Tensor | None = None) -> Drift | None:
         """Of a layer for which ``energy`` is Σ ‖W·(x − x̃)‖²; None where no others were given."""
         from loftq_cli.core.input_moments import Drift
 
         if self.cross is None:
             return None
-        return Drift(self.cross, energy / max(self.tokens, 1))
+        return Drift(self.cross, energy / max(self.tokens, 1), stream)
 
     def _rows(self, x: Tensor) -> Tensor:
         return x.detach().reshape(-1, x.shape[-1]).to(self.mean.device, self.mean.dtype)
@@ -215,7 +244,11 @@ class Moments:
             yield slice(start, min(start + _PANEL, len(self.mean)))
 
 
-def _width(model: Any, module: str) -> int:
+def _shape(model: Any, module: str) -> tuple[int, int]:
+    """That of a linear module's weight, (out × in)."""
     found = model.get_submodule(module)
+    out_features, in_features = found.weight.shape
     # Conv1D of GPT-2 has its weight transposed.
-    return int(getattr(found, "in_features", None) or found.weight.shape[0])
+    if not hasattr(found, "in_features"):
+        out_features, in_features = in_features, out_features
+    return int(out_features), int(in_features)

@@ -38,10 +38,11 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def spoken(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Llama with experts and a tokenizer; two of its three blocks share a file."""
+    """With experts in its last block and a tokenizer; two of its three blocks share a file."""
     directory = tmp_path_factory.mktemp("spoken") / "source"
-    entry = BATTERY["mixtral"]
-    config = {**entry.config, "vocab_size": 4096, "num_hidden_layers": 3, "num_local_experts": 2}
+    entry = BATTERY["qwen2_moe"]
+    more = {"num_hidden_layers": 3, "num_experts": 2, "mlp_only_layers": [0, 1]}
+    config = {**entry.config, "vocab_size": 4096, **more}
     Entry(entry.model_class, entry.config_class, config).build().save_pretrained(directory)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(DEMO / name, directory)
@@ -51,7 +52,8 @@ def spoken(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("order", "options"),
     [
-        # With experts, whose second matrices wait for their first.
+        # With experts, whose second matrices wait for their first, and in the other blocks with
+        # layers that make good what the residual stream has lost.
         ("sequential", {"container": "compressed-tensors", "block_size": 32}),
         ("parallel", {"adapter_dtype": "bfloat16", "target_modules": "q_proj,o_proj"}),
     ],

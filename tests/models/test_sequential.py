@@ -191,10 +191,13 @@ def same(one: tuple[Tensor, Drift | None], other: tuple[Tensor, Drift | None]) -
     (G, first), (H, second) = one, other
     if first is None or second is None:
         return first is second and torch.equal(G, H)
+    streams = [each.stream for each in (first, second) if each.stream is not None]
     return (
         torch.equal(G, H)
         and torch.equal(first.cross, second.cross)
         and first.output_energy == second.output_energy
+        and len(streams) in (0, 2)
+        and all(torch.equal(each, streams[0]) for each in streams)
     )
 
 
