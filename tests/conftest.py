@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import os
 import shutil
@@ -30,6 +31,12 @@ if (
 # here would inherit that: tests that interrupt one would then wait for nothing.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def libraries_are_no_garbage() -> None:
+    """Nor are they looked through again and again for any."""
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import re
 import runpy
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from math import prod
@@ -19,6 +19,7 @@ from loftq_cli.checkpoint.adapter import base_of
 from loftq_cli.checkpoint.index import load_json
 from loftq_cli.models.spec import DEMO_DIRECTORY
 from tests.conftest import Outcome
+from tests.forks import Forked
 
 Loftq = Callable[..., Outcome]
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -26,14 +27,16 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 
 def run(script: str, *arguments: object, beside: Path) -> str:
     """What the script printed last."""
-    done = subprocess.run(
-        [sys.executable, EXAMPLES / script, *map(str, arguments)],
-        cwd=beside,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout.splitlines()[-1]
+    done = Forked(beside, as_main, EXAMPLES / script, list(map(str, arguments)), beside)
+    assert done.wait(300) == 0, done.err
+    return done.out.splitlines()[-1]
+
+
+def as_main(script: Path, arguments: list[str], directory: Path) -> None:
+    os.chdir(directory)
+    sys.argv = [str(script), *arguments]
+    sys.path.insert(0, str(script.parent))
+    runpy.run_path(str(script), run_name="__main__")
 
 
 def change(line: str) -> tuple[float, float]:

@@ -9,6 +9,7 @@ The run is that of `staged_run`, or an export or a merge, whose pickled plan is 
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import pickle
 import shutil
@@ -110,6 +111,7 @@ def main(subject: Subject, directory: Path, force: bool) -> None:
     former, expected = contents(directory / "former"), contents(directory / "whole" / "OUT")
     assert former != expected
 
+    gc.freeze()  # a child would copy all that is there, only to look whether it is still needed
     counting = FaultyOs(watched=WRITES + TIDYING)
     run(subject, prepared("counted"), counting, force=force)
     for position, name in enumerate(counting.calls):

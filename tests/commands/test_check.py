@@ -395,7 +395,8 @@ def test_a_broken_kernel_is_named_and_the_rest_still_runs(
 ) -> None:
     honest = bnb.functional.dequantize_4bit
     monkeypatch.setattr(bnb.functional, "dequantize_4bit", lambda *a, **o: honest(*a, **o) * 1.01)
-    monkeypatch.setattr(rates, "_SECONDS", 0.0)
+    for name, small in (("_SECONDS", 0.0), ("_COPY_BYTES", 1 << 20), ("_SVD_SIDE", 256)):
+        monkeypatch.setattr(rates, name, small)
     done = loftq("check", "--json")
     assert done.code == 3
     assert "Traceback" not in done.err
@@ -497,6 +498,7 @@ def test_ctrl_c_ends_it_and_leaves_no_files(
     loftq: Loftq, tmp_path: Path, monkeypatch: Monkey
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(all_checks, "model_checks", lambda subject: [])
 
     def interrupt(*arguments: Any, **options: Any) -> None:
         assert list(tmp_path.iterdir())

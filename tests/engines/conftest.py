@@ -17,8 +17,8 @@ from loftq_cli.record import Listener, Progress
 from tests.forks import FORKS
 from tests.quantize.test_killed import contents
 
-OPTIONS = {"rank": 4, "iterations": 2, "double_quant": True, "device": "cpu"}
-LINE = ("--rank", 4, "--iterations", 2, "--double-quant", "--device", "cpu")
+OPTIONS = {"rank": 4, "iterations": 1, "double_quant": True, "device": "cpu"}
+LINE = ("--rank", 4, "--iterations", 1, "--double-quant", "--device", "cpu")
 
 
 @pytest.fixture(scope="module", autouse=True)
