@@ -45,6 +45,7 @@ def quantize(
     init: str = "loftq",
     calibration_text: str | Path | None = None,
     calibration_order: CalibrationOrder | None = None,
+    distill_steps: int | None = None,
     rank: int = 16,
     rank_budget: bool = False,
     uniform_rank: bool = False,

@@ -86,6 +86,7 @@ class QuantizeOptions(Options):
     init: str = "loftq"
     calibration_text: Path | None = None
     calibration_order: CalibrationOrder | None = None  # sequential, where the start takes it
+    distill_steps: int | None = None
     rank: int = 16
     rank_budget: bool = False
     uniform_rank: bool = False

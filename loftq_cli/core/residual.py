@@ -14,6 +14,8 @@ from loftq_cli.core.transfers import fetch
 
 # Below this many values, loading the compiled kernels costs more than they save.
 _WORTH_COMPILING = 1 << 16
+# So many rows are taken into float64 at a time.
+_ROWS = 256
 
 
 class Sketch(NamedTuple):
@@ -171,3 +173,25 @@ def _sum_of_squares_there(X: Tensor) -> Tensor:
 def _exponent(energy: Tensor) -> Tensor:
     """That of the power of two nearest to 1 / ‖R‖: multiplied with it nothing is rounded."""
     return energy.log2().div(2).round().clamp(-126, 126).neg()
+
+
+def left_by(
+    W: Tensor, Q: Tensor, correction: tuple[Tensor, Tensor] | None
+) -> tuple[float, float, float]:
+    """‖W − Q − B·A‖ / ‖W‖, ‖W − Q‖ / ‖W‖ and ‖W‖ for a correction (B, A) in float64.
+
+    Some rows are looked at at a time.
+    """
+    left = alone = norm = 0.0
+    for start in range(0, W.shape[0], _ROWS):
+        rows = slice(start, start + _ROWS)
+        part = W[rows].double()
+        norm += float(part.square().sum())
+        part -= Q[rows].to(part.device)
+        alone += float(part.square().sum())
+        if correction is not None:
+            B, A = correction
+            part.addmm_(B[rows].to(part.device), A.to(part.device), alpha=-1)
+        left += float(part.square().sum())
+    size = math.sqrt(norm) or 1.0
+    return math.sqrt(left) / size, math.sqrt(alone) / size, math.sqrt(norm)

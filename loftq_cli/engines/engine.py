@@ -83,6 +83,9 @@ def run_tasks(
     if not all(_is_planned(name, plan, staging) for name in staging.finished):
         record.note("other versions of loftq or its libraries planned otherwise: starting over")
         staging.start_over()
+    elif _is_behind(plan, staging):
+        record.note("the adapters are distilled, and files before that are lost: starting over")
+        staging.start_over()
     results: dict[str, TaskResult] = {}
     told = _Once(progress)
     waiting: deque[Task] = deque()
@@ -199,6 +202,13 @@ def _has_room(plan: Plan, tasks: list[Task], staging: Staging) -> bool:
         for tensor in [*plan.model_tensors(task), *plan.adapter_tensors(task.layers)]
     )
     return len(tasks) == 1 or needed <= free_bytes(staging.directory)
+
+
+def _is_behind(plan: Plan, staging: Staging) -> bool:
+    """Whether layers are to be made after which there are only adapters that were trained since."""
+    missing = any(task.file_name not in staging.finished for task in plan.tasks)
+    trained = plan.settings.distill_steps is not None and ADAPTER_NAME in staging.finished
+    return trained and missing
 
 
 def _files_of(task: Task) -> Iterable[str]:

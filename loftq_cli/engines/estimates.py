@@ -35,8 +35,9 @@ own factor.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from loftq_cli.core.sketches import PIECE, sketch_width, takes_exact
@@ -44,6 +45,8 @@ from loftq_cli.engines.plan import Plan, PlannedLayer, block_number
 from loftq_cli.engines.settings import Settings
 from loftq_cli.errors import DoesNotFit
 from loftq_cli.formats import DTYPE_BITS, MOST_RANKS
+from loftq_cli.models.distillation import BATCH, EVALUATED, WINDOW_LENGTH
+from loftq_cli.models.evaluation import KEPT_BYTES
 from loftq_cli.models.streams import FOR_HIDDEN_STATES
 
 # Python, torch, transformers and the compiled kernels, resident after a run on a tiny model:
@@ -80,6 +83,12 @@ _CALIBRATED, _MOMENTS = 8, 8
 _SEQUENTIAL, _DRIFT = 5, 3  # what is added to those
 # And the model's own passes over the text, seconds a weight and token.
 _SECONDS_A_PASS = 3.0e-11
+# While adapters are distilled: tokens in a step, each of which runs the model four times (teacher,
+# student, backward). Floats that are held: of A and B, their gradients, two moments and the product
+# of a step; for each token and entry of the vocabulary, and for each input or output of a layer.
+# And the original's logits of what is evaluated. The demo took 1353 MB where this tells 1262.
+_STEP = BATCH * WINDOW_LENGTH
+_RUNS, _FACTORS, _LOGITS, _PASSED = 4, 5, 10, 3
 # Bytes a weight while its loss is measured: two float32 of the residual, and codes.
 _MEASURING = 9
 
@@ -115,8 +124,30 @@ def plan_memory(plan: Plan, limit: int | None, machine: Machine, workers: int = 
     Raises:
         DoesNotFit: neither is.
     """
-    if workers > 1:
-        return _plan_of_workers(plan, limit, machine, workers)
+    make = _plan_of_workers if workers > 1 else _plan_of_one
+    memory = make(plan, limit, machine, workers)
+    return memory if plan.settings.distill_steps is None else _then_distilled(memory, plan, limit)
+
+
+def _then_distilled(memory: MemoryPlan, plan: Plan, limit: int | None) -> MemoryPlan:
+    """The same with what adapters take that are trained when all layers are there."""
+    needed = LIBRARY_BYTES + distilling_bytes(plan)
+    if limit is not None and needed > limit:
+        raise DoesNotFit(
+            f"--max-memory {_megabytes(limit)} is too little for --distill-steps",
+            cause=f"it takes about {_megabytes(needed)}: the model and its quantized weights, both "
+            "in float32, and what a step computes",
+            hint=f"--max-memory {_megabytes(needed)}, or leave --distill-steps out",
+        )
+    return replace(
+        memory,
+        peak_bytes=max(memory.peak_bytes, needed),
+        reason=f"{memory.reason}; in the end about {_megabytes(needed)} to distill the adapters",
+    )
+
+
+def _plan_of_one(plan: Plan, limit: int | None, machine: Machine, workers: int) -> MemoryPlan:
+    """What this process takes, which makes all files."""
     model = _calibration_bytes(plan, limit)
     peak = 0
     for ahead, does in (
@@ -185,6 +216,19 @@ def memory_bytes(plan: Plan, machine: Machine, *, ahead: bool) -> int:
     dtype = plan.settings.adapter_dtype
     stack = max((sum(t.nbytes for t in each.planned("", dtype)) for each in plan.stacks), default=0)
     return LIBRARY_BYTES + _COPYING_BYTES + layer + max(adapters, stack)
+
+
+def distilling_bytes(plan: Plan) -> int:
+    """What `--distill-steps` holds: the model and its quantized weights, and a step's numbers."""
+    layers, left = sum(each.layer.parameters for each in plan.layers), plan.left
+    others = sum(math.prod(each.shape) for each in left)
+    # The head is the largest matrix with a row for every token; probabilities of both models.
+    vocabulary = max((each.shape[0] for each in left if len(each.shape) == 2), default=0)
+    passed = sum(_PASSED * sum(each.shape) for each in plan.layers)
+    factors = _FACTORS * plan.trainable_parameters
+    kept = min(4 * EVALUATED * WINDOW_LENGTH * vocabulary, KEPT_BYTES)
+    step = _STEP * (_LOGITS * vocabulary + passed)
+    return kept + 4 * (2 * layers + others + factors + step)
 
 
 def _calibration_bytes(plan: Plan, limit: int | None) -> int:
@@ -306,10 +350,13 @@ def seconds(plan: Plan) -> float:
 
 
 def _passes(settings: Settings) -> int:
-    """Tokens that run through the model: in sequence more than once (`models.calibration`)."""
+    """Tokens that run through the model: in sequence more than once (`models.calibration`), and
+    again while adapters are distilled."""
     if settings.calibration is None:
         return 0
-    return settings.calibration.tokens * (6 if settings.calibration_order == "sequential" else 1)
+    distilled = _RUNS * _STEP * (settings.distill_steps or 0)
+    often = 6 if settings.calibration_order == "sequential" else 1
+    return distilled + often * settings.calibration.tokens
 
 
 def _alternates(planned: PlannedLayer, settings: Settings) -> bool:

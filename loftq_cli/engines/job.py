@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -15,7 +14,7 @@ from loftq_cli.checkpoint.adapter import ADAPTER_NAME
 from loftq_cli.checkpoint.index import Checkpoint
 from loftq_cli.checkpoint.staging import Staging
 from loftq_cli.checkpoint.writer import require_free_space
-from loftq_cli.engines import estimates, output
+from loftq_cli.engines import distilling, estimates, output
 from loftq_cli.engines.allocation import allocate
 from loftq_cli.engines.cluster import Cluster, connected
 from loftq_cli.engines.engine import run_tasks
@@ -38,10 +37,9 @@ from loftq_cli.engines.report_file import (
 )
 from loftq_cli.engines.resources import choose_devices, engine_of, memory_plan
 from loftq_cli.engines.results import calibrated_on, quantize_results
-from loftq_cli.engines.sequence import layer_inputs
+from loftq_cli.engines.sequence import layer_inputs, opened_calibration
 from loftq_cli.engines.settings import Settings
 from loftq_cli.engines.tasks import TaskResult, TaskSpec
-from loftq_cli.errors import LoftqError
 from loftq_cli.formats import EngineName
 from loftq_cli.libraries import importing
 from loftq_cli.models.companions import Companions, companions
@@ -153,6 +151,7 @@ def _make(ready: _Prepared, record: Record, began: float) -> Made:
         if job.settings.is_measured:
             ready = replace(ready, plan=_measured(ready, record))
         plan, done, calibration, workers_peak = _run_tasks(ready, staging, record)
+        distilled = _distilled(ready, plan, staging, record)
         with record.timing("commit"):
             base = base_identity(identity, job.settings)
             output.join_adapter(
@@ -164,17 +163,24 @@ def _make(ready: _Prepared, record: Record, began: float) -> Made:
                 base=base,
                 device=ready.device,
                 record=record,
+                distilled=distilled,
             )
             output.write_model_files(plan, staging, ready.architecture, ready.config, ready.beside)
             require_unchanged(found, ready.checkpoint, identity)
+        outcomes, distillation, expert_errors = distilling.told(
+            job.settings,
+            [outcome for result in done for outcome in result.outcomes],
+            staging.finished[ADAPTER_NAME].payload,
+        )
         results = quantize_results(
             plan,
             ready.checkpoint,
             output=str(job.output),
             **_described(ready.architecture),
-            outcomes=[outcome for result in done for outcome in result.outcomes],
+            outcomes=outcomes,
+            distillation=distillation,
             target_parameters=target_parameters(plan, ready.architecture),
-            expert_errors=staging.finished[ADAPTER_NAME].payload,
+            expert_errors=expert_errors,
             files=output.written_files(staging),
             not_copied=ready.beside.left_out,
             fingerprint=digest(identity),
@@ -355,46 +361,39 @@ def _run_tasks(
     return plan, done, calibrated, engine.peak_memory_bytes
 
 
-@contextmanager
-def _calibration(ready: _Prepared, record: Record) -> Iterator[Calibration | None]:
-    """The inputs of the plan's layers on the calibration text; None for starts without one."""
-    text, asked = ready.job.calibration_text, ready.job.settings.calibration
-    if text is None or asked is None:
-        yield None
-        return
-    from loftq_cli.models.calibration import open_calibration
+def _distilled(
+    ready: _Prepared, plan: Plan, staging: Staging, record: Record
+) -> distilling.Distilled | None:
+    """The adapters after a training on the calibration text; None without one, or if it is done."""
+    text = ready.job.calibration_text
+    done = ADAPTER_NAME in staging.finished
+    if text is None or plan.settings.distill_steps is None or done:
+        return None
+    with output.telling_what_is_kept(staging, [task.file_name for task in plan.tasks], record):
+        return distilling.distill_adapters(
+            plan,
+            ready.checkpoint,
+            ready.architecture,
+            ready.found.directory,
+            staging.directory,
+            text,
+            device=ready.device,
+            trust_remote_code=ready.job.trust_remote_code,
+            record=record,
+        )
 
-    layers = [planned.layer for planned in ready.plan.layers]
-    experts = [layer.module for layer in layers if layer.expert]
-    with open_calibration(
+
+def _calibration(ready: _Prepared, record: Record) -> AbstractContextManager[Calibration | None]:
+    """The inputs of the plan's layers on the calibration text; None for starts without one."""
+    job = ready.job
+    if job.calibration_text is None:
+        return nullcontext()
+    return opened_calibration(
+        ready.plan,
         ready.found.directory,
-        text,
-        [layer.module for layer in layers if not layer.expert],
+        job.calibration_text,
         device=ready.device,
-        experts=experts,
-        trust_remote_code=ready.job.trust_remote_code,
-        max_memory_bytes=ready.job.memory_limit or hardware.memory_bytes(),
-        most_tokens=asked.tokens,
-    ) as calibration:
-        if calibration.text_sha256 != asked.sha256:
-            raise LoftqError(
-                f"{text} has changed since the run began", hint="run it again when it is complete"
-            )
-        if unknown := sum(not calibration.knows(module) for module in experts):
-            record.warn(
-                f"no moments of the inputs of {unknown} matrices of experts, of a class that does "
-                "not show them: there the errors of weights are what counts"
-            )
-        widest = max(layer.in_features for layer in layers)
-        if calibration.tokens < widest:
-            record.warn(
-                f"the calibration text has {calibration.tokens} tokens, fewer than the "
-                f"{widest} inputs of the widest layer: more text would tell more"
-            )
-        yield calibration
-        if calibration.unseen:
-            record.warn(
-                f"no token of the calibration text, or only a few, reached "
-                f"{units.plural(len(calibration.unseen), 'layer')}, {min(calibration.unseen)} "
-                "among them: there the errors of weights were what counted"
-            )
+        trust_remote_code=job.trust_remote_code,
+        max_memory_bytes=job.memory_limit or hardware.memory_bytes(),
+        record=record,
+    )

@@ -26,13 +26,14 @@ from loftq_cli.checkpoint.writer import (
 )
 from loftq_cli.engines.adapter_settings import adapter_settings
 from loftq_cli.engines.expert_starts import ExpertStarts, adapted_stacks
-from loftq_cli.engines.pipeline import copied
+from loftq_cli.engines.pipeline import Chunk, copied
 from loftq_cli.engines.plan import Plan, skip_list
 from loftq_cli.formats import DTYPE_NAMES
 from loftq_cli.models.source import CONFIG_FILE, README_FILE, REPORT_FILE
 from loftq_cli.record import Progress, Record
 
 if TYPE_CHECKING:
+    from loftq_cli.engines.distilling import Distilled
     from loftq_cli.models.architecture import Architecture
     from loftq_cli.models.companions import Companions
 
@@ -47,11 +48,14 @@ def join_adapter(
     base: str,
     device: str,
     record: Record,
+    distilled: Distilled | None = None,
 ) -> None:
     """Joins the tasks' shares to one `adapter_model.safetensors`, tensor by tensor.
 
-    After them come the adapters of experts, which are computed now on ``device``, and the heads
-    that PEFT trains beside the adapter, as they are in the checkpoint.
+    Adapters that were ``distilled`` are there instead of those shares, and what the manifest is to
+    keep of them instead of the experts' errors. After them come the adapters of experts, which are
+    computed now on ``device``, and the heads that PEFT trains beside the adapter, as they are in
+    the checkpoint.
     """
     tensors_of = {
         parameter: tensor
@@ -65,11 +69,14 @@ def join_adapter(
     stacks = adapted_stacks(plan, architecture)
     count = sum(len(place.stack.experts) for place in stacks)
 
-    def tensors(experts: ExpertStarts) -> Iterator[tuple[str, memoryview | bytes]]:
+    def shares() -> Iterator[Chunk]:
         for task in plan.tasks:
             header = read_header(staging.path(adapter_part(task.file_name)))
             for tensor, info in header.tensors.items():
                 yield tensor, read_tensor(header, info)
+
+    def tensors(experts: ExpertStarts) -> Iterator[Chunk]:
+        yield from shares() if distilled is None else distilled.chunks()
         yield from experts.tensors()
         for name, (header, info) in heads.items():
             yield from copied(name, header, info)
@@ -85,7 +92,8 @@ def join_adapter(
             ]
             path = staging.path(ADAPTER_NAME)
             joined = write_safetensors(path, planned, tensors(experts))
-        staging.record(ADAPTER_NAME, joined, experts.relative_errors())
+        payload = experts.relative_errors() if distilled is None else distilled.kept
+        staging.record(ADAPTER_NAME, joined, payload)
     for task in plan.tasks:
         staging.path(adapter_part(task.file_name)).unlink(missing_ok=True)
     config = adapter_settings(plan, architecture, base_model, base)

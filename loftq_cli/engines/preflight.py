@@ -15,6 +15,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from loftq_cli.checkpoint.index import Checkpoint
+from loftq_cli.engines.distilling import require_distillable
 from loftq_cli.engines.objections import Refused, objections
 from loftq_cli.engines.plan import NOT_A_TARGET, Plan, as_asked, make_plan
 from loftq_cli.engines.settings import Settings
@@ -78,6 +79,7 @@ def ask(
     require_numbers(checkpoint, architecture)
     unused = architecture.require_weights(checkpoint.infos)
     plan, read = _settle(make, build, architecture, checkpoint.infos)
+    require_distillable(plan, architecture)
     return Asked(plan, read, architecture, unused)
 
 

@@ -50,6 +50,7 @@ def quantize_results(
     merged: schema.MergedFrom | None = None,
     fingerprint: str | None = None,
     calibration: schema.CalibratedOn | None = None,
+    distillation: schema.Distillation | None = None,
     seconds: float | None = None,
     peak_memory_bytes: int | None = None,
 ) -> schema.QuantizeResults:
@@ -91,6 +92,7 @@ def quantize_results(
             sum(info.elements for info in checkpoint.infos),
         ),
         expert_adapters=expert_adapters(plan.stacks, settings, target_parameters, expert_errors),
+        distillation=distillation,
         files=[schema.WrittenFile(name=f.name, bytes=f.bytes, sha256=f.sha256) for f in files],
         source_files=[
             schema.SourceFile(

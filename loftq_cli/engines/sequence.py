@@ -7,6 +7,8 @@ too, from there. Either gives the same bits, so a run that goes on ends in the s
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +16,8 @@ from loftq_cli.checkpoint.adapter import ADAPTER_NAME, adapter_part, lora_names
 from loftq_cli.checkpoint.safetensors import read_header
 from loftq_cli.checkpoint.tensors import load_tensor
 from loftq_cli.engines.plan import GatheredInputs, Plan, PlannedLayer
-from loftq_cli.engines.settings import Settings
+from loftq_cli.engines.settings import CalibrationText, Settings
+from loftq_cli.errors import LoftqError
 from loftq_cli.record import Record
 from loftq_cli.report import units
 
@@ -137,6 +140,67 @@ class StoredInputs(LayerInputs):
         if DRIFT in tensors:
             drift = Drift(tensors[DRIFT], self._gathered.drift_energy, tensors.get(STREAM))
         return tensors[MOMENTS], drift
+
+
+@contextmanager
+def opened_calibration(
+    plan: Plan,
+    directory: Path,
+    text: Path,
+    *,
+    device: str,
+    trust_remote_code: bool,
+    max_memory_bytes: int | None,
+    record: Record,
+) -> Iterator[Calibration]:
+    """The inputs of the plan's layers, of the model in ``directory``, on the calibration text."""
+    from loftq_cli.models.calibration import open_calibration
+
+    asked = plan.settings.calibration
+    assert asked is not None
+    layers = [planned.layer for planned in plan.layers]
+    experts = [layer.module for layer in layers if layer.expert]
+    with open_calibration(
+        directory,
+        text,
+        [layer.module for layer in layers if not layer.expert],
+        device=device,
+        experts=experts,
+        trust_remote_code=trust_remote_code,
+        max_memory_bytes=max_memory_bytes,
+        most_tokens=asked.tokens,
+    ) as calibration:
+        require_same_text(text, calibration.text_sha256, asked)
+        if unknown := sum(not calibration.knows(module) for module in experts):
+            record.warn(
+                f"no moments of the inputs of {unknown} matrices of experts, of a class that does "
+                "not show them: there the errors of weights are what counts"
+            )
+        widest = max(layer.in_features for layer in layers)
+        if calibration.tokens < widest:
+            record.warn(
+                f"the calibration text has {calibration.tokens} tokens, fewer than the "
+                f"{widest} inputs of the widest layer: more text would tell more"
+            )
+        yield calibration
+        if calibration.unseen:
+            record.warn(
+                f"no token of the calibration text, or only a few, reached "
+                f"{units.plural(len(calibration.unseen), 'layer')}, {min(calibration.unseen)} "
+                "among them: there the errors of weights were what counted"
+            )
+
+
+def require_same_text(text: Path, sha256: str, asked: CalibrationText) -> None:
+    """Refuses a text of this hash that is not the one that was ``asked`` for.
+
+    Raises:
+        LoftqError
+    """
+    if sha256 != asked.sha256:
+        raise LoftqError(
+            f"{text} has changed since the run began", hint="run it again when it is complete"
+        )
 
 
 def layer_inputs(

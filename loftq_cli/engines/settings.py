@@ -57,7 +57,7 @@ class Settings:
     quantized, and of the products with what is; ``quant_storage`` is what the tensors of 4-bit
     codes are called, and ``adapter_dtype`` what A and B are rounded to. ``experts`` is None where
     they are treated as the container has it. ``calibration_order`` says whose activations a
-    ``calibration`` sees.
+    ``calibration`` sees, ``distill_steps`` how long adapters are trained on its text in the end.
     """
 
     bits: int = 4
@@ -78,6 +78,7 @@ class Settings:
     target_modules: tuple[str, ...] = (ALL_LINEAR,)
     calibration: CalibrationText | None = None
     calibration_order: CalibrationOrder = "parallel"
+    distill_steps: int | None = None
     seed: int = 0
     dtype: str | None = None  # None: each tensor's own
     quant_storage: str = DEFAULT_STORAGE
@@ -88,7 +89,11 @@ class Settings:
         if self.svd not in get_args(SvdMethod):
             raise UsageError(f"there is no --svd {self.svd!r:.80}", hint="--svd auto")
         options.choice(self.adapter_dtype, "--adapter-dtype", get_args(AdapterDtype))
-        for name, value in (("rank", self.rank), ("iterations", self.iterations)):
+        for name, value in (
+            ("rank", self.rank),
+            ("iterations", self.iterations),
+            ("distill-steps", self.distill_steps),
+        ):
             if value is not None and value < 1:
                 raise UsageError(f"{name} {value} is too small", hint=f"--{name} 1")
         low, high = SCALINGS
@@ -144,7 +149,13 @@ class Settings:
             del fields["dtype"]
         if self.container_name == DEFAULT_CONTAINER:
             del fields["container_name"]
-        for name in ("quant_storage", "adapter_dtype", "experts", "calibration_order"):
+        for name in (
+            "quant_storage",
+            "adapter_dtype",
+            "experts",
+            "calibration_order",
+            "distill_steps",
+        ):
             if fields[name] == getattr(Settings, name):
                 del fields[name]
         return fields
@@ -194,6 +205,7 @@ def settings_of(asked: QuantizeOptions) -> Settings:
         target_modules=tuple(options.items(asked.target_modules, "--target-modules")),
         calibration=_calibration(start, asked.calibration_text),
         calibration_order=_order(start, asked.calibration_order),
+        distill_steps=_distill_steps(start, asked.distill_steps),
         seed=asked.seed,
         dtype=options.dtype(asked.dtype),
         quant_storage=asked.quant_storage,
@@ -316,5 +328,15 @@ def _order(start: Start, asked: CalibrationOrder | None) -> CalibrationOrder:
             if start.needs_moments
             else "it looks at no inputs",
             hint="--init calibrated",
+        )
+    return asked
+
+
+def _distill_steps(start: Start, asked: int | None) -> int | None:
+    if asked is not None and not start.needs_moments:
+        raise UsageError(
+            f"--distill-steps has no effect with --init {start.name}",
+            cause="it trains on the calibration text, and this start takes none",
+            hint="--init calibrated --calibration-text FILE",
         )
     return asked

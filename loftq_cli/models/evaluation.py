@@ -27,7 +27,7 @@ MOST_TOKENS = 32_768
 # Logits of one batch, and those taken into float32 at once: 256 and 64 MiB.
 _LOGITS = 1 << 26
 _LOGITS_AT_ONCE = 1 << 24
-_KEPT_BYTES = 1 << 30
+KEPT_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class Reference:
     def __init__(self, model: Any, windows: Tensor) -> None:
         self.model = model
         values = windows.numel() * _vocabulary(model)
-        self._kept: dict[int, Tensor] | None = {} if 4 * values <= _KEPT_BYTES else None
+        self._kept: dict[int, Tensor] | None = {} if 4 * values <= KEPT_BYTES else None
 
     def logits(self, first: int, batch: Tensor) -> Tensor:
         """(predicted tokens × vocabulary) of the batch that begins at window ``first``."""

@@ -100,10 +100,13 @@ def is_same(one: Path, two: Path) -> bool:
         return False  # whoever reads it says so
 
 
-def text_windows(loaded: LoadedModel, text: str, name: str, limit: int | None = None) -> Tensor:
+def text_windows(
+    loaded: LoadedModel, text: str, name: str, limit: int | None = None, longest: int | None = None
+) -> Tensor:
     """Token ids (windows × length), one window after the other; a rest that fills none is dropped.
 
-    ``limit`` tokens at most are taken, evenly from all of the text. ``name`` is for the errors.
+    ``limit`` tokens at most are taken, evenly from all of the text. ``name`` is for the errors, and
+    no window is longer than ``longest``.
     Where the tokenizer begins texts with a token of its own, every window begins with it: some
     models (Gemma) predict nothing sensible without.
 
@@ -117,7 +120,8 @@ def text_windows(loaded: LoadedModel, text: str, name: str, limit: int | None = 
     tokenizer = loaded.tokenizer
     if tokenizer is None:
         raise UnsupportedModel("this model has no tokenizer", cause="there is no tokenizer.json")
-    length = min(context_length(loaded.model) or LONGEST_WINDOW, LONGEST_WINDOW)
+    most = longest or LONGEST_WINDOW
+    length = min(context_length(loaded.model) or most, most, LONGEST_WINDOW)
     if length < 2:
         raise UnsupportedModel(
             "this model reads one token at a time", cause="so nothing of a text is predicted"

@@ -6,7 +6,7 @@ import re
 from pathlib import PurePath
 
 from loftq_cli import starts
-from loftq_cli.report import integer_card, units
+from loftq_cli.report import distilled, integer_card, units
 from loftq_cli.report.another_head import another_head
 from loftq_cli.report.escape import code_span, shell_word, visible
 from loftq_cli.report.experts import adapters_told, told
@@ -331,7 +331,7 @@ def _figures(results: QuantizeResults) -> str:
                 "given what the quantized layers before it leave"
             )
         parts[-1] += f" The output error is that of the layers' outputs {seen}."
-    return "\n\n".join(parts)
+    return "\n\n".join([*parts, *distilled.paragraph(results)])
 
 
 def _merging(results: QuantizeResults, here: str) -> str:

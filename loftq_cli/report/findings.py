@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from loftq_cli import starts
-from loftq_cli.report import units
+from loftq_cli.report import distilled, units
 from loftq_cli.report.checks import FASTER, check_findings, verify_findings
 from loftq_cli.report.formats import all_layers, error_changes, rank_range
 from loftq_cli.report.parts import Rules, remark, remarks
@@ -74,6 +74,7 @@ def _generate(document: Document[GenerateResults]) -> Iterator[str]:
 def _quantize(document: Document[QuantizeResults]) -> Iterator[str]:
     results, totals = document.results, document.results.totals
     yield from _error_changes(results)
+    yield from distilled.finding(results)
     layers = results.layers
     what = "output" if totals.output_error_relative is not None else "weight"
     errors = [(getattr(layer, f"{what}_error_relative") or 0.0, layer.name) for layer in layers]

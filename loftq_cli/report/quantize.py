@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
-from loftq_cli.report import units
+from loftq_cli.report import distilled, units
 from loftq_cli.report.escape import shell_word
 from loftq_cli.report.experts import adapters_told, told
 from loftq_cli.report.formats import (
@@ -103,6 +103,8 @@ def _facts(results: QuantizeResults) -> list[tuple[str, str]]:
         if where and results.settings.calibration_order == "sequential":
             where += ", in sequence"
         facts.append((what, units.error_change(before, after) + where))
+    if (run := results.distillation) is not None:
+        facts.append(("distilled", distilled.change(run)))
     if totals.seconds is not None:
         facts.append(("time", units.seconds(totals.seconds)))
     if totals.peak_memory_bytes is not None:

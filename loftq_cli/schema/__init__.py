@@ -44,6 +44,7 @@ from loftq_cli.schema.planning import (
 from loftq_cli.schema.quantizing import (
     AdaptedLayer,
     CalibratedOn,
+    Distillation,
     ExpertAdapters,
     Experts,
     ExpertShape,

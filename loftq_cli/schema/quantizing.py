@@ -84,6 +84,7 @@ class QuantizeSettings(Model):
     # Whose activations it saw: null without a calibration, and in older reports, where it is
     # parallel.
     calibration_order: Literal["sequential", "parallel"] | None = None
+    distill_steps: int | None = None
     svd: str = "auto"
     target_modules: list[str] | str
     seed: int
@@ -191,6 +192,25 @@ class QuantizeTotals(Model):
     seconds: float | None = None
 
 
+class Distillation(Model):
+    """A training of the adapters on the calibration text, at the end; codes stay as they are.
+
+    In a step are `batch` windows of `window_length` tokens, of the `tokens` that were taken of the
+    text. KL divergences from the original are of some of these windows, in nats a token, with the
+    adapters as they were written before and after. The errors of weights are those after it; those
+    of outputs, which are of the start before it, are null.
+    """
+
+    steps: int
+    learning_rate: float
+    batch: int
+    window_length: int
+    tokens: int
+    kl_before: float
+    kl_after: float
+    seconds: float
+
+
 class MergedFrom(Model):
     """What `merge --requantize` quantized: the weights of `source` with `adapter` in them."""
 
@@ -225,6 +245,7 @@ class QuantizeResults(Model):
     untouched: list[UntouchedTensor] = []
     experts: Experts | None = None
     expert_adapters: ExpertAdapters | None = None
+    distillation: Distillation | None = None
     files: list[WrittenFile] = []
     source_files: list[SourceFile] = []
     # The hub that the weights were read from by range requests; null where they were on a disk.

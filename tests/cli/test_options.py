@@ -25,7 +25,7 @@ CONTRACT = {
     "--iterations --init --lora-alpha --target-modules --device --seed --dry-run --resume --force "
     "--verify --max-memory --calibration-text --target-bits --rank-budget --uniform-rank "
     "--push-to-hub --private --quant-storage --adapter-dtype --experts --workers --stream "
-    "--engine --ray-address --calibration-order",
+    "--engine --ray-address --calibration-order --distill-steps",
     "load": "--model -m --device --dtype --expect --random-weights",
     "generate": "--model -m --prompt --prompts-file --max-new-tokens --temperature --top-p --seed "
     "--rank --adapter --device --dtype",

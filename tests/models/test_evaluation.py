@@ -64,7 +64,7 @@ def slow(original: Any, model: Any, windows: torch.Tensor) -> tuple[float, list[
 def test_against_float64(
     windows: torch.Tensor, monkeypatch: pytest.MonkeyPatch, kept: int, at_once: int
 ) -> None:
-    monkeypatch.setattr(evaluation, "_KEPT_BYTES", kept)
+    monkeypatch.setattr(evaluation, "KEPT_BYTES", kept)
     monkeypatch.setattr(evaluation, "_LOGITS_AT_ONCE", at_once)
     monkeypatch.setattr(evaluation, "_LOGITS", 61 * 12 * 5)
     original, model = gpt2(0), gpt2(1)

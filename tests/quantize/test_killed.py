@@ -44,6 +44,8 @@ def contents(directory: Path) -> dict[str, bytes]:
     results = json.loads(found.pop("loftq_report.json"))["results"]
     for layer in results["layers"]:
         del layer["seconds"]
+    if results["distillation"] is not None:
+        del results["distillation"]["seconds"]
     del results["output"], results["totals"]["seconds"], results["totals"]["peak_memory_bytes"]
     found["loftq_report.json"] = json.dumps(results).encode()
     return found

@@ -36,7 +36,6 @@ TOLERANCE = 1e-5
 # is another, and there is no need to measure a thousand more.
 _PROBES = 5
 _OUTPUTS = "; errors of outputs were not measured again, which takes the calibration text"
-_ROWS = 256
 
 
 @dataclass(frozen=True)
@@ -126,6 +125,8 @@ class Residuals:
     def _measure(
         self, layer: ClaimedLayer, original: LinearLayer, checkpoint: Checkpoint
     ) -> LayerResidual:
+        from loftq_cli.core.residual import left_by
+
         device = self.written.device
         W = read_weight(checkpoint, original, device)
         copied = True
@@ -150,7 +151,7 @@ class Residuals:
                 (B.to(W.device).double() * scaling, A.to(W.device).double()),
                 True,
             )
-        error, backbone, norm = _residual(W, Q, correction)
+        error, backbone, norm = left_by(W, Q, correction)
         return LayerResidual(
             layer.name,
             layer.shape,
@@ -312,28 +313,6 @@ def spread(layers: Sequence[ClaimedLayer], count: int | None) -> list[ClaimedLay
     ]
 
 
-def _residual(
-    W: Tensor, Q: Tensor, correction: tuple[Tensor, Tensor] | None
-) -> tuple[float, float, float]:
-    """‖W − Q − B·A‖ / ‖W‖, ‖W − Q‖ / ‖W‖ and ‖W‖ for a correction (B, A) in float64.
-
-    Some rows are looked at at a time.
-    """
-    left = alone = norm = 0.0
-    for start in range(0, W.shape[0], _ROWS):
-        rows = slice(start, start + _ROWS)
-        part = W[rows].double()
-        norm += float(part.square().sum())
-        part -= Q[rows].to(part.device)
-        alone += float(part.square().sum())
-        if correction is not None:
-            B, A = correction
-            part.addmm_(B[rows].to(part.device), A.to(part.device), alpha=-1)
-        left += float(part.square().sum())
-    size = math.sqrt(norm) or 1.0
-    return math.sqrt(left) / size, math.sqrt(alone) / size, math.sqrt(norm)
-
-
 def loaded_residual(
     model: Any, container: Container | None, checkpoint: Checkpoint, layer: LinearLayer
 ) -> tuple[float, float]:
@@ -348,6 +327,8 @@ def loaded_residual(
     """
     import torch
 
+    from loftq_cli.core.residual import left_by
+
     module = model.get_base_model().get_submodule(layer.module)
     base = getattr(module, "base_layer", module)
     if container is not None and not container.holds(base):
@@ -358,7 +339,7 @@ def loaded_residual(
         W = read_weight(checkpoint, layer, str(Q.device))
         (adapter,) = module.active_adapters
         A, B = module.lora_A[adapter].weight.double(), module.lora_B[adapter].weight.double()
-        whole, alone, _ = _residual(W, Q, (B * module.scaling[adapter], A))
+        whole, alone, _ = left_by(W, Q, (B * module.scaling[adapter], A))
     return whole, alone
 
 
