@@ -71,7 +71,7 @@ def require_distillable(plan: Plan, architecture: Architecture) -> None:
     if plan.stacks or any(planned.layer.expert for planned in plan.layers):
         raise UnsupportedModel(
             "--distill-steps does not work with quantized experts",
-            cause="their codes run by themselves, and gradients do not go through them",
+            cause="adapters are trained beside experts as they were, not beside their codes",
             hint="--experts keep, or leave --distill-steps out",
         )
 
@@ -106,8 +106,8 @@ def distill_adapters(
     content = read_text(text)
     require_same_text(text, digest(content), asked)
     record.note(
-        "distilling holds the model and its quantized weights, "
-        f"about {units.size(distilling_bytes(plan))} in float32"
+        "distilling holds the model and its quantized weights: up to "
+        f"{units.size(distilling_bytes(plan))}, which is in float32"
     )
     with record.timing("distill"), record.progress("distilling", steps) as progress:
         stored = stored_dtype(read_config(source))

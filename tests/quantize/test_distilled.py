@@ -21,6 +21,7 @@ from loftq_cli.engines.settings import CalibrationText, Settings, settings_of
 from loftq_cli.errors import DoesNotFit, LoftqError, UnsupportedModel, UsageError
 from loftq_cli.models import distillation
 from loftq_cli.options import QuantizeOptions
+from loftq_cli.report import units
 from tests.battery import BATTERY, Entry
 from tests.conftest import Outcome
 from tests.quantize.test_killed import contents
@@ -171,6 +172,9 @@ def test_codes_stay_and_figures_are_those_of_the_files(
     assert verify(distilled, source=str(llama)).results.summary.passed
     assert told["settings"]["distill_steps"] == STEPS
     assert told["totals"]["output_error_relative"] is None
+    card = (distilled / "README.md").read_text("utf-8")
+    assert f"trained for {STEPS} steps of 8 windows of {WINDOW} tokens" in card
+    assert units.small(run["kl_after"]) in card
     errors = {each["name"]: each["weight_error_relative"] for each in results(start)["layers"]}
     assert all(each["weight_error_relative"] != errors[each["name"]] for each in told["layers"])
 
@@ -198,7 +202,11 @@ def test_interrupted_runs_end_in_the_same_bytes(
     partial = tmp_path / "out.partial" / "output"
     if at == "after it":  # what was followed is not there any more to follow it again
         next(iter(sorted(partial.glob("model*")))).unlink()
-    run()
+        run()
+    else:
+        with pytest.MonkeyPatch.context() as patch:  # all layers are kept
+            patch.setattr("loftq_cli.engines.tasks.initialize", fail)
+            run()
     assert contents(tmp_path / "out") == contents(distilled)
 
 
