@@ -111,10 +111,11 @@ def distill_adapters(
     )
     with record.timing("distill"), record.progress("distilling", steps) as progress:
         stored = stored_dtype(read_config(source))
-        dtype = hardware.resolve_dtype("auto", device, stored, to_measure=True).value
-        if dtype == "float16":
-            dtype = "float32"  # where gradients this small are not zero
-        model = read_weights(source, architecture, dtype, device_map={"": device}).eval()
+        dtype = hardware.resolve_dtype("auto", device, stored, to_measure=True)
+        if dtype.value == "float16":
+            dtype = hardware.Choice("float32", "auto: gradients this small are zero in float16")
+        record.resolved("distill_dtype", *dtype)
+        model = read_weights(source, architecture, dtype.value, device_map={"": device}).eval()
         loaded = LoadedModel(model, load_tokenizer(source, trust_remote_code), None)
         length = distillation.WINDOW_LENGTH
         windows = text_windows(loaded, content, str(text), asked.tokens, length)

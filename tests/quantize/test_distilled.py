@@ -155,7 +155,9 @@ def test_codes_stay_and_figures_are_those_of_the_files(
 ) -> None:
     for file in start.glob("model*"):
         assert file.read_bytes() == (distilled / file.name).read_bytes()
-    told = results(distilled)
+    document = json.loads((distilled / "loftq_report.json").read_text("utf-8"))
+    assert document["resolved"]["distill_dtype"]["value"] == "float32"
+    told = document["results"]
     run = told["distillation"]
     windows = windows_of(llama, text)
     assert {key: run[key] for key in ("steps", "batch", "window_length", "tokens")} == {
