@@ -44,6 +44,13 @@ def possible(
         if reason := next((reason for reason in reasons if reason is not None), None):
             unfit[grid_named(each)] = reason
     fitting = [each for each in planned if grid_named(each) not in unfit]
+    for each in fitting:
+        try:
+            make_plan(inventory, each)
+        except InvalidSetting as error:
+            if error.hint:
+                error.hint = error.hint.replace("--rank ", "--ranks ")
+            raise
     refused = dict(_refused(directory, asked, fitting))
     fitting = [each for each in fitting if grid_named(each) not in refused]
     if any(each.container.quantizes for each in fitting):
@@ -53,13 +60,6 @@ def possible(
         planned = fitting
     elif refused:
         raise next(iter(refused.values()))
-    for each in planned:
-        try:
-            make_plan(inventory, each)
-        except InvalidSetting as error:
-            if error.hint:
-                error.hint = error.hint.replace("--rank ", "--ranks ")
-            raise
     return list(planned)
 
 

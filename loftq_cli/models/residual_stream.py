@@ -21,6 +21,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from loftq_cli.errors import UnsupportedModel
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -96,7 +98,9 @@ def _writers(given: Tensor, output: Tensor, outputs: Mapping[str, Tensor]) -> di
     correlations = columns.T @ columns
     if torch.linalg.eigvalsh(correlations)[0] < _DISTINCT:
         return {}
-    adds = torch.linalg.solve(correlations, columns.T @ added).abs() > noise
+    # By more than rounding can do, which is amplified where outputs are alike.
+    inverse = torch.linalg.inv(correlations)
+    adds = (inverse @ (columns.T @ added)).abs() > noise * inverse.diagonal().sqrt()
     if not adds.any():
         return {}
     columns = columns[:, adds]
@@ -115,6 +119,7 @@ class StreamLoss:
         """``shape`` is that of W, (out × in)."""
         import torch
 
+        self._block = place.block
         self._weights = {place.block: place.share, **place.before}
         self.mean = torch.zeros(shape, dtype=torch.float32, device=device)
         self._lost: Tensor | None = None  # (tokens × out), of this batch
@@ -132,8 +137,17 @@ class StreamLoss:
         self._lost = rows * weight if self._lost is None else self._lost.add_(rows, alpha=weight)
 
     def given(self, x: Tensor) -> None:
-        """The writer is given x̃."""
-        assert self._lost is not None
+        """The writer is given x̃.
+
+        Raises:
+            UnsupportedModel: its block was not called as it was in the trace.
+        """
+        if self._lost is None:
+            raise UnsupportedModel(
+                f"{self._block} is not always called as a module",
+                cause="what its residual stream begins with was not seen",
+                hint="--calibration-order parallel",
+            )
         self.mean.addmm_(self._lost.T, _rows(x))
 
     def finish(self, tokens: int) -> None:

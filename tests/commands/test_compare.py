@@ -440,9 +440,10 @@ def test_a_copy_of_a_text_is_the_same_text(
 def test_a_method_that_cannot_be_is_refused_before_the_first_is_made(
     refused: Refused, tiny: Path
 ) -> None:
-    error = refused("compare", "-m", tiny, "--init", "loftq", "--ranks", "4,65")
-    assert "rank 65 is too large" in error
-    assert "hint: --ranks 64" in error
+    for bits in ("4", "4,2"):
+        error = refused("compare", "-m", tiny, "--bits", bits, "--init", "loftq", "--ranks", "4,65")
+        assert "rank 65 is too large" in error
+        assert "hint: --ranks 64" in error
     assert "comparing: 2/" not in error
 
 

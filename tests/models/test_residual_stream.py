@@ -199,3 +199,24 @@ def test_the_sum_is_taken_at_its_word() -> None:
         (h, None, outputs),
     ):
         assert not places("block", given, output, seen_outputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_that_is_like_a_writer_is_none(dtype: torch.dtype) -> None:
+    """What rounding makes of its share would be divided by."""
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(40):
+        h, o, d, other = (torch.randn(1, 16, 64, generator=generator) for _ in range(4))
+        h, o, d, alike = (each.to(dtype) for each in (h, o, d, o + 0.05 * other))
+        found = places("block", h, (h + o + d,), {"alike": [alike], "o": [o], "d": [d]})
+        assert set(found) in ({"o", "d"}, set())
+
+
+def test_a_block_that_is_not_called_is_told_of() -> None:
+    from loftq_cli.errors import UnsupportedModel
+    from loftq_cli.models.residual_stream import Place, StreamLoss
+
+    loss = StreamLoss(Place("block", 1.0, {}), (4, 4), "cpu")
+    loss.begin()
+    with pytest.raises(UnsupportedModel, match="block is not always called as a module"):
+        loss.given(torch.ones(2, 4))
