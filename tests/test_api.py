@@ -145,3 +145,15 @@ def test_what_is_wrong_is_raised(tmp_path: Path, capfd: pytest.CaptureFixture[st
     assert statuses["files"] == "failed"
     assert statuses["forward"] == "passed"
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("value", ["3", 2.5, float("nan"), True])
+@pytest.mark.parametrize("name", ["rank", "distill_steps"])
+def test_numbers_that_are_none(tmp_path: Path, name: str, value: Any) -> None:
+    """Typer refuses them on the command line."""
+    text = tmp_path / "text"
+    text.write_text("some text")
+    asked: dict[str, Any] = {"init": "calibrated", "calibration_text": str(text), name: value}
+    with pytest.raises(UsageError, match="is no whole number"):
+        quantize(output=tmp_path / "out", **asked)
+    assert [*tmp_path.iterdir()] == [text]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,7 @@ from loftq_cli.commands.run import Run
 from loftq_cli.engines.experts import experts_of, has_experts
 from loftq_cli.engines.preflight import ask
 from loftq_cli.engines.settings import Settings
-from loftq_cli.errors import InvalidSetting, UnsupportedModel, UsageError
+from loftq_cli.errors import InvalidSetting, LoftqError, UnsupportedModel, UsageError
 from loftq_cli.options import CompareOptions
 from loftq_cli.report.stored_bits import called
 
@@ -44,13 +45,6 @@ def possible(
         if reason := next((reason for reason in reasons if reason is not None), None):
             unfit[grid_named(each)] = reason
     fitting = [each for each in planned if grid_named(each) not in unfit]
-    for each in fitting:
-        try:
-            make_plan(inventory, each)
-        except InvalidSetting as error:
-            if error.hint:
-                error.hint = error.hint.replace("--rank ", "--ranks ")
-            raise
     refused = dict(_refused(directory, asked, fitting))
     fitting = [each for each in fitting if grid_named(each) not in refused]
     if any(each.container.quantizes for each in fitting):
@@ -60,13 +54,20 @@ def possible(
         planned = fitting
     elif refused:
         raise next(iter(refused.values()))
+    for each in planned:
+        try:
+            make_plan(inventory, each)
+        except InvalidSetting as error:
+            if error.hint:
+                error.hint = error.hint.replace("--rank ", "--ranks ")
+            raise
     return list(planned)
 
 
 def _refused(
     directory: Path, asked: CompareOptions, planned: Sequence[Settings]
-) -> Iterator[tuple[str, UnsupportedModel]]:
-    """Of several grids those that the libraries could not load, or that do not what they say.
+) -> Iterator[tuple[str, LoftqError]]:
+    """Of several grids those that do not fit, could not be loaded, or do not what they say.
 
     A single one is refused by its first method in time.
     """
@@ -79,9 +80,10 @@ def _refused(
     checkpoint, config = open_checkpoint(directory), read_config(directory)
     for name, settings in grids.items():
         trust = asked.trust_remote_code
+        settings = replace(settings, rank=1)  # which is too large for no layer
         try:
             plan = ask(directory, config, checkpoint, settings, trust_remote_code=trust).plan
-        except UnsupportedModel as error:
+        except (InvalidSetting, UnsupportedModel) as error:
             yield name, error
             continue
         if settings.experts == "quantize":

@@ -94,6 +94,8 @@ class Settings:
             ("iterations", self.iterations),
             ("distill-steps", self.distill_steps),
         ):
+            if value is not None and type(value) is not int:
+                raise UsageError(f"{name} {value!r:.80} is no whole number", hint=f"--{name} 1")
             if value is not None and value < 1:
                 raise UsageError(f"{name} {value} is too small", hint=f"--{name} 1")
         low, high = SCALINGS

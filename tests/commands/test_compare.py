@@ -801,3 +801,24 @@ def test_a_grid_that_could_not_be_loaded_is_left_out(
         assert "left out: nf4 in blocks of 64 (bitsandbytes" in done.err
     # transformers makes quantized layers of the one's experts, and none of the other's.
     assert kept == {"Llama 4": "quantize", "gpt-oss": "keep"}
+
+
+def test_a_container_that_takes_experts_only_as_they_are(
+    loftq: Loftq, refused: Refused, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import json
+    import shutil
+
+    from tests.experts import save
+
+    monkeypatch.setattr(evaluation, "MOST_TOKENS", 256)
+    vocabulary = json.loads((tiny / "config.json").read_text())["vocab_size"]
+    save("Mixtral", tmp_path, vocab_size=vocabulary)
+    for file in tiny.glob("tokenizer*"):
+        shutil.copy(file, tmp_path)
+    line = "compare", "-m", tmp_path, "--init", "qlora", "--experts", "quantize,keep", "--json"
+    done = loftq(*line, "--container", "gptq", "--ranks", 2)
+    assert done.code == 0, done.err
+    assert [each["experts"] for each in json.loads(done.out)["results"]["methods"][1:]] == ["keep"]
+    assert "left out: int4 in blocks of 64 (gptq), for gptqmodel looks for gate_proj" in done.err
+    assert "hint: --ranks " in refused(*line, "--container", "gptq", "--ranks", 5000)
