@@ -91,7 +91,7 @@ def distill_adapters(
     """Trains the adapters of the layers in ``directory`` to follow the model in ``source``.
 
     Raises:
-        LoftqError: the text is another by now, or what the model predicts is no number any more.
+        LoftqError: the text is another by now, or what is predicted is no number, before or after.
     """
     import torch
 
@@ -107,13 +107,13 @@ def distill_adapters(
     require_same_text(text, digest(content), asked)
     record.note(
         "distilling holds the model and its quantized weights: up to "
-        f"{units.size(distilling_bytes(plan))}, which is in float32"
+        f"{units.size(distilling_bytes(plan))}"
     )
     with record.timing("distill"), record.progress("distilling", steps) as progress:
         stored = stored_dtype(read_config(source))
-        dtype = hardware.resolve_dtype("auto", device, stored, to_measure=True)
+        dtype = hardware.resolve_dtype(settings.dtype or "auto", device, stored, to_measure=True)
         if dtype.value == "float16":
-            dtype = hardware.Choice("float32", "auto: gradients this small are zero in float16")
+            dtype = hardware.Choice("float32", "gradients this small are zero in float16")
         record.resolved("distill_dtype", *dtype)
         model = read_weights(source, architecture, dtype.value, device_map={"": device}).eval()
         loaded = LoadedModel(model, load_tokenizer(source, trust_remote_code), None)
@@ -138,21 +138,23 @@ def distill_adapters(
             raise LoftqError(
                 "the distillation came to no number",
                 cause=f"the KL divergence on the text was {done.kl_before:g} before it",
-                hint="leave --distill-steps out, or look at the model's own output on this text",
+                hint=distillation.WITHOUT,
             )
+        gained = done.kl_after < done.kl_before
         adapters, errors = {}, {}
         for planned in plan.layers:
             if planned.adapted:
                 module = planned.layer.module
                 layer = finished(module)
-                adapters[module] = A, B = _padded(layer, done.adapters[module])
+                adapters[module] = A, B = _written(layer, done.adapters[module], trained=gained)
                 W = read_weight(checkpoint, planned.layer, device)
                 factors = B.to(W.device).double() * settings.scaling, A.to(W.device).double()
                 errors[module], *_ = left_by(W, layer.Q, factors)
-    if done.kl_after >= done.kl_before:
+    if not gained:
         record.warn(
             "the distillation brought nothing nearer on the calibration text: the KL divergence "
-            f"was {units.small(done.kl_before)} and is {units.small(done.kl_after)}"
+            f"was {units.small(done.kl_before)} and came to {units.small(done.kl_after)}; the "
+            "adapters are left as they were before it"
         )
     return Distilled(
         adapters,
@@ -165,7 +167,8 @@ def distill_adapters(
                 "window_length": windows.shape[1],
                 "tokens": windows.numel(),
                 "kl_before": done.kl_before,
-                "kl_after": done.kl_after,
+                "kl_after": min(done.kl_before, done.kl_after),
+                "dtype": dtype.value,
                 "seconds": time.perf_counter() - began,
             },
         },
@@ -202,12 +205,16 @@ def _without_padding(layer: QuantizedLayer, rank: int) -> QuantizedLayer:
     return replace(layer, adapter=(A[:rank], B[:, :rank]))
 
 
-def _padded(layer: QuantizedLayer, trained: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """A and B as they lie in the file of this layer, with what was trained of them."""
+def _written(
+    layer: QuantizedLayer, made: tuple[Tensor, Tensor], *, trained: bool
+) -> tuple[Tensor, Tensor]:
+    """A and B as they lie in the file of this layer, with what was ``trained`` of them."""
     import torch
 
     assert layer.adapter is not None
-    (old_A, old_B), (A, B), rank = layer.adapter, trained, trained[0].shape[0]
+    if not trained:
+        return layer.adapter
+    (old_A, old_B), (A, B), rank = layer.adapter, made, made[0].shape[0]
     return (
         torch.cat((A.to(old_A.dtype), old_A[rank:])),
         torch.cat((B.to(old_B.dtype), old_B[:, rank:]), dim=1),

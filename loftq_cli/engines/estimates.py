@@ -21,7 +21,8 @@ block's quantized weights and two hidden states for every token, on the disk whe
 
 With `--max-memory` reading ahead is given up where it does not fit; the files are the same, and the
 run takes longer. Several workers take that each, beside the process that gives them their tasks;
-all together they have to fit into this machine where no other limit is given.
+all together they have to fit into this machine where no other limit is given, and so does what
+`--distill-steps` takes on a CPU.
 
 Measured on two cores (VmHWM, MB) against these estimates, with the reading ahead and without:
 
@@ -48,6 +49,7 @@ from loftq_cli.formats import DTYPE_BITS, MOST_RANKS
 from loftq_cli.models.distillation import BATCH, EVALUATED, WINDOW_LENGTH
 from loftq_cli.models.evaluation import KEPT_BYTES
 from loftq_cli.models.streams import FOR_HIDDEN_STATES
+from loftq_cli.report import units
 
 # Python, torch, transformers and the compiled kernels, resident after a run on a tiny model:
 # 510 MB were measured there, and more is wanted where the kernels are compiled first.
@@ -86,9 +88,11 @@ _SECONDS_A_PASS = 3.0e-11
 # While adapters are distilled: tokens in a step, each of which runs the model four times (teacher,
 # student, backward). Floats that are held: of A and B, their gradients, two moments and the product
 # of a step; for each token and entry of the vocabulary, and for each input or output of a layer.
-# And the original's logits of what is evaluated. The demo took 1353 MB where this tells 1262.
+# And the original's logits of what is evaluated. The demo at rank 16 took 1532 MB, 180 more than
+# all these, which are taken for the same at any size.
 _STEP = BATCH * WINDOW_LENGTH
-_RUNS, _FACTORS, _LOGITS, _PASSED = 4, 5, 10, 3
+_RUNS, _FACTORS, _LOGITS, _PASSED = 4, 5, 10, 4
+_BEYOND = 250_000_000
 # Bytes a weight while its loss is measured: two float32 of the residual, and codes.
 _MEASURING = 9
 
@@ -99,6 +103,7 @@ class Machine(NamedTuple):
     product_bytes: int = 4  # of a number in the sketches; 2 where bfloat16 is multiplied natively
     threads: int = 2  # of a worker
     memory_bytes: int | None = None  # that there is at all
+    distills: bool = False  # in this memory, not in that of a GPU
 
 
 @dataclass(frozen=True)
@@ -126,18 +131,27 @@ def plan_memory(plan: Plan, limit: int | None, machine: Machine, workers: int = 
     """
     make = _plan_of_workers if workers > 1 else _plan_of_one
     memory = make(plan, limit, machine, workers)
-    return memory if plan.settings.distill_steps is None else _then_distilled(memory, plan, limit)
+    if plan.settings.distill_steps is None:
+        return memory
+    return _then_distilled(memory, plan, limit, machine)
 
 
-def _then_distilled(memory: MemoryPlan, plan: Plan, limit: int | None) -> MemoryPlan:
+def _then_distilled(
+    memory: MemoryPlan, plan: Plan, limit: int | None, machine: Machine
+) -> MemoryPlan:
     """The same with what adapters take that are trained when all layers are there."""
     needed = LIBRARY_BYTES + distilling_bytes(plan)
-    if limit is not None and needed > limit:
+    most = machine.memory_bytes if limit is None and machine.distills else limit
+    if most is not None and needed > most:
+        given, more = f"--max-memory {_megabytes(most)}", f"--max-memory {_megabytes(needed)}"
+        if limit is None:
+            given = f"the {units.size(most)} of memory of this machine"
+            more = "a machine or a GPU with more memory"
         raise DoesNotFit(
-            f"--max-memory {_megabytes(limit)} is too little for --distill-steps",
-            cause=f"it takes about {_megabytes(needed)}: the model and its quantized weights, both "
-            "in float32, and what a step computes",
-            hint=f"--max-memory {_megabytes(needed)}, or leave --distill-steps out",
+            f"{given} is too little for --distill-steps",
+            cause=f"it takes about {units.size(needed)}: the model and its quantized weights, and "
+            "what a step computes",
+            hint=f"{more}, or leave --distill-steps out",
         )
     return replace(
         memory,
@@ -228,7 +242,9 @@ def distilling_bytes(plan: Plan) -> int:
     factors = _FACTORS * plan.trainable_parameters
     kept = min(4 * EVALUATED * WINDOW_LENGTH * vocabulary, KEPT_BYTES)
     step = _STEP * (_LOGITS * vocabulary + passed)
-    return kept + 4 * (2 * layers + others + factors + step)
+    # Where nobody said: float32 on a CPU, and at the most that on a GPU.
+    weight = 2 if plan.settings.dtype == "bfloat16" else 4
+    return _BEYOND + kept + weight * (2 * layers + others) + 4 * (factors + step)
 
 
 def _calibration_bytes(plan: Plan, limit: int | None) -> int:

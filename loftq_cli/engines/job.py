@@ -276,7 +276,7 @@ def _prepare(job: Job, cluster: Cluster | None, record: Record) -> _Prepared:
         tell_of_experts(plan, checkpoint, record)
         # More processes than tasks would have nothing to do. Calibrated layers are tasks each.
         devices = devices[: len(plan.layers if job.settings.calibration else plan.tasks)]
-        memory = memory_plan(plan, job.memory_limit, len(devices), record)
+        memory = memory_plan(plan, job.memory_limit, len(devices), record, devices[0])
     beside = _beside(job, found, checkpoint, record)
     return _Prepared(
         job, found, config, checkpoint, architecture, devices, plan, memory, beside, cluster

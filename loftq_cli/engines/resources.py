@@ -46,11 +46,16 @@ def choose_devices(job: Job, cluster: Cluster | None, record: Record) -> list[st
 
 
 def memory_plan(
-    plan: Plan, limit: int | None, workers: int, record: Record
+    plan: Plan, limit: int | None, workers: int, record: Record, device: str | None = None
 ) -> estimates.MemoryPlan:
-    """How much is held at once, by the same rule for a run and for a dry run."""
+    """How much is held at once, by the same rule for a run and for a dry run.
+
+    A dry run has no ``device``, and says how much `--distill-steps` takes instead of refusing it.
+    """
     threads = max(1, hardware.threads() // workers)
-    machine = estimates.Machine(hardware.product_bytes(), threads, hardware.memory_bytes())
+    machine = estimates.Machine(
+        hardware.product_bytes(), threads, hardware.memory_bytes(), distills=device == "cpu"
+    )
     memory = estimates.plan_memory(plan, limit, machine, workers)
     record.resolved("memory_plan", memory.name, memory.reason)
     return memory

@@ -58,7 +58,8 @@ def quantize_results(
     settings = plan.settings
     sizes = {name: info.nbytes for name, (_, info) in checkpoint.tensors.items()}
     total_bytes = sum(sizes.values())
-    layers = _layers(plan, outcomes, sizes)
+    # Curves are of outputs where they were fitted, and of the start before a distillation.
+    layers = _layers(plan, outcomes, sizes, curves=distillation is None)
     return schema.QuantizeResults(
         output=output,
         dry_run=not outcomes,
@@ -135,9 +136,12 @@ def _read_bytes(layer: LinearLayer, sizes: Mapping[str, int]) -> int:
 
 
 def _layers(
-    plan: Plan, outcomes: Sequence[LayerOutcome], sizes: Mapping[str, int]
+    plan: Plan, outcomes: Sequence[LayerOutcome], sizes: Mapping[str, int], *, curves: bool
 ) -> list[schema.AdaptedLayer | schema.PlainLayer]:
-    """What the document says of each layer; ``sizes`` are the bytes of the source's tensors."""
+    """What the document says of each layer; ``sizes`` are the bytes of the source's tensors.
+
+    Errors after each iteration are there with ``curves``.
+    """
     settings, total_bytes = plan.settings, sum(sizes.values())
     measured = {outcome.name: outcome for outcome in outcomes}
     # What decides these is not measured in a dry run.
@@ -163,7 +167,7 @@ def _layers(
                 stored_rank=planned.stored_rank if planned.padding else None,
                 iterations=len(outcome.error_curve) if outcome else settings.iterations or 0,
                 best_iteration=outcome.best_iteration if outcome else None,
-                error_curve=outcome.error_curve if outcome else [],
+                error_curve=outcome.error_curve if outcome and curves else [],
                 seconds=outcome.seconds if outcome else None,
                 **fields,
             )

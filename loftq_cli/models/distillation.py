@@ -11,10 +11,12 @@ Rate and length of windows were measured: see `--distill-steps` in examples/RESU
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from loftq_cli.errors import LoftqError
 from loftq_cli.models.evaluation import Reference, evaluate
 from loftq_cli.models.layerwise import replaced
 from loftq_cli.models.quantized_layers import QuantizedLayer, quantized_forwards
@@ -29,6 +31,11 @@ BATCH, WINDOW_LENGTH = 8, 192
 LEARNING_RATE = 2e-4
 # So many windows are looked at before and after.
 EVALUATED = 32
+# A hint: layers that are finished by then belong to a run with other settings.
+WITHOUT = (
+    "look at the model's own output on this text; or leave --distill-steps out and add --force, "
+    "which makes the layers anew"
+)
 
 
 class Distilled(NamedTuple):
@@ -71,6 +78,9 @@ def distill(
         windows: token ids (n × length); they come in a new order whenever all have been seen.
         dtype: what A and B are rounded to in the end.
         tell: called after each step.
+
+    Raises:
+        LoftqError: one of the models predicts no numbers, before the first step.
     """
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -96,6 +106,12 @@ def distill(
         return evaluate(student, windows[chosen], reference).kl_divergence or 0.0
 
     before = divergence()
+    if not math.isfinite(before):
+        raise LoftqError(
+            "the adapters cannot be distilled on this text",
+            cause=f"the KL divergence on it is {before:g} before the first step",
+            hint=WITHOUT,
+        )
     trained = [factor for pair in adapters.values() for factor in pair]
     optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=0.0)
     cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=LEARNING_RATE, total_steps=steps)

@@ -130,7 +130,8 @@ def _quantize(document: Document[QuantizeResults]) -> Iterator[str]:
     results, totals, settings = document.results, document.results.totals, document.results.settings
     if results.merged is not None:
         return
-    changes = error_changes(results)
+    # A training after the start did not look at weights, whose error is all that is known then.
+    changes = error_changes(results) if results.distillation is None else []
     if changes and starts.of_report(settings.init).corrects and settings.quant_type != "int8":
         what, before, after = changes[-1]  # the error of outputs, where that is known
         removed = units.removed(before, after)

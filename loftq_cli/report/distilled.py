@@ -11,10 +11,19 @@ from loftq_cli.schema import Distillation, QuantizeResults
 def change(run: Distillation) -> str:
     """`KL to the original 0.0455 → 0.0392 nats on the calibration text, in 300 steps`"""
     before, after = (units.small(value) for value in (run.kl_before, run.kl_after))
+    if not _gained(run):
+        return (
+            f"KL to the original {before} nats on the calibration text, no nearer after "
+            f"{units.plural(run.steps, 'step')}; the adapters are those before them"
+        )
     return (
         f"KL to the original {before} → {after} nats on the calibration text, in "
         f"{units.plural(run.steps, 'step')}"
     )
+
+
+def _gained(run: Distillation) -> bool:
+    return run.kl_after < run.kl_before
 
 
 def finding(results: QuantizeResults) -> Iterator[str]:
@@ -25,6 +34,13 @@ def finding(results: QuantizeResults) -> Iterator[str]:
 def paragraph(results: QuantizeResults) -> Iterator[str]:
     """For a card."""
     if (run := results.distillation) is not None:
+        if not _gained(run):
+            yield (
+                "Codes, scales and adapter are those of that start. Training the adapter to have "
+                "the model predict what the original does (distillation) gained nothing: "
+                f"{change(run)}."
+            )
+            return
         yield (
             f"Codes and scales are those of that start. The adapter was then trained for "
             f"{units.plural(run.steps, 'step')} of {run.batch} windows of {run.window_length} "

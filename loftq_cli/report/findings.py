@@ -73,13 +73,16 @@ def _generate(document: Document[GenerateResults]) -> Iterator[str]:
 
 def _quantize(document: Document[QuantizeResults]) -> Iterator[str]:
     results, totals = document.results, document.results.totals
-    yield from _error_changes(results)
+    # A training after the start did not look at weights, whose error is all that is known then.
+    aimed = results.distillation is None
+    if aimed:
+        yield from _error_changes(results)
     yield from distilled.finding(results)
     layers = results.layers
     what = "output" if totals.output_error_relative is not None else "weight"
     errors = [(getattr(layer, f"{what}_error_relative") or 0.0, layer.name) for layer in layers]
     error, name = max(errors, key=lambda each: each[0], default=(0.0, ""))
-    if len(errors) > 1 and error > 0:
+    if aimed and len(errors) > 1 and error > 0:
         yield f"the most {what} error is left in {name}: {units.percent(error)}"
     times = {layer.name: layer.seconds for layer in layers if layer.seconds}
     if len(times) > 1:

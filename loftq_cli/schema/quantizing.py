@@ -197,8 +197,9 @@ class Distillation(Model):
 
     In a step are `batch` windows of `window_length` tokens, of the `tokens` that were taken of the
     text. KL divergences from the original are of some of these windows, in nats a token, with the
-    adapters as they were written before and after. The errors of weights are those after it; those
-    of outputs, which are of the start before it, are null.
+    adapters as they were written before and after; where the two are the same, nothing was gained,
+    and the adapters are those before. The model computed in `dtype`. The errors of weights are of
+    after it; those of outputs, which are of the start before it, are null, and there are no curves.
     """
 
     steps: int
@@ -208,6 +209,7 @@ class Distillation(Model):
     tokens: int
     kl_before: float
     kl_after: float
+    dtype: str
     seconds: float
 
 

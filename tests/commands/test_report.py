@@ -404,6 +404,20 @@ def test_what_a_calibrated_quantization_says() -> None:
     assert not any("--iterations" in each or "higher rank" in each for each in advised)
 
 
+def test_a_distilled_quantization_is_not_judged_by_its_weights() -> None:
+    document = copy.deepcopy(documents.ALL["quantize-distilled"])
+    totals = document["results"]["totals"]
+    totals["weight_error_relative"] = 0.99 * totals["quantized_only_error_relative"]
+    found, advised = said(document)
+    assert any(each.startswith("distilling the adapters: KL") for each in found)
+    assert not any("weight error" in each or "in the weights" in each for each in found)
+    assert not any("higher rank" in each for each in advised)
+    del document["results"]["distillation"]  # else it says both
+    found, advised = said(document)
+    assert any("weight error" in each for each in found)
+    assert any("higher rank" in each for each in advised)
+
+
 def test_an_error_of_weights_that_grew_is_explained() -> None:
     data = copy.deepcopy(documents.ALL["quantize-calibrated"])
     data["results"]["totals"]["weight_error_relative"] = 0.12

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from loftq_cli.engines.estimates import Machine, distilling_bytes, plan_memory, 
 from loftq_cli.engines.settings import CalibrationText, Settings, settings_of
 from loftq_cli.errors import DoesNotFit, LoftqError, UnsupportedModel, UsageError
 from loftq_cli.models import distillation
+from loftq_cli.models.evaluation import Evaluation
 from loftq_cli.options import QuantizeOptions
 from loftq_cli.report import units
 from tests.battery import BATTERY, Entry
@@ -171,6 +173,9 @@ def test_codes_stay_and_figures_are_those_of_the_files(
             q = q.log_softmax(-1).double()
             assert run[key] == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-3)
     assert run["kl_after"] < run["kl_before"]
+    assert run["dtype"] == "float32"
+    assert not any(each["error_curve"] for each in told["layers"])
+    assert all(each["iterations"] == 1 for each in told["layers"])
     assert verify(distilled, source=str(llama)).results.summary.passed
     assert told["settings"]["distill_steps"] == STEPS
     assert told["totals"]["output_error_relative"] is None
@@ -229,14 +234,48 @@ def test_several_processes_and_conv1d_end_in_the_same_bytes(text: Path, tmp_path
     assert verify(tmp_path / "1" / "out", source=str(source)).results.summary.passed
 
 
-def test_what_comes_to_no_number_is_not_written(
-    llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_what_comes_to_no_number_or_is_no_nearer_is_not_written(
+    llama: Path, text: Path, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(distillation, "LEARNING_RATE", 1e30)
-    asked: dict[str, Any] = {**OPTIONS, "init": "qera", "iterations": "auto", "distill_steps": 3}
-    with pytest.raises(LoftqError, match="came to no number"):
-        quantize(str(llama), output=tmp_path / "out", calibration_text=text, **asked)
-    assert not (tmp_path / "out").exists()
+    """One run after the other goes on with the first one's layers, in the dtype that was asked."""
+    out, dtypes = tmp_path / "out", set()
+    asked: dict[str, Any] = {**OPTIONS, "init": "qera", "iterations": "auto", "dtype": "bfloat16"}
+
+    def run(**patched: Any) -> Any:
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in patched.items():
+                patch.setattr(distillation, name, value)
+            return quantize(
+                str(llama), output=out, calibration_text=text, distill_steps=STEPS, **asked
+            )
+
+    def no_number(student: Any, windows: torch.Tensor, reference: Any) -> Evaluation:
+        dtypes.add(reference.model.dtype)
+        return Evaluation((0.0,), float("nan"))
+
+    with pytest.raises(LoftqError, match="cannot be distilled") as before:  # and no step is taken
+        run(evaluate=no_number, _batches=None)
+    with pytest.raises(LoftqError, match="came to no number") as after:
+        run(LEARNING_RATE=1e30)
+    for caught in (before, after):
+        assert "--force" in str(caught.value.hint)
+    assert not out.exists()
+    assert dtypes == {torch.bfloat16}
+    start = {}
+    for part in (tmp_path / "out.partial" / "output").rglob("*.safetensors"):
+        start |= {name: each for name, each in load_file(part).items() if ".lora_" in name}
+    document = run(LEARNING_RATE=0.3)
+    assert any("left as they were before it" in each for each in document.warnings)
+    told = document.results.distillation
+    assert told.kl_after == told.kl_before
+    assert told.dtype == "bfloat16"
+    written = adapter(out)
+    assert start.keys() == written.keys()
+    assert all(torch.equal(start[name], written[name]) for name in written)
+    assert "no nearer after 3 steps" in (out / "README.md").read_text("utf-8")
+    found = verify(out, source=str(llama)).results
+    assert found.summary.passed
+    assert "calibration text" not in found.model_dump_json()
 
 
 def test_windows_come_in_one_random_order_after_the_other() -> None:
@@ -277,6 +316,18 @@ def test_models_that_cannot_be_distilled_are_refused_before_they_are_read(
     assert not (tmp_path / "out.partial").exists()
 
 
+def test_a_cpu_without_room_for_it_is_refused_before_layers_are_made(
+    llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("loftq_cli.hardware.memory_bytes", lambda: 700_000_000)
+    with pytest.raises(DoesNotFit, match="700 MB of memory of this machine") as caught:
+        quantize(
+            str(llama), output=tmp_path / "out", calibration_text=text, distill_steps=1, **OPTIONS
+        )
+    assert caught.value.exit_code == 4
+    assert not [*tmp_path.iterdir()]
+
+
 def test_memory_and_time_are_told_before() -> None:
     calibrated = {"init": "calibrated", "calibration": CalibrationText("", 4096)}
     shapes = [(4096, 4096)] * 40
@@ -286,7 +337,9 @@ def test_memory_and_time_are_told_before() -> None:
     )
     weights = sum(out * into for out, into in shapes)
     needed = distilling_bytes(with_it)
-    assert 8 * weights < needed < 8 * weights + 8 * 10**9
+    assert 8 * weights < needed < 8 * weights + 10**10
+    halved = replace(with_it, settings=replace(with_it.settings, dtype="bfloat16"))
+    assert needed - distilling_bytes(halved) == 4 * weights
     before, after = (plan_memory(each, None, Machine()) for each in (without, with_it))
     assert after.peak_bytes > max(before.peak_bytes, needed)
     assert "to distill the adapters" in after.reason
@@ -294,5 +347,8 @@ def test_memory_and_time_are_told_before() -> None:
     with pytest.raises(DoesNotFit, match="too little for --distill-steps"):
         plan_memory(with_it, needed, Machine())
     assert plan_memory(without, needed, Machine())
+    assert plan_memory(with_it, None, Machine(memory_bytes=needed)) == after
+    with pytest.raises(DoesNotFit, match=r"the .* GB of memory of this machine is too little"):
+        plan_memory(with_it, None, Machine(memory_bytes=needed, distills=True))
     assert plan_memory(with_it, None, Machine(), 2).peak_bytes >= after.peak_bytes
     assert seconds(with_it) > seconds(without)

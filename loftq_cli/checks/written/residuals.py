@@ -263,6 +263,7 @@ class Residuals:
 
     def _finding(self, same_files: bool | None) -> Finding:
         assert self.source is not None
+        outputs = self.written.claims.results.totals.output_error_relative
         largest = max(abs(each.error - (each.reported or 0.0)) for each in self.measured)
         count, total = len(self.measured), len(self.written.claims.layers)
         which = f"all {total} layers" if count == total else f"{count} of {total} layers"
@@ -273,7 +274,7 @@ class Residuals:
         }[same_files]
         return Finding(
             f"{which} measured against {self.source.identity.id}: as reported, "
-            f"to {largest:.0e}{note}{_OUTPUTS if self.written.claims.settings.calibration else ''}",
+            f"to {largest:.0e}{note}{'' if outputs is None else _OUTPUTS}",
             {"layers": count, "largest_difference": largest},
         )
 

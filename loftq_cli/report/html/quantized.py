@@ -25,11 +25,14 @@ def quantize_figures(results: QuantizeResults) -> Iterator[Figure]:
         outputs = results.totals.output_error_relative is not None
         key = "output_error_relative" if outputs else "weight_error_relative"
         what = "output" if outputs else "weight"
+        wants = "a dark row wants a higher rank, or more bits"
+        if results.distillation is not None:
+            wants = "the training after the start did not look at this"
         yield from _by_depth(
             f"{what.capitalize()} error by layer, with the adapter",
             {each.name: getattr(each, key) for each in layers},
             units.percent,
-            "Darker cells lose more; a dark row wants a higher rank, or more bits.",
+            f"Darker cells lose more; {wants}.",
         )
         yield from _curves(results)
     if results.merged is not None:
