@@ -16,6 +16,7 @@ from loftq_cli.options import CompareOptions
 from loftq_cli.report.stored_bits import called
 
 if TYPE_CHECKING:
+    from loftq_cli.checkpoint.index import Checkpoint
     from loftq_cli.models.architecture import Architecture
 
 
@@ -23,7 +24,7 @@ def possible(
     run: Run, directory: Path, architecture: Architecture, asked: CompareOptions,
     planned: Sequence[Settings],
 ) -> list[Settings]:  # fmt: skip
-    """The methods whose grid takes this model, all of them where none does.
+    """The methods whose grid takes this model.
 
     A grid that is left out is told of, with the reason.
 
@@ -34,23 +35,15 @@ def possible(
     from loftq_cli.checkpoint.index import open_checkpoint
     from loftq_cli.engines.plan import make_plan
 
-    inventory = architecture.inventory(open_checkpoint(directory).infos)
-    plan = make_plan(inventory, Settings(rank=1))
-    if asked.experts is not None and not has_experts(plan):
+    checkpoint = open_checkpoint(directory)
+    inventory = architecture.inventory(checkpoint.infos)
+    if asked.experts is not None and not has_experts(make_plan(inventory, Settings(rank=1))):
         raise UsageError(f"--experts has no effect: {asked.model} has none")
-    weights = [each.weight for each in plan.layers]
-    unfit: dict[str, str] = {}
-    for each in planned:
-        reasons = map(each.container.why_unfit, weights)
-        if reason := next((reason for reason in reasons if reason is not None), None):
-            unfit[grid_named(each)] = reason
-    fitting = [each for each in planned if grid_named(each) not in unfit]
-    refused = dict(_refused(directory, asked, fitting))
-    fitting = [each for each in fitting if grid_named(each) not in refused]
+    refused = dict(_refused(checkpoint, asked, planned))
+    fitting = [each for each in planned if grid_named(each) not in refused]
     if any(each.container.quantizes for each in fitting):
-        unfit |= {name: error.cause or error.what for name, error in refused.items()}
-        for grid, reason in unfit.items():
-            run.note(f"left out: {grid}, for {reason}")
+        for grid, error in refused.items():
+            run.note(f"left out: {grid}, for {error.cause or error.what}")
         planned = fitting
     elif refused:
         raise next(iter(refused.values()))
@@ -65,19 +58,19 @@ def possible(
 
 
 def _refused(
-    directory: Path, asked: CompareOptions, planned: Sequence[Settings]
+    checkpoint: Checkpoint, asked: CompareOptions, planned: Sequence[Settings]
 ) -> Iterator[tuple[str, LoftqError]]:
     """Of several grids those that do not fit, could not be loaded, or do not what they say.
 
     A single one is refused by its first method in time.
     """
-    from loftq_cli.checkpoint.index import open_checkpoint
     from loftq_cli.models.source import read_config
 
+    directory = checkpoint.directory
     grids = {grid_named(each): each for each in planned if each.container.quantizes}
     if len(grids) < 2:
         return
-    checkpoint, config = open_checkpoint(directory), read_config(directory)
+    config = read_config(directory)
     for name, settings in grids.items():
         trust = asked.trust_remote_code
         settings = replace(settings, rank=1)  # which is too large for no layer
